@@ -1,0 +1,1 @@
+"""GPU operations of Loraplex, each with a plain torch twin for the CPU."""

@@ -1,0 +1,1 @@
+"""Loraplex: multi-tenant LoRA serving. Everything that decides and computes; no Ray in here."""

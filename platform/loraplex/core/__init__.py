@@ -1,0 +1,1 @@
+"""Frozen data that crosses package borders. Imports nothing of ours from above."""

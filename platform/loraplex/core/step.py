@@ -1,0 +1,117 @@
+"""The whole contract between engine (decides) and model_runner (computes): StepPlan in, StepResult out.
+
+Row slots and pages are given out by the engine. A slot holds the sampling state of one running request inside the
+executor, from the plan that starts it to the plan that releases it. Pages are units of one arena that holds KV and
+adapters alike; the executor turns ids into addresses and never chooses one.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from loraplex.core.adapter import AdapterManifest
+from loraplex.core.ids import Digest
+from loraplex.core.model import ModelSpec
+from loraplex.core.request import SamplingParams, TokenLogprob
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArenaSpec:
+    """Geometry of the arena. ``page_bytes`` = KV bytes of ``page_size`` tokens over all layers."""
+
+    num_pages: int
+    page_size: int
+    """Tokens of KV that one page holds."""
+    page_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowStart:
+    """Opens a slot. Sent in the plan of the request's first row, and again after a preemption (with a new slot)."""
+
+    slot: int
+    sampling: SamplingParams
+    token_ids: tuple[int, ...]
+    """Prompt followed by all tokens generated so far."""
+    num_prompt_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One request's share of a step: tokens [start, start + len(token_ids)) of its sequence."""
+
+    slot: int
+    token_ids: tuple[int, ...]
+    """Decode: the one token sampled last. Prefill: a chunk."""
+    start: int
+    """Position of the first token; KV of [0, start) lies in ``pages`` already."""
+    pages: tuple[int, ...]
+    """Page table: token position p lies in pages[p // page_size]; covers start + len(token_ids)."""
+    adapter: Digest | None
+    samples: bool
+    """True when the last token of the row is the last known token of the request: one token is drawn after it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepPlan:
+    """Applied in this order: releases, starts, rows."""
+
+    step_id: int
+    releases: tuple[int, ...]
+    starts: tuple[RowStart, ...]
+    rows: tuple[Row, ...]
+    """Sorted by adapter (base rows first), so that each adapter's tokens are one segment."""
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(row.token_ids) for row in self.rows)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampledToken:
+    slot: int
+    token_id: int
+    logprob: float | None = None
+    top_logprobs: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepResult:
+    step_id: int
+    tokens: tuple[SampledToken, ...]
+    """One for each row with ``samples``, in row order."""
+    duration_s: float
+    """Of the whole execute call."""
+
+
+class Executor(Protocol):
+    """Runs steps on one group. Not thread-safe: ``execute``, ``load_adapter`` and ``drop_adapter`` are called by the
+    engine loop only, between steps. ``stage_adapter`` may be called from any thread."""
+
+    @property
+    def model(self) -> ModelSpec: ...
+
+    @property
+    def arena(self) -> ArenaSpec: ...
+
+    def adapter_pages(self, manifest: AdapterManifest) -> int:
+        """Number of arena pages that the adapter takes. Pure."""
+
+    def stage_adapter(self, manifest: AdapterManifest, path: str) -> None:
+        """Read the safetensors file at ``path`` into the host tier, in arena layout (slow, any thread). Idempotent.
+
+        Raises BadAdapter when the file does not match the manifest.
+        """
+
+    def unstage_adapter(self, digest: Digest) -> None:
+        """Drop from the host tier. Any thread."""
+
+    def load_adapter(self, digest: Digest, pages: tuple[int, ...]) -> None:
+        """Copy a staged adapter into ``pages`` (length ``adapter_pages``). May overlap steps: ordered before the next
+        step that names the digest."""
+
+    def drop_adapter(self, digest: Digest) -> None:
+        """Forget the adapter's addresses; its pages are the engine's again."""
+
+    def execute(self, plan: StepPlan) -> StepResult: ...
+
+    def close(self) -> None: ...
