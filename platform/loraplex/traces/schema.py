@@ -1,0 +1,141 @@
+"""The columns of a trace and their two encodings: Arrow IPC between gateway and controller, Parquet on disk.
+
+Owns column names, types and the schema version. Called by recorder, writer and reader.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from dataclasses import fields as dataclass_fields
+
+import pyarrow as pa
+
+from loraplex.core.errors import InvalidInput
+from loraplex.traces.row import TraceRow
+
+SCHEMA_VERSION = 1
+"""Grows when a column changes its meaning or type. New nullable columns do not count."""
+VERSION_KEY = b"loraplex.trace_schema"
+_SOURCE_KEY = b"loraplex.trace_source"
+_END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"
+"""Without this check a stream cut between two messages reads as a shorter one."""
+_SEQUENCE_KEY = b"loraplex.trace_sequence"
+
+_LABEL = pa.dictionary(pa.int32(), pa.string())
+
+TRACE_SCHEMA = pa.schema(
+    [
+        pa.field("arrival_s", pa.float64(), nullable=False),
+        pa.field("tenant", _LABEL),
+        pa.field("request_id", pa.string()),
+        pa.field("endpoint", _LABEL),
+        pa.field("base_model_id", _LABEL),
+        pa.field("adapter_name", _LABEL),
+        pa.field("adapter_version", pa.int32()),
+        pa.field("adapter_digest", _LABEL),
+        pa.field("prompt_tokens", pa.int32()),
+        pa.field("cached_tokens", pa.int32()),
+        pa.field("output_tokens", pa.int32()),
+        pa.field("ttft_s", pa.float64()),
+        pa.field("e2e_s", pa.float64()),
+        pa.field("tpot_s", pa.float64()),
+        pa.field("status", pa.int16()),
+        pa.field("finish_reason", _LABEL),
+        pa.field("replica_id", _LABEL),
+        pa.field("priority", _LABEL),
+        pa.field("stream", pa.bool_()),
+    ],
+    metadata={VERSION_KEY: str(SCHEMA_VERSION).encode()},
+)
+"""All columns but the arrival may be null: a trace from elsewhere does not say everything."""
+
+_NAMES = tuple(field.name for field in dataclass_fields(TraceRow))
+assert tuple(TRACE_SCHEMA.names) == _NAMES
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecodedBatch:
+    """What a controller gets from one ``record_traces`` call."""
+
+    table: pa.Table
+    """In TRACE_SCHEMA."""
+    source: str
+    """The recorder that sent it; empty when the sender does not say."""
+    sequence: int
+    """Grows by one with each batch of a source; -1 when the sender does not say. A repeat is a retry."""
+
+
+def rows_to_batch(rows: Sequence[TraceRow]) -> pa.RecordBatch:
+    """Columns of ``rows`` in TRACE_SCHEMA, in order. Raises InvalidInput when a value does not fit its column."""
+    try:
+        arrays = [pa.array([getattr(row, name) for row in rows], type=TRACE_SCHEMA.field(name).type) for name in _NAMES]
+        return pa.RecordBatch.from_arrays(arrays, schema=TRACE_SCHEMA)
+    except (pa.ArrowException, OverflowError, ValueError, TypeError) as error:
+        raise InvalidInput(f"trace row does not fit the trace schema: {error}", code="invalid_trace") from error
+
+
+def encode_batch(rows: Sequence[TraceRow], *, source: str, sequence: int) -> bytes:
+    """One Arrow IPC stream, as ``ControlPlane.record_traces`` takes it."""
+    metadata = {**TRACE_SCHEMA.metadata, _SOURCE_KEY: source.encode(), _SEQUENCE_KEY: str(sequence).encode()}
+    batch = rows_to_batch(rows).replace_schema_metadata(metadata)
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, batch.schema) as stream:
+        stream.write_batch(batch)
+    return bytes(sink.getvalue())
+
+
+def decode_batch(data: bytes) -> DecodedBatch:
+    """Raises InvalidInput on anything else than an IPC stream of a trace schema that this version reads."""
+    if not data.endswith(_END_OF_STREAM):
+        raise InvalidInput("trace batch is not a whole Arrow IPC stream", code="invalid_trace")
+    try:
+        table = pa.ipc.open_stream(data).read_all()
+    except (pa.ArrowException, OSError, EOFError) as error:
+        raise InvalidInput(f"trace batch is not an Arrow IPC stream: {error}", code="invalid_trace") from error
+    metadata = table.schema.metadata or {}
+    source = metadata.get(_SOURCE_KEY, b"").decode("utf-8", "replace")
+    sequence = metadata.get(_SEQUENCE_KEY, b"-1")
+    if not sequence.lstrip(b"-").isdigit():
+        raise InvalidInput("trace batch: its sequence number is not a number", code="invalid_trace")
+    return DecodedBatch(
+        table=to_trace_schema(table, where="trace batch"),
+        source=source,
+        sequence=int(sequence),
+    )
+
+
+def to_trace_schema(table: pa.Table, *, where: str) -> pa.Table:
+    """``table`` with exactly the columns of TRACE_SCHEMA; columns it lacks are null, those it has more are dropped.
+
+    Raises InvalidInput, naming ``where``, on a newer schema version, a missing arrival or a column of another type.
+    """
+    version = (table.schema.metadata or {}).get(VERSION_KEY, str(SCHEMA_VERSION).encode())
+    if not version.isdigit() or int(version) > SCHEMA_VERSION:
+        raise InvalidInput(
+            f"{where}: trace schema version {version.decode('utf-8', 'replace')}, this program reads {SCHEMA_VERSION}",
+            code="invalid_trace",
+        )
+    if "arrival_s" not in table.column_names:
+        raise InvalidInput(f"{where}: no column arrival_s or timestamp_s, so not a trace", code="invalid_trace")
+    columns = []
+    for field in TRACE_SCHEMA:
+        if field.name not in table.column_names:
+            columns.append(pa.chunked_array([pa.nulls(table.num_rows, field.type)]))
+            continue
+        column = table.column(field.name)
+        try:
+            columns.append(_cast(column, field.type))
+        except pa.ArrowException as error:
+            raise InvalidInput(
+                f"{where}: column {field.name} is {column.type}, expected {field.type}", code="invalid_trace"
+            ) from error
+    if columns[0].null_count:
+        raise InvalidInput(f"{where}: {columns[0].null_count} rows have no arrival time", code="invalid_trace")
+    return pa.table(columns, schema=TRACE_SCHEMA)
+
+
+def _cast(column: pa.ChunkedArray, wanted: pa.DataType) -> pa.ChunkedArray:
+    if column.type == wanted:
+        return column
+    if pa.types.is_dictionary(wanted):
+        return column.cast(wanted.value_type).dictionary_encode()
+    return column.cast(wanted)
