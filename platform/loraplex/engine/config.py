@@ -1,0 +1,33 @@
+"""The engine's own settings. Composed into the platform's YAML; sizes of the arena come from the executor."""
+
+from typing import Annotated
+
+import msgspec
+
+_Positive = Annotated[int, msgspec.Meta(ge=1)]
+_NotNegative = Annotated[float, msgspec.Meta(ge=0)]
+
+
+class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How much one engine runs at once, and how it orders what waits."""
+
+    max_step_tokens: _Positive = 2048
+    """Tokens of one forward pass, decode rows and prefill chunks together. Not less than ``max_running``."""
+    max_running: _Positive = 256
+    """Requests that hold a slot at the same time."""
+    max_waiting: _Positive = 64
+    """Requests that the engine is ready to hold beyond ``max_running``; what is more waits in the routers."""
+    prefix_cache: bool = True
+    """Keep the KV of finished requests and share it with later ones of the same tenant, base and adapter."""
+    overdue_s: _NotNegative = 2.0
+    """A request whose adapter is ready and that has waited this long goes before all others of its class, in order of
+    arrival, and nothing passes it. Bounds the wait of cold adapters and of large requests."""
+    prefill_token_cost: _NotNegative = 1.0
+    """What one prompt token adds to its tenant's counter (cached prefix tokens add nothing)."""
+    decode_token_cost: _NotNegative = 2.0
+    """What one generated token adds to its tenant's counter."""
+    adapter_page_price: _NotNegative = 4.0
+    """Added to the counter of a request, per page of its adapter, while that adapter is in no running request: its
+    bytes would be read in every step. In units of the counters."""
+    max_host_pages: _Positive = 1 << 16
+    """Staged adapters kept in host memory, in arena pages; beyond it idle ones go, least recently used first."""

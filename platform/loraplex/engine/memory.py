@@ -1,0 +1,134 @@
+"""Decides who gives way when pages are short: KV of finished requests and idle adapters share one order of last use.
+
+Joins PagePool, PrefixCache and AdapterResidency; keeps the instructions that follow from loads and drops. Knows
+nothing of queues or budgets; called by ``scheduler``.
+"""
+
+from collections import Counter
+
+from loraplex.core.ids import Digest
+from loraplex.core.model import ModelSpec
+from loraplex.core.step import ArenaSpec
+from loraplex.engine.adapters import AdapterResidency
+from loraplex.engine.config import EngineConfig
+from loraplex.engine.instructions import AdapterLoad
+from loraplex.engine.pages import PagePool
+from loraplex.engine.prefix import PrefixCache
+from loraplex.engine.sequence import Sequence
+
+
+class Memory:
+    def __init__(self, config: EngineConfig, *, model: ModelSpec, arena: ArenaSpec) -> None:
+        self.page_size = arena.page_size
+        self.pool = PagePool(arena.num_pages)
+        self.adapters = AdapterResidency(self.pool, max_host_pages=config.max_host_pages)
+        self.prefix = PrefixCache(
+            self.pool, page_size=arena.page_size, base_model_id=model.base_model_id, enabled=config.prefix_cache
+        )
+        self._stamp = 0
+        self._drops: dict[Digest, None] = {}
+        self._loads: dict[Digest, tuple[int, ...]] = {}
+
+    @property
+    def num_available(self) -> int:
+        """Pages that are free or can be had at once."""
+        return self.pool.num_free + self.pool.num_cached + self.adapters.num_idle_pages
+
+    def num_pages_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.page_size)
+
+    def tick(self) -> None:
+        """A new step: what is used from now on is younger. Changes state."""
+        self._stamp += 1
+
+    def shortage(self, sequence: Sequence, *, reserve: int) -> int:
+        """Pages that are missing to admit ``sequence`` and leave ``reserve`` over; 0 or less when it fits."""
+        shared = self.prefix.match(sequence)
+        needed = self.num_pages_for(len(sequence.token_ids)) - len(shared) + reserve
+        available = self.num_available - sum(1 for page in shared if self.pool.is_cached(page))
+        if sequence.adapter is not None:
+            needed += self.adapters.num_pages_to_load(sequence.adapter)
+            available -= self.adapters.idle_pages_of(sequence.adapter)
+        return needed - available
+
+    def admit(self, sequence: Sequence) -> None:
+        """Gives pages for all known tokens, makes the adapter resident and pins it. Changes state.
+
+        ``shortage`` was 0 or less.
+        """
+        shared = self.prefix.match(sequence)
+        for page in shared:
+            self.pool.share(page)
+        digest = sequence.adapter
+        if digest is not None:
+            to_load = self.adapters.num_pages_to_load(digest)
+            if to_load:
+                pages = self._take(to_load, keep=digest)
+                self.adapters.load(digest, pages, stamp=self._stamp)
+                self._loads[digest] = pages
+            self.adapters.pin(digest)
+        count = self.num_pages_for(len(sequence.token_ids)) - len(shared)
+        sequence.pages = shared + self._take(count, keep=None)
+        sequence.num_computed = len(shared) * self.page_size
+        sequence.num_sealed = len(shared)
+        if sequence.num_cached is None:
+            sequence.num_cached = min(sequence.num_computed, sequence.num_prompt)
+
+    def grow(self, sequence: Sequence) -> bool:
+        """One more page for a running sequence; False when there is none to be had. Changes state."""
+        if self.num_available < 1:
+            return False
+        sequence.pages += self._take(1, keep=None)
+        return True
+
+    def release(self, sequence: Sequence) -> None:
+        """Takes back the pages and the pin of a running sequence; sealed pages stay findable. Changes state."""
+        # The end of the chain goes first: without its head the rest could not be found.
+        self.pool.release(reversed(sequence.pages), stamp=self._stamp)
+        sequence.pages = ()
+        sequence.num_computed = 0
+        sequence.num_sealed = 0
+        if sequence.adapter is not None:
+            self.adapters.unpin(sequence.adapter, stamp=self._stamp)
+
+    def _drop_idle(self, digest: Digest) -> None:
+        self.adapters.drop(digest, stamp=self._stamp)
+        if self._loads.pop(digest, None) is None:
+            self._drops[digest] = None
+
+    def undo_load(self, digest: Digest) -> None:
+        """A load that was instructed failed: the adapter is nowhere any more. Changes state.
+
+        It is idle and nobody waits for it.
+        """
+        self.adapters.drop(digest, stamp=self._stamp)
+        self.adapters.forget(digest)
+
+    def take_instructions(self) -> tuple[tuple[Digest, ...], tuple[AdapterLoad, ...]]:
+        """(drops, loads) since the last call. Changes state."""
+        drops = tuple(self._drops)
+        loads = tuple(AdapterLoad(digest=digest, pages=pages) for digest, pages in self._loads.items())
+        self._drops.clear()
+        self._loads.clear()
+        return drops, loads
+
+    def _take(self, count: int, *, keep: Digest | None) -> tuple[int, ...]:
+        while self.pool.num_free < count:
+            cached = self.pool.oldest_cached_stamp
+            idle = self.adapters.oldest_idle(keep=keep)
+            if cached is not None and (idle is None or cached <= idle[1]):
+                self.pool.reclaim_oldest()
+            else:
+                assert idle is not None, "pages were promised that are not there"
+                self._drop_idle(idle[0])
+        return self.pool.take(count)
+
+    def validate(self, running: list[Sequence], waiting: list[Sequence]) -> None:
+        """Raises AssertionError when a page leaked or a count differs from what the sequences hold."""
+        references = Counter(page for sequence in running for page in sequence.pages)
+        references.update(self.adapters.pages_in_use())
+        self.pool.validate(dict(references))
+        self.adapters.validate(
+            dict(Counter(s.adapter for s in running if s.adapter is not None)),
+            dict(Counter(s.adapter for s in waiting if s.adapter is not None)),
+        )

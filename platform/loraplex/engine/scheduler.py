@@ -1,0 +1,256 @@
+"""Decides which tokens the next step computes, who is admitted, and who gives way.
+
+A step holds one token of every decoding request, then prefill chunks of the running, then newly admitted requests, up
+to ``max_step_tokens``; online before offline. Among the waiting of a class the smallest (tenant counter + price of a
+new adapter) goes first, unless somebody is overdue. Admission takes pages for all known tokens, so only decoding can
+run short of pages; then the running request of greatest rank (offline, latest arrival) is preempted: its pages are
+released and it is recomputed later, mostly from the prefix cache.
+
+Knows nothing of tokens' values or outputs; called by ``engine``.
+"""
+
+from bisect import insort
+from collections import Counter, deque
+from math import inf
+
+from loraplex.engine.config import EngineConfig
+from loraplex.engine.fairness import TenantCounters
+from loraplex.engine.memory import Memory
+from loraplex.engine.queue import WaitingQueue
+from loraplex.engine.sequence import Sequence
+
+
+class Scheduler:
+    def __init__(self, config: EngineConfig, memory: Memory) -> None:
+        self._config = config
+        self._memory = memory
+        self._free_slots = list(range(config.max_running - 1, -1, -1))
+        self._releases: list[int] = []
+        self._shares: dict[Sequence, int] = {}
+        self._budget = 0
+        self._preempted = False
+        self._quarantine: deque[frozenset[Sequence]] = deque()
+        self.waiting = WaitingQueue()
+        self.running: list[Sequence] = []
+        """By rank, least first."""
+        self.counters = TenantCounters()
+        self.num_preemptions = 0
+
+    def add(self, sequence: Sequence) -> None:
+        """Changes state."""
+        self.counters.enter(sequence.tenant)
+        self._enqueue(sequence)
+
+    def remove(self, sequence: Sequence) -> None:
+        """The request ended, for whatever reason: gives back all that it holds. Changes state."""
+        if sequence.slot is None:
+            self._dequeue(sequence)
+        else:
+            self._stop(sequence)
+        self.counters.leave(sequence.tenant)
+
+    def plan(self, now_s: float) -> dict[Sequence, int]:
+        """Running requests and how many tokens of each the next step computes; empty when nothing can run.
+
+        Changes state: admits, preempts, moves adapters.
+        """
+        self._memory.tick()
+        self._shares = {}
+        self._budget = self._config.max_step_tokens
+        self._preempted = False
+        only = self._next_quarantined()
+        self._share_decodes(only)
+        admitting = only is None and not self._preempted
+        for offline in (False, True):
+            self._share_prefills(only, offline=offline)
+            if admitting and not self._preempted:
+                admitting = self._admit_class(now_s, offline=offline)
+        return self._shares
+
+    def take_releases(self) -> tuple[int, ...]:
+        """Slots that the executor shall close. Changes state."""
+        releases = tuple(self._releases)
+        self._releases.clear()
+        return releases
+
+    def withdraw(self, releases: tuple[int, ...], starting: list[Sequence]) -> None:
+        """The executor never saw the last plan: its releases and starts are due again. Changes state."""
+        self._releases[:0] = releases
+        for sequence in starting:
+            sequence.needs_start = True
+
+    def restart(self, releases: tuple[int, ...], sequences: list[Sequence]) -> None:
+        """The executor failed within a plan: its releases are repeated and its slots opened anew. Changes state.
+
+        Pages and progress stay: what the step wrote lies past ``num_computed``.
+        """
+        slots = [sequence.slot for sequence in sequences if sequence.slot is not None]
+        self._releases[:0] = dict.fromkeys((*releases, *slots))
+        for sequence in sequences:
+            sequence.needs_start = True
+
+    def isolate(self, sequences: list[Sequence]) -> None:
+        """A step of these failed: run smaller sets alone until the culprit is found. Changes state.
+
+        First apart by adapter, then by halves: one poisoned request or adapter costs a logarithm of steps, and
+        nobody else fails with it.
+        """
+        by_adapter: dict[str, list[Sequence]] = {}
+        for sequence in sequences:
+            by_adapter.setdefault(sequence.adapter or "", []).append(sequence)
+        if len(by_adapter) > 1:
+            parts = list(by_adapter.values())
+        else:
+            middle = len(sequences) // 2
+            parts = [sequences[:middle], sequences[middle:]]
+        self._quarantine.extendleft(frozenset(part) for part in reversed(parts))
+
+    def step_done(self) -> None:
+        """The last planned step ended, well or not: a quarantined set has had its turn. Changes state."""
+        if self._quarantine:
+            self._quarantine.popleft()
+
+    def _next_quarantined(self) -> frozenset[Sequence] | None:
+        while self._quarantine:
+            alive = frozenset(sequence for sequence in self._quarantine[0] if sequence.slot is not None)
+            if alive:
+                return alive
+            self._quarantine.popleft()
+        return None
+
+    def _share_decodes(self, only: frozenset[Sequence] | None) -> None:
+        for sequence in tuple(self.running):
+            if sequence.slot is None or sequence.num_uncomputed != 1 or (only is not None and sequence not in only):
+                continue
+            if self._has_room(sequence):
+                self._shares[sequence] = 1
+                self._budget -= 1
+
+    def _has_room(self, sequence: Sequence) -> bool:
+        """Makes sure of a page for the next token, preempting from the end of the order; False when it was its turn."""
+        while len(sequence.pages) * self._memory.page_size <= sequence.num_computed:
+            if self._memory.grow(sequence):
+                continue
+            victim = self.running[-1]
+            self._preempt(victim)
+            if victim is sequence:
+                return False
+        return True
+
+    def _share_prefills(self, only: frozenset[Sequence] | None, *, offline: bool) -> None:
+        for sequence in self.running:
+            if self._budget <= 0:
+                return
+            if (
+                sequence.offline is not offline
+                or sequence in self._shares
+                or (only is not None and sequence not in only)
+            ):
+                continue
+            self._share_chunk(sequence)
+
+    def _share_chunk(self, sequence: Sequence) -> None:
+        count = min(sequence.num_uncomputed, self._budget)
+        self._shares[sequence] = count
+        self._budget -= count
+
+    def _admit_class(self, now_s: float, *, offline: bool) -> bool:
+        """Admits while budget and pages last; False when somebody ready is left, so that a lower class must wait."""
+        passed: set[Sequence] = set()
+        while True:
+            heads = [
+                head for head in self.waiting.heads(offline=offline) if self._is_ready(head) and head not in passed
+            ]
+            if not heads:
+                return not passed
+            if self._budget <= 0:
+                return False
+            overdue = [head for head in heads if head.since_s + self._config.overdue_s <= now_s]
+            head = min(overdue, key=lambda s: s.rank) if overdue else min(heads, key=self._score)
+            if self._make_way(head):
+                self._admit(head)
+            elif overdue:
+                return False
+            else:
+                passed.add(head)
+
+    def _is_ready(self, sequence: Sequence) -> bool:
+        return sequence.adapter is None or self._memory.adapters.is_ready(sequence.adapter)
+
+    def _score(self, sequence: Sequence) -> tuple[float, tuple[bool, float, int]]:
+        score = self.counters.value(sequence.tenant)
+        if sequence.adapter is not None and not self._memory.adapters.is_in_batch(sequence.adapter):
+            score += self._memory.adapters.num_pages(sequence.adapter) * self._config.adapter_page_price
+        return score, sequence.rank
+
+    def _make_way(self, sequence: Sequence) -> bool:
+        """True when it can be admitted now; an online request may preempt offline ones for that, if it helps."""
+        victims = [] if sequence.offline else [running for running in self.running if running.offline]
+        shortage = self._memory.shortage(sequence, reserve=self._reserve())
+        if shortage > sum(len(victim.pages) for victim in victims):
+            return False
+        while victims and (shortage > 0 or not self._free_slots):
+            self._preempt(victims.pop())
+            shortage = self._memory.shortage(sequence, reserve=self._reserve())
+        return shortage <= 0 and bool(self._free_slots)
+
+    def _reserve(self) -> int:
+        """Pages left over at an admission, so that the running can grow a while before anybody is preempted."""
+        return -(-len(self.running) // 4)
+
+    def _admit(self, sequence: Sequence) -> None:
+        # Pages and pin first: while it counts as a waiter its adapter cannot leave host memory.
+        self._memory.admit(sequence)
+        self._dequeue(sequence)
+        sequence.slot = self._free_slots.pop()
+        sequence.needs_start = True
+        insort(self.running, sequence, key=lambda s: s.rank)
+        self._share_chunk(sequence)
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self._stop(sequence)
+        sequence.since_s = -inf
+        self._enqueue(sequence)
+        self._budget += self._shares.pop(sequence, 0)
+        self._preempted = True
+        self.num_preemptions += 1
+
+    def _stop(self, sequence: Sequence) -> None:
+        assert sequence.slot is not None, "a request without a slot cannot stop"
+        self.running.remove(sequence)
+        if not sequence.needs_start:
+            self._releases.append(sequence.slot)
+        self._free_slots.append(sequence.slot)
+        sequence.slot = None
+        sequence.needs_start = False
+        self._memory.release(sequence)
+
+    def _enqueue(self, sequence: Sequence) -> None:
+        self.waiting.push(sequence)
+        if sequence.adapter is not None:
+            self._memory.adapters.add_waiter(sequence.adapter)
+
+    def _dequeue(self, sequence: Sequence) -> None:
+        self.waiting.remove(sequence)
+        if sequence.adapter is not None:
+            self._memory.adapters.remove_waiter(sequence.adapter)
+
+    def validate(self) -> None:
+        """Raises AssertionError on a broken invariant of queues, slots or pages."""
+        self.waiting.validate()
+        slots = [sequence.slot for sequence in self.running]
+        assert None not in slots
+        assert sorted([*self._free_slots, *(s for s in slots if s is not None)]) == list(
+            range(self._config.max_running)
+        )
+        assert self.running == sorted(self.running, key=lambda s: s.rank), "running is out of order"
+        waiting = list(self.waiting)
+        for sequence in self.running:
+            assert 0 <= sequence.num_computed < len(sequence.token_ids)
+            assert sequence.num_computed <= len(sequence.pages) * self._memory.page_size
+            assert sequence.num_sealed <= sequence.num_computed // self._memory.page_size
+        for sequence in waiting:
+            assert sequence.slot is None, "a waiting request holds a slot"
+            assert not sequence.pages, "a waiting request holds pages"
+        self._memory.validate(self.running, waiting)
+        self.counters.validate(dict(Counter(sequence.tenant for sequence in (*self.running, *waiting))))

@@ -1,0 +1,67 @@
+"""The engine's mutable record of one request: its tokens, pages, slot and progress. Owned by the scheduler."""
+
+from loraplex.core.ids import Digest, RequestId, TenantName
+from loraplex.core.request import EngineRequest, Priority
+
+
+class Sequence:
+    """KV of tokens [0, num_computed) lies in ``pages``; a request without a slot holds no pages."""
+
+    __slots__ = (
+        "aborted",
+        "adapter",
+        "charged_tokens",
+        "emitted",
+        "max_tokens_total",
+        "needs_start",
+        "num_cached",
+        "num_computed",
+        "num_prompt",
+        "num_sealed",
+        "offline",
+        "page_keys",
+        "pages",
+        "rank",
+        "request",
+        "request_id",
+        "since_s",
+        "slot",
+        "tenant",
+        "token_ids",
+    )
+
+    def __init__(self, request: EngineRequest, *, order: int, now_s: float, max_tokens_total: int) -> None:
+        self.request = request
+        self.request_id: RequestId = request.request_id
+        self.tenant: TenantName = request.tenant
+        self.adapter: Digest | None = request.adapter.digest if request.adapter is not None else None
+        self.offline = request.priority is Priority.OFFLINE
+        self.rank = (self.offline, request.arrival_s, order)
+        """Total order of the running: whose rank is greatest gives way first."""
+        self.token_ids = [*request.prompt_token_ids, *request.resumed_token_ids]
+        self.num_prompt = len(request.prompt_token_ids)
+        self.max_tokens_total = max_tokens_total
+        """Prompt + output at most."""
+        self.num_computed = 0
+        self.num_cached: int | None = None
+        """Prompt tokens found in the prefix cache at the first admission."""
+        self.pages: tuple[int, ...] = ()
+        self.page_keys: list[bytes] = []
+        self.num_sealed = 0
+        """Leading pages that are already offered to the prefix cache."""
+        self.slot: int | None = None
+        self.needs_start = False
+        self.since_s = now_s
+        """When it became ready to be admitted; minus infinity after a preemption."""
+        self.charged_tokens = 0
+        """Positions whose prefill the tenant has paid for."""
+        self.emitted = False
+        self.aborted = False
+
+    @property
+    def num_generated(self) -> int:
+        return len(self.token_ids) - self.num_prompt
+
+    @property
+    def num_uncomputed(self) -> int:
+        return len(self.token_ids) - self.num_computed

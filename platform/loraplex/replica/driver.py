@@ -1,0 +1,66 @@
+"""Carries out what the engine instructs on an executor, one step at a time, and turns failures into events.
+
+Knows no threads, no network and no clock but the one it is given. Called by ``loop`` and by ``loraplex.bench``.
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from loraplex.core.clock import Clock
+from loraplex.core.errors import LoraplexError
+from loraplex.core.ids import Digest
+from loraplex.core.request import RequestOutput
+from loraplex.core.step import Executor
+from loraplex.engine import Engine
+
+STEP_FAILED = "the model failed while it computed this request"
+LOAD_FAILED = "the adapter could not be loaded onto the accelerator"
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepOutcome:
+    progressed: bool
+    """False: nothing could run; only another event can change that."""
+    outputs: tuple[RequestOutput, ...] = ()
+
+
+class StepDriver:
+    def __init__(self, engine: Engine, executor: Executor, *, clock: Clock, unstage: Callable[[Digest], None]) -> None:
+        """``unstage`` drops an adapter from host memory."""
+        self._engine = engine
+        self._executor = executor
+        self._clock = clock
+        self._unstage = unstage
+        self.num_failed_in_a_row = 0
+        """Steps that raised since the last that did not."""
+
+    def step(self) -> StepOutcome:
+        """Schedules and runs one step. An executor's exception ends the requests that caused it, never the caller."""
+        instructions = self._engine.schedule(self._clock.monotonic_s())
+        for digest in instructions.drops:
+            self._executor.drop_adapter(digest)
+        for digest in instructions.unstages:
+            self._unstage(digest)
+        failures: dict[Digest, str] = {}
+        for load in instructions.loads:
+            try:
+                self._executor.load_adapter(load.digest, load.pages)
+            except Exception as error:
+                _log.exception("loading adapter %s failed", load.digest)
+                failures[load.digest] = error.message if isinstance(error, LoraplexError) else LOAD_FAILED
+        if failures:
+            return StepOutcome(progressed=True, outputs=self._engine.loads_failed(failures))
+        if instructions.plan is None:
+            return StepOutcome(progressed=False)
+        try:
+            result = self._executor.execute(instructions.plan)
+        except Exception as error:
+            _log.exception("step %d failed", instructions.plan.step_id)
+            self.num_failed_in_a_row += 1
+            message = error.message if isinstance(error, LoraplexError) else STEP_FAILED
+            return StepOutcome(progressed=True, outputs=self._engine.step_failed(message))
+        self.num_failed_in_a_row = 0
+        return StepOutcome(progressed=True, outputs=self._engine.complete(result, self._clock.monotonic_s()))

@@ -1,0 +1,1 @@
+"""Fakes of the seams between parts, shipped for our own tests and those of users."""
