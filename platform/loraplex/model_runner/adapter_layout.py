@@ -1,0 +1,157 @@
+"""Where an adapter's blocks lie in its pages: a pure packing, known before any tensor is read.
+
+Projections that share an input form a site; their A blocks are stacked so that one product shrinks for all of them,
+each B stands alone, transposed. Ranks are padded to multiples of 8. A matrix larger than a page is cut along the rank,
+so that any free pages serve. Called by both adapter tiers and by ``TorchExecutor.adapter_pages``.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from loraplex.core.adapter import AdapterBlock
+from loraplex.core.errors import BadAdapter, BadConfig
+from loraplex.core.model import ModelSpec
+
+SITES = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
+"""Projections of a layer by the input that they share, in the column order of the fused weights."""
+
+_RANK_MULTIPLE = 8
+_ALIGN_BYTES = 128
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlacedBlock:
+    """One block of the manifest inside its site."""
+
+    block: AdapterBlock
+    site: int
+    """Number over the whole model: layer * len(SITES) + index in SITES."""
+    rank_start: int
+    """First row in the site's stacked rank."""
+    column: int
+    """First output column in the site's fused output."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterPart:
+    """Rows [rank_start, rank_end) of a site's stacked rank, of A or of one B, dense and row-major."""
+
+    site: int
+    placed: PlacedBlock | None
+    """None: stacked A. Otherwise B (transposed) of this block."""
+    rank_start: int
+    rank_end: int
+    num_columns: int
+    page: int
+    """Index into the adapter's pages."""
+    offset_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterLayout:
+    num_pages: int
+    blocks: tuple[PlacedBlock, ...]
+    parts: tuple[AdapterPart, ...]
+    site_ranks: tuple[tuple[int, int], ...]
+    """(site, stacked rank) of the sites that the adapter touches."""
+
+
+@lru_cache(maxsize=1024)
+def plan_adapter_layout(
+    blocks: tuple[AdapterBlock, ...], model: ModelSpec, *, page_bytes: int, itemsize: int
+) -> AdapterLayout:
+    """Packs ``blocks`` into pages of ``page_bytes``, ``itemsize`` bytes an element; first page that has room.
+
+    Raises BadAdapter when a block does not fit the model, BadConfig when one rank of it exceeds a page.
+    """
+    placed: list[PlacedBlock] = []
+    site_ranks: dict[int, int] = {}
+    for block in sorted(blocks, key=lambda block: (block.layer, *_site_of(block.module))):
+        if not 0 <= block.layer < model.num_layers or block.lora_rank < 1:
+            raise BadAdapter(f"layer {block.layer} {block.module} of rank {block.lora_rank} does not fit the base")
+        index, _ = _site_of(block.module)
+        site = block.layer * len(SITES) + index
+        rank_start = site_ranks.get(site, 0)
+        site_ranks[site] = rank_start + -(-block.lora_rank // _RANK_MULTIPLE) * _RANK_MULTIPLE
+        column = _column(block.module, model)
+        placed.append(PlacedBlock(block=block, site=site, rank_start=rank_start, column=column))
+    packer = _Packer(page_bytes, itemsize)
+    parts: list[AdapterPart] = []
+    for site, lora_rank in site_ranks.items():
+        members = [item for item in placed if item.site == site]
+        in_features, _ = model.projection_shape(members[0].block.module)
+        parts += packer.place(site, None, 0, lora_rank, in_features)
+        ends = [item.rank_start for item in members[1:]] + [lora_rank]
+        for item, rank_end in zip(members, ends, strict=True):
+            _, out_features = model.projection_shape(item.block.module)
+            parts += packer.place(site, item, item.rank_start, rank_end, out_features)
+    return AdapterLayout(
+        num_pages=packer.num_pages, blocks=tuple(placed), parts=tuple(parts), site_ranks=tuple(site_ranks.items())
+    )
+
+
+class _Packer:
+    """First fit over the pages opened so far."""
+
+    def __init__(self, page_bytes: int, itemsize: int) -> None:
+        self._page_bytes = page_bytes
+        self._itemsize = itemsize
+        self._used_bytes: list[int] = []
+
+    @property
+    def num_pages(self) -> int:
+        return len(self._used_bytes)
+
+    def place(
+        self, site: int, placed: PlacedBlock | None, rank_start: int, rank_end: int, num_columns: int
+    ) -> list[AdapterPart]:
+        """One part, or several where (rank_end - rank_start) x num_columns exceeds a page."""
+        row_bytes = num_columns * self._itemsize
+        max_ranks = self._page_bytes // row_bytes
+        if max_ranks < 1:
+            raise BadConfig(
+                f"one LoRA rank of {num_columns} features takes {row_bytes} bytes, more than a page "
+                f"({self._page_bytes}): raise page_size",
+                param="page_size",
+            )
+        if max_ranks > _RANK_MULTIPLE:
+            max_ranks -= max_ranks % _RANK_MULTIPLE
+        parts = []
+        for start in range(rank_start, rank_end, max_ranks):
+            end = min(start + max_ranks, rank_end)
+            page, offset_bytes = self._reserve((end - start) * row_bytes)
+            parts.append(
+                AdapterPart(
+                    site=site,
+                    placed=placed,
+                    rank_start=start,
+                    rank_end=end,
+                    num_columns=num_columns,
+                    page=page,
+                    offset_bytes=offset_bytes,
+                )
+            )
+        return parts
+
+    def _reserve(self, num_bytes: int) -> tuple[int, int]:
+        """(page, offset) of ``num_bytes`` (at most a page)."""
+        for page, used in enumerate(self._used_bytes):
+            offset = -(-used // _ALIGN_BYTES) * _ALIGN_BYTES
+            if offset + num_bytes <= self._page_bytes:
+                self._used_bytes[page] = offset + num_bytes
+                return page, offset
+        self._used_bytes.append(num_bytes)
+        return len(self._used_bytes) - 1, 0
+
+
+def _site_of(module: str) -> tuple[int, int]:
+    """(index in SITES, index in the site). BadAdapter for an unknown module."""
+    for index, modules in enumerate(SITES):
+        if module in modules:
+            return index, modules.index(module)
+    raise BadAdapter(f"projection {module!r} cannot carry LoRA")
+
+
+def _column(module: str, model: ModelSpec) -> int:
+    index, position = _site_of(module)
+    return sum(model.projection_shape(before)[1] for before in SITES[index][:position])

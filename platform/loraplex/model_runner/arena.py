@@ -1,0 +1,68 @@
+"""The one byte arena of a device: KV pages and adapter blocks are typed views of it.
+
+Owns the bytes; page ids are given out by the engine and only turned into addresses here. Called by the executor and
+the device tier of adapters. Legend: P pages.
+"""
+
+import torch
+from loraplex_kernels import KvLayout, KvPages, view_kv_pages
+
+from loraplex.core.errors import BadConfig
+from loraplex.core.model import ModelSpec
+from loraplex.core.step import ArenaSpec
+from loraplex.model_runner.config import ExecutorConfig
+
+_DEFAULT_CPU_BYTES = 1 << 30
+
+
+class Arena:
+    def __init__(self, model: ModelSpec, *, num_pages: int, page_size: int, dtype: torch.dtype, device: torch.device):
+        """Zeroed, so that a slot that a mask hides holds a finite number from the start."""
+        layout = KvLayout(
+            num_layers=model.num_layers,
+            num_kv_heads=model.num_kv_heads,
+            head_dim=model.head_dim,
+            page_size=page_size,
+        )
+        page_bytes = layout.elements_per_page * dtype.itemsize
+        if num_pages < 1:
+            raise BadConfig(f"the arena has no room for one page of {page_bytes} bytes", param="arena_bytes")
+        self.spec = ArenaSpec(num_pages=num_pages, page_size=page_size, page_bytes=page_bytes)
+        self.dtype = dtype
+        self.pages = torch.zeros((num_pages, page_bytes), dtype=torch.uint8, device=device)
+        """(P, page_bytes) uint8."""
+        self._elements = self.pages.view(-1).view(dtype)
+        self.kv: KvPages = view_kv_pages(self._elements, layout)
+
+    def matrix(self, page: int, offset_bytes: int, num_rows: int, num_columns: int) -> torch.Tensor:
+        """A dense (num_rows, num_columns) view of the arena's dtype, ``offset_bytes`` into ``page``."""
+        first = (page * self.spec.page_bytes + offset_bytes) // self.dtype.itemsize
+        return self._elements[first : first + num_rows * num_columns].view(num_rows, num_columns)
+
+    def clear(self, pages: torch.Tensor) -> None:
+        """Zeroes ``pages`` ((n,) int64) before their first KV: masked slots must hold finite numbers."""
+        self.pages.index_fill_(0, pages, 0)
+
+
+def plan_num_pages(config: ExecutorConfig, model: ModelSpec, *, dtype: torch.dtype, device: torch.device) -> int:
+    """Pages that fit, with the weights already on ``device``. Raises BadConfig when the options contradict."""
+    page_bytes = config.page_size * model.kv_elements_per_token * dtype.itemsize
+    if config.num_pages is not None and config.arena_bytes is not None:
+        raise BadConfig("give num_pages or arena_bytes, not both", param="num_pages")
+    if config.num_pages is not None:
+        return config.num_pages
+    if config.arena_bytes is not None:
+        return config.arena_bytes // page_bytes
+    if device.type == "cpu":
+        return max(_DEFAULT_CPU_BYTES // page_bytes, 1)
+    free_bytes, total_bytes = torch.cuda.mem_get_info(device)
+    room_bytes = int(free_bytes - (1 - config.memory_fraction) * total_bytes) - _step_bytes(config, model, dtype)
+    # Attention gathers each layer's share of the live pages, padded to groups of rows: two layers' worth at most.
+    return int(room_bytes / (page_bytes * (1 + 2 / model.num_layers)))
+
+
+def _step_bytes(config: ExecutorConfig, model: ModelSpec, dtype: torch.dtype) -> int:
+    """Activations of the largest step (a layer's inputs, outputs and temporaries) and its logits in the sampler."""
+    per_token = 4 * model.hidden_size + 4 * (model.q_size + 2 * model.kv_size) + 4 * model.intermediate_size
+    logits_bytes = config.max_rows * model.vocab_size * 4 * 6
+    return config.max_step_tokens * per_token * dtype.itemsize + logits_bytes

@@ -1,0 +1,99 @@
+"""From a model's name to a running executor: picks the source of spec and weights, sizes and allocates.
+
+``model`` is a Hugging Face directory, a ``.gguf`` file, or ``random:NAME``. Called by replica, bench and tests.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from loraplex.core.errors import BadConfig
+from loraplex.core.ids import BaseModelId
+from loraplex.core.model import ModelSpec
+from loraplex.model_runner.arena import Arena, plan_num_pages
+from loraplex.model_runner.checkpoints import read_checkpoint_spec, read_checkpoint_tensors
+from loraplex.model_runner.config import ExecutorConfig
+from loraplex.model_runner.executor import TorchExecutor
+from loraplex.model_runner.random_models import random_spec, random_tensors
+from loraplex.model_runner.sampler import Sampler
+from loraplex.model_runner.weights import DecoderWeights, assemble_weights
+
+_RANDOM = "random:"
+
+
+def load_model_spec(model: str, base_model_id: BaseModelId) -> ModelSpec:
+    """Shapes and constants, no weights. Raises BadConfig naming the file, or the architecture that is not supported."""
+    if model.startswith(_RANDOM):
+        return random_spec(model.removeprefix(_RANDOM), base_model_id)
+    path = Path(model)
+    if path.suffix == ".gguf":
+        # The gguf package is needed for GGUF files alone.
+        from loraplex.model_runner.gguf_weights import read_gguf_spec
+
+        return read_gguf_spec(path, base_model_id)
+    if not path.is_dir():
+        raise BadConfig(f"{model}: no such model directory", param="model")
+    return read_checkpoint_spec(path, base_model_id)
+
+
+def load_weights(model: str, spec: ModelSpec, *, dtype: torch.dtype, device: torch.device) -> DecoderWeights:
+    """Reads or draws the weights straight into their fused, packed form on ``device``. BadConfig."""
+    with torch.inference_mode():
+        tensors = _tensors(model, spec, dtype=dtype, device=device)
+        return assemble_weights(spec, tensors, dtype=dtype, device=device, source=model)
+
+
+def build_executor(config: ExecutorConfig, *, model: str, base_model_id: BaseModelId) -> TorchExecutor:
+    """Loads ``model`` on ``config.device`` and allocates the arena. BadConfig when an option or the model is wrong."""
+    device = _device(config.device)
+    dtype = _dtype(config, device)
+    if config.num_threads is not None:
+        torch.set_num_threads(config.num_threads)
+    spec = load_model_spec(model, base_model_id)
+    weights = load_weights(model, spec, dtype=dtype, device=device)
+    arena = Arena(
+        spec,
+        num_pages=plan_num_pages(config, spec, dtype=dtype, device=device),
+        page_size=config.page_size,
+        dtype=dtype,
+        device=device,
+    )
+    return TorchExecutor(
+        spec,
+        weights,
+        arena,
+        Sampler(spec, device),
+        max_rows=config.max_rows,
+        max_step_tokens=config.max_step_tokens,
+    )
+
+
+def _tensors(
+    model: str, spec: ModelSpec, *, dtype: torch.dtype, device: torch.device
+) -> Iterator[tuple[str, torch.Tensor]]:
+    if model.startswith(_RANDOM):
+        return random_tensors(model.removeprefix(_RANDOM), spec, dtype=dtype, device=device)
+    if model.endswith(".gguf"):
+        from loraplex.model_runner.gguf_weights import read_gguf_tensors
+
+        return read_gguf_tensors(Path(model), spec)
+    return read_checkpoint_tensors(Path(model))
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise BadConfig(f"device {name!r}: {error}", param="device") from error
+    if device.type not in ("cpu", "cuda"):
+        raise BadConfig(f"device {name!r} is not supported: cpu or cuda", param="device")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise BadConfig("device cuda: torch sees no CUDA device", param="device")
+    return device
+
+
+def _dtype(config: ExecutorConfig, device: torch.device) -> torch.dtype:
+    if config.dtype == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[config.dtype]

@@ -1,0 +1,27 @@
+"""How an executor runs: device, number format, arena size. Read by ``build_executor``, composed by ``config``."""
+
+from typing import Literal
+
+import msgspec
+
+
+class ExecutorConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    device: str = "cpu"
+    """``cpu``, ``cuda`` or ``cuda:N``."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of weights, KV, adapters and activations. ``auto``: float32 on the CPU, bfloat16 elsewhere."""
+    num_threads: int | None = None
+    """Threads of one torch operation on the CPU; None leaves torch's own choice. Holds for the whole process."""
+    page_size: int = 16
+    """Tokens of KV that one page holds."""
+    num_pages: int | None = None
+    """Pages of the arena; excludes ``arena_bytes``."""
+    arena_bytes: int | None = None
+    """Upper bound of the arena, rounded down to whole pages. With neither: 1 GiB on the CPU, elsewhere what
+    ``memory_fraction`` leaves after the weights and the activations of the largest step."""
+    memory_fraction: float = 0.9
+    """Share of the accelerator's memory that weights, activations and arena may take together."""
+    max_rows: int = 256
+    """Rows of a step, at most."""
+    max_step_tokens: int = 8192
+    """Tokens of a step, at most."""
