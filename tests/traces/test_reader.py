@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from loraplex.core.errors import InvalidInput, NotFound
 from loraplex.traces.arrivals import load_requests
-from loraplex.traces.config import TraceStoreConfig
+from loraplex.traces.config import TraceConfig
 from loraplex.traces.reader import read_traces
 from loraplex.traces.row import TraceRow
 from loraplex.traces.schema import TRACE_SCHEMA, encode_batch
@@ -90,9 +90,7 @@ def test_nothing_there_is_an_error(tmp_path: Path) -> None:
 
 def test_reading_beside_a_writer_sees_each_row_once(tmp_path: Path, make_row: Callable[..., TraceRow]) -> None:
     """The writer flushes and merges all the time; every read is a prefix of what was appended."""
-    writer = TraceWriter(
-        TraceStoreConfig(url=str(tmp_path), flush_interval_s=0.01, rotate_age_s=0.05, adopt_age_s=100.0)
-    )
+    writer = TraceWriter(TraceConfig(write_interval_s=0.01, rotate_age_s=0.05, adopt_age_s=100.0), str(tmp_path))
     writer.start()
     stop = threading.Event()
 

@@ -4,12 +4,12 @@ import asyncio
 from collections.abc import Callable
 
 from loraplex.core.errors import InvalidInput
-from loraplex.traces.config import RecorderConfig
+from loraplex.traces.config import TraceConfig
 from loraplex.traces.recorder import TraceRecorder
 from loraplex.traces.row import TraceRow
 from loraplex.traces.schema import decode_batch
 
-_FAST = RecorderConfig(flush_interval_s=0.01, retry_first_s=0.005, retry_max_s=0.01)
+_FAST = TraceConfig(send_interval_s=0.01, retry_first_s=0.005, retry_max_s=0.01)
 
 
 class _Receiver:
@@ -35,8 +35,8 @@ class _Receiver:
 
 async def test_rows_arrive_in_order_across_failures(make_row: Callable[..., TraceRow]) -> None:
     receiver = _Receiver(failures=5)
-    recorder = TraceRecorder(receiver.send, _FAST)
-    recorder.start()
+    recorder = TraceRecorder(_FAST, send=receiver.send)
+    await recorder.start()
     rows = [make_row(i) for i in range(50)]
     for row in rows:
         recorder.record(row)
@@ -50,9 +50,9 @@ async def test_rows_arrive_in_order_across_failures(make_row: Callable[..., Trac
 
 async def test_a_repeat_carries_the_same_sequence(make_row: Callable[..., TraceRow]) -> None:
     receiver = _Receiver(failures=1, lost_reply=True)
-    recorder = TraceRecorder(receiver.send, _FAST)
+    recorder = TraceRecorder(_FAST, send=receiver.send)
     recorder.record(make_row(0))
-    recorder.start()
+    await recorder.start()
     await asyncio.sleep(0.05)
     recorder.record(make_row(1))
     await recorder.close()
@@ -63,8 +63,8 @@ async def test_a_repeat_carries_the_same_sequence(make_row: Callable[..., TraceR
 
 async def test_a_row_waits_no_longer_than_the_interval(make_row: Callable[..., TraceRow]) -> None:
     receiver = _Receiver()
-    recorder = TraceRecorder(receiver.send, RecorderConfig(flush_interval_s=0.05))
-    recorder.start()
+    recorder = TraceRecorder(TraceConfig(send_interval_s=0.05), send=receiver.send)
+    await recorder.start()
     recorder.record(make_row(0))
     await asyncio.sleep(0.3)
     assert receiver.request_ids() == ["request-000000"]
@@ -73,8 +73,8 @@ async def test_a_row_waits_no_longer_than_the_interval(make_row: Callable[..., T
 
 async def test_a_full_batch_is_sent_at_once(make_row: Callable[..., TraceRow]) -> None:
     receiver = _Receiver()
-    recorder = TraceRecorder(receiver.send, RecorderConfig(flush_interval_s=60, max_batch_rows=10))
-    recorder.start()
+    recorder = TraceRecorder(TraceConfig(send_interval_s=60, max_batch_rows=10), send=receiver.send)
+    await recorder.start()
     await asyncio.sleep(0)
     for i in range(25):
         recorder.record(make_row(i))
@@ -88,12 +88,12 @@ async def test_a_full_batch_is_sent_at_once(make_row: Callable[..., TraceRow]) -
 async def test_memory_is_bounded_and_the_oldest_go(make_row: Callable[..., TraceRow]) -> None:
     receiver = _Receiver(failures=10**6)
     recorder = TraceRecorder(
-        receiver.send,
-        RecorderConfig(
-            flush_interval_s=0.01, retry_first_s=0.005, max_buffered_rows=20, max_batch_rows=5, close_timeout_s=0.1
+        TraceConfig(
+            send_interval_s=0.01, retry_first_s=0.005, max_unsent_rows=20, max_batch_rows=5, close_timeout_s=0.1
         ),
+        send=receiver.send,
     )
-    recorder.start()
+    await recorder.start()
     for i in range(100):
         recorder.record(make_row(i))
         if i % 10 == 0:
@@ -113,8 +113,8 @@ async def test_close_ends_even_when_nobody_listens(make_row: Callable[..., Trace
     async def never(_: bytes) -> None:
         await asyncio.sleep(3600)
 
-    recorder = TraceRecorder(never, RecorderConfig(flush_interval_s=0.01, close_timeout_s=0.1))
-    recorder.start()
+    recorder = TraceRecorder(TraceConfig(send_interval_s=0.01, close_timeout_s=0.1), send=never)
+    await recorder.start()
     recorder.record(make_row(0))
     await asyncio.wait_for(recorder.close(), timeout=5)
     counters = recorder.counters
@@ -130,7 +130,9 @@ async def test_a_hanging_send_is_repeated(make_row: Callable[..., TraceRow]) -> 
         if calls == 1:
             await asyncio.sleep(3600)
 
-    recorder = TraceRecorder(hangs_once, RecorderConfig(flush_interval_s=0.01, send_timeout_s=0.05, retry_first_s=0.01))
+    recorder = TraceRecorder(
+        TraceConfig(send_interval_s=0.01, send_timeout_s=0.05, retry_first_s=0.01), send=hangs_once
+    )
     recorder.record(make_row(0))
     await recorder.close()
     assert calls == 2
@@ -139,7 +141,7 @@ async def test_a_hanging_send_is_repeated(make_row: Callable[..., TraceRow]) -> 
 
 async def test_an_odd_row_costs_only_itself(make_row: Callable[..., TraceRow]) -> None:
     receiver = _Receiver()
-    recorder = TraceRecorder(receiver.send, _FAST)
+    recorder = TraceRecorder(_FAST, send=receiver.send)
     for row in (make_row(0), make_row(1, prompt_tokens=2**40), make_row(2)):
         recorder.record(row)
     await recorder.close()
@@ -151,7 +153,7 @@ async def test_refused_batches_are_not_repeated(make_row: Callable[..., TraceRow
     async def refuses(_: bytes) -> None:
         raise InvalidInput("no")
 
-    recorder = TraceRecorder(refuses, _FAST)
+    recorder = TraceRecorder(_FAST, send=refuses)
     recorder.record(make_row(0))
     await recorder.close()
     assert recorder.counters.refused == 1

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pytest
 from loraplex.core.errors import BadConfig, InvalidInput
-from loraplex.traces.config import TraceStoreConfig
+from loraplex.traces.config import TraceConfig
 from loraplex.traces.reader import read_traces
 from loraplex.traces.row import TraceRow
 from loraplex.traces.schema import encode_batch
@@ -24,13 +24,13 @@ from loraplex.traces.writer import TraceWriter
 
 _CHILD = """
 import json, sys, time
-from loraplex.traces.config import TraceStoreConfig
+from loraplex.traces.config import TraceConfig
 from loraplex.traces.row import TraceRow
 from loraplex.traces.schema import encode_batch
 from loraplex.traces.writer import TraceWriter
 
 folder, interval = sys.argv[1], float(sys.argv[2])
-writer = TraceWriter(TraceStoreConfig(url=folder, flush_interval_s=interval, rotate_age_s=0.5, adopt_age_s=1.0))
+writer = TraceWriter(TraceConfig(write_interval_s=interval, rotate_age_s=0.5, adopt_age_s=1.0), folder)
 writer.start()
 index = 0
 while True:
@@ -70,7 +70,7 @@ def _wait(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
 
 
 def test_clean_stop_loses_nothing(tmp_path: Path, make_row: Callable[..., TraceRow]) -> None:
-    writer = TraceWriter(TraceStoreConfig(url=str(tmp_path)))
+    writer = TraceWriter(TraceConfig(), str(tmp_path))
     writer.start()
     for i in range(20):
         writer.append(_batch(make_row, 10 * i, 10 * i + 10, i))
@@ -83,7 +83,7 @@ def test_clean_stop_loses_nothing(tmp_path: Path, make_row: Callable[..., TraceR
 
 
 def test_rows_reach_the_disk_within_the_interval(tmp_path: Path, make_row: Callable[..., TraceRow]) -> None:
-    writer = TraceWriter(TraceStoreConfig(url=str(tmp_path), flush_interval_s=0.1))
+    writer = TraceWriter(TraceConfig(write_interval_s=0.1), str(tmp_path))
     writer.start()
     try:
         for start in (0, 1, 2):
@@ -95,7 +95,7 @@ def test_rows_reach_the_disk_within_the_interval(tmp_path: Path, make_row: Calla
 
 
 def test_repeated_batches_are_written_once(tmp_path: Path, make_row: Callable[..., TraceRow]) -> None:
-    writer = TraceWriter(TraceStoreConfig(url=str(tmp_path)))
+    writer = TraceWriter(TraceConfig(), str(tmp_path))
     writer.start()
     for sequence in (0, 0, 1, 1, 0):
         writer.append(_batch(make_row, 10 * sequence, 10 * sequence + 10, sequence))
@@ -105,7 +105,7 @@ def test_repeated_batches_are_written_once(tmp_path: Path, make_row: Callable[..
 
 
 def test_bad_batch_is_refused_and_harmless(tmp_path: Path, make_row: Callable[..., TraceRow]) -> None:
-    writer = TraceWriter(TraceStoreConfig(url=str(tmp_path)))
+    writer = TraceWriter(TraceConfig(), str(tmp_path))
     writer.start()
     with pytest.raises(InvalidInput):
         writer.append(b"not arrow")
@@ -117,9 +117,7 @@ def test_bad_batch_is_refused_and_harmless(tmp_path: Path, make_row: Callable[..
 def test_full_disk_keeps_rows_then_drops_the_oldest(tmp_path: Path, make_row: Callable[..., TraceRow]) -> None:
     folder = _FailingFolder(pafs.LocalFileSystem(), str(tmp_path))
     folder.full = True
-    writer = TraceWriter(
-        TraceStoreConfig(url=str(tmp_path), flush_interval_s=0.02, max_buffered_rows=30), folder=folder
-    )
+    writer = TraceWriter(TraceConfig(write_interval_s=0.02, max_unwritten_rows=30), str(tmp_path), folder=folder)
     writer.start()
     try:
         for i in range(10):
@@ -141,7 +139,7 @@ def test_full_disk_keeps_rows_then_drops_the_oldest(tmp_path: Path, make_row: Ca
 def test_close_on_a_full_disk_ends_and_counts(tmp_path: Path, make_row: Callable[..., TraceRow]) -> None:
     folder = _FailingFolder(pafs.LocalFileSystem(), str(tmp_path))
     folder.full = True
-    writer = TraceWriter(TraceStoreConfig(url=str(tmp_path)), folder=folder)
+    writer = TraceWriter(TraceConfig(), str(tmp_path), folder=folder)
     writer.start()
     writer.append(_batch(make_row, 0, 5))
     writer.close()
@@ -153,12 +151,12 @@ def test_a_real_write_error_leaves_no_torn_file(tmp_path: Path) -> None:
     """The kernel refuses every write past one KiB, as a full disk would in the middle of a file."""
     code = f"""
 import os, resource
-from loraplex.traces.config import TraceStoreConfig
+from loraplex.traces.config import TraceConfig
 from loraplex.traces.row import TraceRow
 from loraplex.traces.schema import encode_batch
 from loraplex.traces.writer import TraceWriter
 resource.setrlimit(resource.RLIMIT_FSIZE, (1024, 1024))
-writer = TraceWriter(TraceStoreConfig(url={str(tmp_path)!r}, flush_interval_s=0.05))
+writer = TraceWriter(TraceConfig(write_interval_s=0.05), {str(tmp_path)!r})
 writer.start()
 rows = [TraceRow(arrival_s=float(i), tenant="a", request_id=os.urandom(16).hex(), endpoint="completions",
                  base_model_id="m", prompt_tokens=1, output_tokens=1, e2e_s=0.1, status=200, stream=False)
@@ -174,7 +172,7 @@ assert "File too large" in status.last_error, status
 
 
 def test_parts_are_merged_by_age_while_running(tmp_path: Path, make_row: Callable[..., TraceRow]) -> None:
-    writer = TraceWriter(TraceStoreConfig(url=str(tmp_path), flush_interval_s=0.02, rotate_age_s=0.2, adopt_age_s=5.0))
+    writer = TraceWriter(TraceConfig(write_interval_s=0.02, rotate_age_s=0.2, adopt_age_s=5.0), str(tmp_path))
     writer.start()
     try:
         for i in range(5):
@@ -188,7 +186,7 @@ def test_parts_are_merged_by_age_while_running(tmp_path: Path, make_row: Callabl
 
 
 def test_parts_are_merged_by_size(tmp_path: Path, make_row: Callable[..., TraceRow]) -> None:
-    writer = TraceWriter(TraceStoreConfig(url=str(tmp_path), flush_interval_s=0.02, rotate_bytes=20_000))
+    writer = TraceWriter(TraceConfig(write_interval_s=0.02, rotate_bytes=20_000), str(tmp_path))
     writer.start()
     try:
         for i in range(6):
@@ -203,20 +201,20 @@ def test_parts_are_merged_by_size(tmp_path: Path, make_row: Callable[..., TraceR
 def test_retention_deletes_the_oldest(tmp_path: Path, make_row: Callable[..., TraceRow]) -> None:
     sizes = []
     for i in range(4):
-        writer = TraceWriter(TraceStoreConfig(url=str(tmp_path)))
+        writer = TraceWriter(TraceConfig(), str(tmp_path))
         writer.start()
         writer.append(_batch(make_row, i, i + 1))
         writer.close()
         sizes.append(sum(path.stat().st_size for path in tmp_path.iterdir()))
         time.sleep(0.002)
-    writer = TraceWriter(TraceStoreConfig(url=str(tmp_path), max_total_bytes=sizes[1] + 100))
+    writer = TraceWriter(TraceConfig(max_total_bytes=sizes[1] + 100), str(tmp_path))
     writer.start()
     writer.close()
     assert _ids(tmp_path) == ["request-000002", "request-000003"]
 
 
 def test_a_damaged_part_is_set_aside_and_the_rest_merged(tmp_path: Path, make_row: Callable[..., TraceRow]) -> None:
-    writer = TraceWriter(TraceStoreConfig(url=str(tmp_path), flush_interval_s=0.02))
+    writer = TraceWriter(TraceConfig(write_interval_s=0.02), str(tmp_path))
     writer.start()
     for i in range(3):
         writer.append(_batch(make_row, i, i + 1, i))
@@ -232,7 +230,7 @@ def test_a_damaged_part_is_set_aside_and_the_rest_merged(tmp_path: Path, make_ro
 
 def test_a_restart_adopts_what_a_killed_writer_left(tmp_path: Path, make_row: Callable[..., TraceRow]) -> None:
     folder = TraceFolder.open(str(tmp_path))
-    first = TraceWriter(TraceStoreConfig(url=str(tmp_path), flush_interval_s=0.02))
+    first = TraceWriter(TraceConfig(write_interval_s=0.02), str(tmp_path))
     first.start()
     for i in range(3):
         first.append(_batch(make_row, i, i + 1, i))
@@ -241,7 +239,7 @@ def test_a_restart_adopts_what_a_killed_writer_left(tmp_path: Path, make_row: Ca
     for path in tmp_path.iterdir():
         os.utime(path, (1_000_000, 1_000_000))
     parts = folder.files()
-    second = TraceWriter(TraceStoreConfig(url=str(tmp_path)))
+    second = TraceWriter(TraceConfig(), str(tmp_path))
     second.start()
     _wait(lambda: all(not file.is_part for file in folder.files()))
     assert len(folder.files()) == 1
@@ -255,7 +253,7 @@ def test_a_restart_adopts_what_a_killed_writer_left(tmp_path: Path, make_row: Ca
 
 
 def test_two_writers_share_a_folder(tmp_path: Path, make_row: Callable[..., TraceRow]) -> None:
-    writers = [TraceWriter(TraceStoreConfig(url=str(tmp_path), flush_interval_s=0.01)) for _ in range(2)]
+    writers = [TraceWriter(TraceConfig(write_interval_s=0.01), str(tmp_path)) for _ in range(2)]
     for writer in writers:
         writer.start()
     for i in range(30):
@@ -294,7 +292,7 @@ def test_memory_filesystem_by_url_scheme(make_row: Callable[..., TraceRow]) -> N
     fsspec = pytest.importorskip("fsspec")
     filesystem = pafs.PyFileSystem(pafs.FSSpecHandler(fsspec.filesystem("memory")))
     folder = TraceFolder(filesystem, "/loraplex-traces-test")
-    writer = TraceWriter(TraceStoreConfig(url="memory"), folder=folder)
+    writer = TraceWriter(TraceConfig(), "memory", folder=folder)
     writer.start()
     writer.append(_batch(make_row, 0, 5))
     writer.close()
@@ -304,7 +302,7 @@ def test_memory_filesystem_by_url_scheme(make_row: Callable[..., TraceRow]) -> N
 
 
 def test_file_url(tmp_path: Path, make_row: Callable[..., TraceRow]) -> None:
-    writer = TraceWriter(TraceStoreConfig(url=(tmp_path / "deep" / "er").as_uri()))
+    writer = TraceWriter(TraceConfig(), (tmp_path / "deep" / "er").as_uri())
     writer.start()
     writer.append(_batch(make_row, 0, 5))
     writer.close()
@@ -313,11 +311,11 @@ def test_file_url(tmp_path: Path, make_row: Callable[..., TraceRow]) -> None:
 
 def test_bad_settings_are_named() -> None:
     with pytest.raises(BadConfig, match="nosuch://x"):
-        TraceWriter(TraceStoreConfig(url="nosuch://x"))
-    with pytest.raises(BadConfig, match="flush_interval_s"):
-        TraceStoreConfig(flush_interval_s=0)
+        TraceWriter(TraceConfig(), "nosuch://x")
+    with pytest.raises(BadConfig, match="write_interval_s"):
+        TraceConfig(write_interval_s=0)
     with pytest.raises(BadConfig, match="adopt_age_s"):
-        TraceStoreConfig(adopt_age_s=1.0)
+        TraceConfig(adopt_age_s=1.0)
 
 
 def test_names_sort_by_time() -> None:

@@ -9,7 +9,7 @@ import pyarrow.compute as pc
 from loraplex.core.errors import NotFound
 from loraplex.traces.reader import read_traces
 
-_COLUMNS = ("arrival_s", "tenant", "adapter_name", "prompt_tokens", "output_tokens")
+_COLUMNS = ("arrival_s", "tenant", "base_model_id", "adapter_name", "prompt_tokens", "output_tokens")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,6 +19,7 @@ class TraceRequest:
     arrival_s: float
     """Seconds since the first request of the trace."""
     tenant: str | None
+    base_model: str | None
     adapter: str | None
     prompt_tokens: int | None
     output_tokens: int | None
@@ -46,6 +47,13 @@ def load_requests(
         table = table.slice(0, limit)
     columns = [table.column(name).to_pylist() for name in _COLUMNS]
     return [
-        TraceRequest(arrival_s=at_s, tenant=tenant, adapter=adapter, prompt_tokens=prompt, output_tokens=output)
-        for at_s, tenant, adapter, prompt, output in zip(*columns, strict=True)
+        TraceRequest(
+            arrival_s=at_s,
+            tenant=tenant,
+            base_model=base_model,
+            adapter=adapter,
+            prompt_tokens=prompt,
+            output_tokens=output,
+        )
+        for at_s, tenant, base_model, adapter, prompt, output in zip(*columns, strict=True)
     ]

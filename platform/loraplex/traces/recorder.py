@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from loraplex.core.errors import InvalidInput
-from loraplex.traces.config import RecorderConfig
+from loraplex.traces.config import TraceConfig
 from loraplex.traces.row import TraceRow
 from loraplex.traces.schema import encode_batch
 
@@ -40,9 +40,9 @@ class TraceRecorder:
     ``send`` may raise anything to say "try again"; InvalidInput says that trying again is useless.
     """
 
-    def __init__(self, send: Callable[[bytes], Awaitable[None]], config: RecorderConfig | None = None) -> None:
+    def __init__(self, config: TraceConfig, *, send: Callable[[bytes], Awaitable[None]]) -> None:
         self._send = send
-        self._config = config or RecorderConfig()
+        self._config = config
         self._source = secrets.token_hex(8)
         self._sequence = 0
         self._rows: deque[TraceRow] = deque()
@@ -63,7 +63,7 @@ class TraceRecorder:
             buffered=len(self._rows) + len(self._in_flight),
         )
 
-    def start(self) -> None:
+    async def start(self) -> None:
         """Starts the sending task on the running event loop."""
         if self._task is None:
             self._task = asyncio.get_running_loop().create_task(self._run(), name="trace-recorder")
@@ -71,7 +71,7 @@ class TraceRecorder:
     def record(self, row: TraceRow) -> None:
         """Takes one row; O(1), never blocks, never raises. Drops the oldest row when the buffer is full."""
         self._recorded += 1
-        if len(self._rows) + len(self._in_flight) >= self._config.max_buffered_rows and self._rows:
+        if len(self._rows) + len(self._in_flight) >= self._config.max_unsent_rows and self._rows:
             self._rows.popleft()
             self._dropped += 1
         self._rows.append(row)
@@ -82,7 +82,7 @@ class TraceRecorder:
         """Sends everything that is left, for ``close_timeout_s`` at most; what remains then counts as dropped."""
         self._closing = True
         self._wake.set()
-        self.start()
+        await self.start()
         assert self._task is not None
         _, pending = await asyncio.wait([self._task], timeout=self._config.close_timeout_s)
         if pending:
@@ -97,7 +97,7 @@ class TraceRecorder:
     async def _run(self) -> None:
         while True:
             if len(self._rows) < self._config.max_batch_rows and not self._closing:
-                await self._sleep(self._config.flush_interval_s)
+                await self._sleep(self._config.send_interval_s)
             while self._rows:
                 await self._send_batch()
                 if len(self._rows) < self._config.max_batch_rows and not self._closing:

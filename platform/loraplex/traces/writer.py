@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from loraplex.core.clock import Clock, SystemClock
-from loraplex.traces.config import TraceStoreConfig
+from loraplex.traces.config import TraceConfig
 from loraplex.traces.parquet import to_parquet
 from loraplex.traces.rotation import adopt_orphans, delete_oldest, merge_parts
 from loraplex.traces.schema import decode_batch
@@ -44,11 +44,13 @@ class TraceWriter:
     """One writer per process and folder; several on one shared URL keep out of each other's way by their run names."""
 
     def __init__(
-        self, config: TraceStoreConfig, *, folder: TraceFolder | None = None, clock: Clock | None = None
+        self, config: TraceConfig, url: str, *, folder: TraceFolder | None = None, clock: Clock | None = None
     ) -> None:
-        """``folder``: instead of opening ``config.url``. Raises BadConfig for a URL that cannot be opened."""
+        """``url``: a local directory or pyarrow.fs URL, wherever ``config.url`` points. ``folder``: instead of opening
+        ``url``. Raises BadConfig for a URL that cannot be opened."""
         self._config = config
-        self._folder = folder or TraceFolder.open(config.url)
+        self._url = url
+        self._folder = folder or TraceFolder.open(url)
         self._clock = clock or SystemClock()
         self._run = f"{int(self._clock.wall_s() * 1000):013d}{secrets.token_hex(3)}"
         self._sequence = 0
@@ -62,19 +64,24 @@ class TraceWriter:
         self._received = self._written = self._dropped = self._repeated = 0
         self._last_error: str | None = None
         self._rotate_not_before_s = 0.0
+        self._started = False
         self._closing = False
         self._thread = threading.Thread(target=self._work, name="trace-writer", daemon=True)
 
     def start(self) -> None:
-        """Makes the folder and starts the thread. A folder that cannot be made yet is retried with the first write."""
-        self._thread.start()
+        """Starts the thread, which tidies the folder first. Done by the first ``append`` at the latest."""
+        with self._changed:
+            if not self._started:
+                self._started = True
+                self._thread.start()
 
     def append(self, batch: bytes) -> None:
-        """Takes one encoded batch; durable within ``flush_interval_s``. Any thread, does no I/O.
+        """Takes one encoded batch; durable within ``write_interval_s``. Any thread, does no I/O.
 
         Raises InvalidInput when it is no trace batch. A repeat of the source's last batch is accepted and ignored.
         """
         decoded = decode_batch(batch)
+        self.start()
         with self._changed:
             if decoded.source and decoded.sequence >= 0:
                 if decoded.sequence <= self._seen.get(decoded.source, -1):
@@ -97,7 +104,7 @@ class TraceWriter:
     def status(self) -> TraceStoreStatus:
         with self._changed:
             return TraceStoreStatus(
-                url=self._config.url,
+                url=self._url,
                 received_rows=self._received,
                 written_rows=self._written,
                 buffered_rows=self._buffered_rows + self._writing_rows,
@@ -118,7 +125,7 @@ class TraceWriter:
         """Asserts the state's invariants."""
         with self._changed:
             assert self._buffered_rows == sum(table.num_rows for table in self._tables)
-            assert self._buffered_rows <= self._config.max_buffered_rows
+            assert self._buffered_rows <= self._config.max_unwritten_rows
             assert self._received == self._written + self._buffered_rows + self._writing_rows + self._dropped
 
     def _work(self) -> None:
@@ -142,9 +149,9 @@ class TraceWriter:
     def _wait_s(self) -> float | None:
         """Until the buffer is due or the parts are to be merged; None: until something is appended."""
         if self._tables:
-            return max(0.0, self._oldest_s + self._config.flush_interval_s - self._clock.monotonic_s())
+            return max(0.0, self._oldest_s + self._config.write_interval_s - self._clock.monotonic_s())
         if self._parts:
-            return self._config.flush_interval_s
+            return self._config.write_interval_s
         return None
 
     def _is_due(self) -> bool:
@@ -153,8 +160,8 @@ class TraceWriter:
         if not self._tables:
             return False
         waited_s = self._clock.monotonic_s() - self._oldest_s
-        crowded = self._last_error is None and self._buffered_rows > self._config.max_buffered_rows // 2
-        return crowded or waited_s >= self._config.flush_interval_s
+        crowded = self._last_error is None and self._buffered_rows > self._config.max_unwritten_rows // 2
+        return crowded or waited_s >= self._config.write_interval_s
 
     def _flush(self) -> bool:
         """Writes the whole buffer as one part. False when the disk refused; the rows are back in the buffer then."""
@@ -199,13 +206,13 @@ class TraceWriter:
             self._oldest_s = self._clock.monotonic_s()
             self._drop_surplus()
             first = self._last_error is None
-            self._last_error = f"{self._config.url}: {error}"
+            self._last_error = f"{self._url}: {error}"
         if first:
-            _log.error("cannot write trace files to %s, keeping rows in memory: %s", self._config.url, error)
+            _log.error("cannot write trace files to %s, keeping rows in memory: %s", self._url, error)
 
     def _drop_surplus(self) -> None:
         """Drops the oldest rows over the limit. Called with the lock held."""
-        surplus = self._buffered_rows - self._config.max_buffered_rows
+        surplus = self._buffered_rows - self._config.max_unwritten_rows
         while surplus > 0:
             oldest = self._tables.popleft()
             count = min(surplus, oldest.num_rows)
@@ -251,4 +258,4 @@ class TraceWriter:
             adopt_orphans(self._folder, own_run=self._run, still_since_s=now_s - self._config.adopt_age_s)
             delete_oldest(self._folder, own_run=self._run, max_total_bytes=self._config.max_total_bytes)
         except (OSError, pa.ArrowException) as error:
-            _log.error("cannot tidy the trace folder %s: %s", self._config.url, error)
+            _log.error("cannot tidy the trace folder %s: %s", self._url, error)
