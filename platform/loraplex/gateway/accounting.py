@@ -1,0 +1,121 @@
+"""What one generation costs and leaves behind: quota settled, one trace row, metrics. Exactly once, whatever its end.
+
+Opened by the service after the model is resolved; closed by ``Generation`` or, when it never starts, by the service.
+"""
+
+from typing import Protocol
+
+from loraplex.core.clock import Clock
+from loraplex.core.ids import ReplicaId, TenantName
+from loraplex.gateway.call import CallInfo, GenerateCall
+from loraplex.gateway.directory import ResolvedModel
+from loraplex.telemetry.metrics import GatewayMetrics
+from loraplex.tenancy.quota_gate import QuotaGate, Reservation
+from loraplex.traces.row import TraceRow
+
+
+class Tracer(Protocol):
+    """``loraplex.traces.TraceRecorder`` is one."""
+
+    def record(self, row: TraceRow) -> None: ...
+
+
+class Account:
+    """One client request, from its admission to its end."""
+
+    def __init__(
+        self,
+        *,
+        call: GenerateCall,
+        info: CallInfo,
+        tenant: TenantName,
+        model: ResolvedModel,
+        quota: QuotaGate,
+        metrics: GatewayMetrics,
+        tracer: Tracer,
+        clock: Clock,
+    ) -> None:
+        self._call = call
+        self._info = info
+        self._tenant = tenant
+        self._model = model
+        self._quota = quota
+        self._metrics = metrics
+        self._tracer = tracer
+        self._clock = clock
+        self._reservation: Reservation | None = None
+        self._first_token_s: float | None = None
+        self._closed = False
+        self.prompt_tokens = 0
+        metrics.started()
+
+    def reserve(self, *, prompt_tokens: int, output_tokens: int) -> None:
+        """Raises RateLimited."""
+        self.prompt_tokens = prompt_tokens
+        now_s = self._clock.monotonic_s()
+        self._reservation = self._quota.reserve(self._tenant, prompt_tokens + output_tokens, now_s)
+
+    def first_token(self) -> None:
+        if self._first_token_s is None:
+            self._first_token_s = self._clock.monotonic_s()
+
+    def close(
+        self,
+        *,
+        status: int,
+        finish_reason: str | None = None,
+        output_tokens: int = 0,
+        cached_tokens: int = 0,
+        replica_id: ReplicaId | None = None,
+    ) -> None:
+        """Only the first call counts."""
+        if self._closed:
+            return
+        self._closed = True
+        now_s = self._clock.monotonic_s()
+        if self._reservation is not None:
+            # A request that generated nothing because we failed it is not charged for its prompt.
+            prompt_tokens = self.prompt_tokens if output_tokens or status < 500 else 0
+            self._quota.settle(self._reservation, prompt_tokens + output_tokens, now_s, prompt_tokens=prompt_tokens)
+        start_s = self._info.arrival_monotonic_s
+        e2e_s = now_s - start_s
+        ttft_s = tpot_s = None
+        if self._first_token_s is not None:
+            ttft_s = self._first_token_s - start_s
+            if output_tokens > 1:
+                tpot_s = (e2e_s - ttft_s) / (output_tokens - 1)
+        self._metrics.finished(
+            endpoint=self._call.endpoint,
+            tenant=self._tenant,
+            status=status,
+            prompt_tokens=self.prompt_tokens,
+            cached_tokens=cached_tokens,
+            output_tokens=output_tokens,
+            ttft_s=ttft_s,
+            tpot_s=tpot_s,
+            e2e_s=e2e_s,
+        )
+        adapter = self._model.adapter
+        self._tracer.record(
+            TraceRow(
+                arrival_s=self._info.arrival_s,
+                tenant=self._tenant,
+                request_id=self._info.request_id,
+                endpoint=self._call.endpoint,
+                base_model_id=self._model.base.base_model_id,
+                adapter_name=None if adapter is None else adapter.ref.name,
+                adapter_version=None if adapter is None else adapter.ref.version,
+                adapter_digest=None if adapter is None else adapter.ref.digest,
+                prompt_tokens=self.prompt_tokens,
+                cached_tokens=cached_tokens,
+                output_tokens=output_tokens,
+                ttft_s=ttft_s,
+                e2e_s=e2e_s,
+                tpot_s=tpot_s,
+                status=status,
+                finish_reason=finish_reason,
+                replica_id=replica_id,
+                priority=self._call.priority.value,
+                stream=self._call.stream,
+            )
+        )

@@ -1,0 +1,1 @@
+"""The public gRPC contract ``loraplex.v1`` and the code generated from it."""

@@ -1,0 +1,1 @@
+"""One router per HTTP resource, and what they share: schemas, errors, streams."""

@@ -1,0 +1,1 @@
+"""Metrics, each named once, and the set-up of logging. Knows nothing of what is measured."""
