@@ -63,9 +63,7 @@ class EngineMachine(RuleBasedStateMachine):
         )
         self.engine = Engine(config, model=self.executor.model, arena=self.executor.arena)
         self.clock = StepClock()
-        self.driver = StepDriver(
-            self.engine, self.executor, clock=self.clock, unstage=self.executor.unstage_adapter
-        )
+        self.driver = StepDriver(self.engine, self.executor, clock=self.clock, unstage=self.executor.unstage_adapter)
         self.requests: dict[RequestId, EngineRequest] = {}
         self.tokens: dict[RequestId, list[int]] = defaultdict(list)
         self.finished: dict[RequestId, RequestOutput] = {}
@@ -176,7 +174,9 @@ class EngineMachine(RuleBasedStateMachine):
             self.clock.now_s += 0.5
             outcome = self.driver.step()
             assert not self.executor.violations
-            assert outcome.progressed or self.engine.num_unfinished == 0, "requests are ready, nothing runs, and no event is due"
+            assert outcome.progressed or self.engine.num_unfinished == 0, (
+                "requests are ready, nothing runs, and no event is due"
+            )
             self.take(outcome.outputs)
         assert self.engine.num_unfinished == 0, "requests starve"
         self.engine.validate()

@@ -1,0 +1,132 @@
+"""One gateway's stream to one replica: connects, says hello, sends and receives frames, and connects again.
+
+Knows no requests; what was under way when a stream broke is the router's to resubmit. Lives on the gateway's event
+loop. ``ReplicaClient`` is the seam that tests and other carriers fill.
+"""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable
+from typing import Protocol
+
+import grpc
+import msgspec
+
+from loraplex.core.ids import GatewayId, RequestId
+from loraplex.core.request import EngineRequest
+from loraplex.core.wire import SECRET_METADATA_KEY, STREAM_METHOD, GatewayFrame, Hello, ReplicaFrame, encode
+from loraplex.core.wire import decode_replica_frame as decode
+from loraplex.router.config import RouterConfig
+
+_log = logging.getLogger(__name__)
+
+
+class ReplicaListener(Protocol):
+    """Called on the event loop, never concurrently."""
+
+    def on_frame(self, frame: ReplicaFrame) -> None:
+        """The first frame after a (re)connection has ``replica`` set: the replica is up."""
+
+    def on_down(self, reason: str) -> None:
+        """The stream broke, or could not be opened. The client goes on trying."""
+
+
+class ReplicaClient(Protocol):
+    def send(self, submits: tuple[EngineRequest, ...], aborts: tuple[RequestId, ...]) -> None:
+        """Does not block. What is sent while the stream is down is lost, as is what was not yet received."""
+
+    async def close(self) -> None:
+        """Ends the stream, after which the listener is not called any more. Idempotent."""
+
+
+class GrpcReplicaClient:
+    def __init__(
+        self,
+        address: str,
+        *,
+        gateway_id: GatewayId,
+        cluster_secret: Callable[[], str],
+        listener: ReplicaListener,
+        config: RouterConfig,
+    ) -> None:
+        """Starts to connect at once; needs a running event loop. ``address``: host:port."""
+        self._address = address
+        self._gateway_id = gateway_id
+        self._cluster_secret = cluster_secret
+        self._listener = listener
+        self._config = config
+        self._submits: list[EngineRequest] = []
+        self._aborts: list[RequestId] = []
+        self._pending = asyncio.Event()
+        self._received = False
+        self._task = asyncio.create_task(self._run(), name=f"replica {address}")
+
+    def send(self, submits: tuple[EngineRequest, ...], aborts: tuple[RequestId, ...]) -> None:
+        self._submits.extend(submits)
+        self._aborts.extend(aborts)
+        self._pending.set()
+
+    async def close(self) -> None:
+        self._task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._task
+
+    async def _run(self) -> None:
+        pause_s = self._config.reconnect_min_s
+        while True:
+            self._received = False
+            reason = await self._connect_once()
+            self._submits.clear()
+            self._aborts.clear()
+            if self._received:
+                pause_s = self._config.reconnect_min_s
+            _log.warning("stream to replica at %s is down: %s", self._address, reason)
+            self._listener.on_down(reason)
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, self._config.reconnect_max_s)
+
+    async def _connect_once(self) -> str:
+        """Holds one stream until it breaks; returns why."""
+        keepalive_ms = int(self._config.keepalive_s * 1000)
+        options = (
+            ("grpc.max_receive_message_length", -1),
+            ("grpc.max_send_message_length", -1),
+            ("grpc.keepalive_time_ms", keepalive_ms),
+            ("grpc.keepalive_timeout_ms", keepalive_ms),
+            ("grpc.http2.max_pings_without_data", 0),
+            # Its own connection: otherwise gRPC's own back-off, shared by all channels to the address, comes on top.
+            ("grpc.use_local_subchannel_pool", 1),
+        )
+        async with grpc.aio.insecure_channel(self._address, options=options) as channel:
+            method = channel.stream_stream(STREAM_METHOD, request_serializer=bytes, response_deserializer=bytes)
+            call = method(None, metadata=((SECRET_METADATA_KEY, self._cluster_secret()),))
+            writer: asyncio.Task[None] | None = None
+            try:
+                await call.write(encode(GatewayFrame(hello=Hello(gateway_id=self._gateway_id))))
+                writer = asyncio.create_task(self._write(call))
+                while isinstance(data := await call.read(), bytes):
+                    frame = decode(data)
+                    self._received = True
+                    self._listener.on_frame(frame)
+                return f"the replica ended the stream: {(await call.code()).name} {await call.details()}".rstrip()
+            except grpc.aio.AioRpcError as error:
+                return f"{error.code().name}: {error.details()}"
+            except msgspec.MsgspecError as error:
+                return f"not a replica frame: {error}"
+            finally:
+                call.cancel()
+                if writer is not None:
+                    writer.cancel()
+                    await asyncio.gather(writer, return_exceptions=True)
+
+    async def _write(self, call: grpc.aio.StreamStreamCall[bytes, bytes]) -> None:
+        # A failed write ends the call as well, and the reader tells why.
+        while True:
+            await self._pending.wait()
+            self._pending.clear()
+            if self._submits or self._aborts:
+                frame = GatewayFrame(submits=tuple(self._submits), aborts=tuple(self._aborts))
+                self._submits.clear()
+                self._aborts.clear()
+                await call.write(encode(frame))

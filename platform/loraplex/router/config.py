@@ -1,0 +1,26 @@
+"""The router's own settings: how long requests wait, for what, and how replicas are preferred."""
+
+from typing import Annotated
+
+import msgspec
+
+_Positive = Annotated[float, msgspec.Meta(gt=0)]
+
+
+class RouterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    max_queued_requests: Annotated[int, msgspec.Meta(ge=0)] = 512
+    """Generations of one base that wait in this router for a replica's credit; what is more is refused."""
+    max_queue_wait_s: _Positive = 60.0
+    """A generation that no replica took for this long is refused."""
+    resume_timeout_s: _Positive = 15.0
+    """Generations of a lost replica are given up when none could take them over for this long."""
+    load_slack: Annotated[int, msgspec.Meta(ge=0)] = 2
+    """Replicas whose loads differ by no more than this are alike; then prefix and adapter affinity decide."""
+    load_bound: Annotated[float, msgspec.Meta(ge=1)] = 1.25
+    """A replica that has the adapter is left for another when its load exceeds the mean by this factor (plus
+    ``load_slack``), so that a hot adapter spreads."""
+    reconnect_min_s: _Positive = 0.05
+    """First pause after a broken stream; doubled with each failure in a row."""
+    reconnect_max_s: _Positive = 2.0
+    keepalive_s: _Positive = 10.0
+    """A replica that answers no ping for this long is taken for dead."""

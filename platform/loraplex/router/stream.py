@@ -1,0 +1,97 @@
+"""The tokens of one client request on their way back: buffer, wake-up, and what a resubmission needs.
+
+Owns what each generation has got so far. Knows no replicas; the router pushes, the gateway pulls.
+"""
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import replace
+
+from loraplex.core.errors import LoraplexError
+from loraplex.core.ids import ReplicaId, RequestId
+from loraplex.core.request import EngineRequest, RequestOutput
+
+
+class Generation:
+    """One unfinished generation."""
+
+    __slots__ = ("emitted", "request", "stream", "token_ids")
+
+    def __init__(self, request: EngineRequest, stream: "RoutedStream") -> None:
+        self.request = request
+        self.stream = stream
+        self.token_ids = list(request.resumed_token_ids)
+        self.emitted = False
+
+    def resumed_request(self) -> EngineRequest:
+        """The request as another replica can go on with it."""
+        if len(self.token_ids) == len(self.request.resumed_token_ids):
+            return self.request
+        return replace(self.request, resumed_token_ids=tuple(self.token_ids))
+
+    def take(self, output: RequestOutput) -> RequestOutput:
+        """Notes what arrived; returns it as the caller shall see it: cached tokens are told once."""
+        for token in output.tokens:
+            self.token_ids.append(token.token_id)
+        if self.emitted and output.num_cached_tokens:
+            output = replace(output, num_cached_tokens=0)
+        self.emitted = True
+        return output
+
+
+class RoutedStream:
+    """Implements ``core.generation.TokenStream``. One consumer."""
+
+    def __init__(
+        self, requests: tuple[EngineRequest, ...], *, order: int, on_abort: Callable[["RoutedStream"], None]
+    ) -> None:
+        self.order = order
+        self.generations: dict[RequestId, Generation] = {r.request_id: Generation(r, self) for r in requests}
+        """The unfinished ones."""
+        self.first = requests[0]
+        self.replica_id: ReplicaId | None = None
+        """Where it runs, or ran last; None while it never left the router."""
+        self.resumed = False
+        """It was on a replica that was lost."""
+        self.timer: asyncio.TimerHandle | None = None
+        """Set while it waits in the router."""
+        self._on_abort = on_abort
+        self._buffer: list[RequestOutput] = []
+        self._waiter: asyncio.Future[None] | None = None
+        self._error: LoraplexError | None = None
+
+    async def next_outputs(self) -> tuple[RequestOutput, ...]:
+        """As the protocol says; besides ReplicaLost also Overloaded and Unavailable, when it waited in vain."""
+        if not self._buffer:
+            if self._error is None and self.generations:
+                self._waiter = asyncio.get_running_loop().create_future()
+                try:
+                    await self._waiter
+                finally:
+                    self._waiter = None
+            if not self._buffer and self._error is not None:
+                raise self._error
+        outputs, self._buffer = tuple(self._buffer), []
+        return outputs
+
+    def abort(self) -> None:
+        if self.generations:
+            self._on_abort(self)
+            self.generations.clear()
+            self.wake()
+
+    def push(self, generation: Generation, output: RequestOutput) -> None:
+        """Adds to the buffer without waking anybody."""
+        self._buffer.append(generation.take(output))
+        if output.finish_reason is not None:
+            del self.generations[output.request_id]
+
+    def fail(self, error: LoraplexError) -> None:
+        """The generations can go on nowhere."""
+        self._error = error
+        self.generations.clear()
+        self.wake()
+
+    def wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)

@@ -1,0 +1,319 @@
+"""Router and replica over a real gRPC stream, with the fake executor."""
+
+import asyncio
+import itertools
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack
+
+import pytest
+from loraplex.core.adapter import AdapterManifest, AdapterRef
+from loraplex.core.control import ReplicaRoute
+from loraplex.core.errors import LoraplexError, Overloaded, ReplicaLost, Unavailable
+from loraplex.core.ids import BaseModelId, Digest, GatewayId, ReplicaId, RequestId, TenantName
+from loraplex.core.request import EngineRequest, FinishReason, SamplingParams
+from loraplex.engine import EngineConfig
+from loraplex.replica.config import ReplicaConfig
+from loraplex.replica.engine_loop import EngineLoop
+from loraplex.replica.server import ReplicaServer
+from loraplex.router.config import RouterConfig
+from loraplex.router.router import Router
+from loraplex.router.stream import RoutedStream
+from loraplex.testing.fake_executor import FakeExecutor, expected_tokens, fake_manifest
+
+SECRET = "s" * 16
+POISONED, UNSTAGEABLE, MISSING = "d" * 64, "e" * 64, "f" * 64
+_ids = itertools.count()
+
+
+class FakeSource:
+    def fetch(self, digest: Digest) -> tuple[AdapterManifest, str]:
+        if digest == MISSING:
+            raise OSError("gone")
+        return fake_manifest(digest), f"/artifacts/{digest}"
+
+
+class Replica:
+    def __init__(self, replica_id: str, *, step_s: float = 0.002, engine: EngineConfig | None = None) -> None:
+        self.replica_id = ReplicaId(replica_id)
+        self.executor = FakeExecutor(num_pages=256, step_s=step_s, poisoned=[POISONED], unstageable=[UNSTAGEABLE])
+        self.loop = EngineLoop(
+            replica_id=self.replica_id,
+            executor=self.executor,
+            engine_config=engine or EngineConfig(max_running=16),
+            source=FakeSource(),
+        )
+        self.server = ReplicaServer(self.loop, cluster_secret=SECRET, config=ReplicaConfig(stop_grace_s=0.0))
+        self.port = 0
+
+    async def start(self) -> "Replica":
+        self.loop.start()
+        self.port = await self.server.start("127.0.0.1")
+        return self
+
+    @property
+    def route(self) -> ReplicaRoute:
+        return ReplicaRoute(
+            replica_id=self.replica_id, base_model_id=BaseModelId("fake-base"), address=f"127.0.0.1:{self.port}"
+        )
+
+
+@pytest.fixture
+async def stack() -> AsyncIterator[AsyncExitStack]:
+    async with AsyncExitStack() as stack:
+        yield stack
+
+
+async def start_replica(stack: AsyncExitStack, replica_id: str, **kwargs: object) -> Replica:
+    replica = await Replica(replica_id, **kwargs).start()  # type: ignore[arg-type]
+    stack.push_async_callback(replica.server.stop)
+    return replica
+
+
+def start_router(
+    stack: AsyncExitStack, *replicas: Replica, secret: str = SECRET, gateway: str = "g1", **config: float
+) -> Router:
+    router = Router(gateway_id=GatewayId(gateway), config=RouterConfig(**config))  # type: ignore[arg-type]
+    stack.push_async_callback(router.close)
+    router.update(tuple(replica.route for replica in replicas), secret)
+    return router
+
+
+def make_request(
+    *, max_tokens: int = 20, adapter: str | None = None, tenant: str = "acme", length: int = 6
+) -> EngineRequest:
+    number = next(_ids)
+    ref = None
+    if adapter is not None:
+        ref = AdapterRef(tenant=TenantName(tenant), name="a", version=1, digest=Digest(adapter))
+    return EngineRequest(
+        request_id=RequestId(f"r{number}"),
+        tenant=TenantName(tenant),
+        base_model_id=BaseModelId("fake-base"),
+        adapter=ref,
+        prompt_token_ids=tuple((number + i) % 900 for i in range(length)),
+        sampling=SamplingParams(max_tokens=max_tokens, seed=number),
+        arrival_s=time.time(),
+        cache_salt=tenant,
+    )
+
+
+async def read(stream: RoutedStream) -> tuple[dict[str, list[int]], dict[str, FinishReason], list[str]]:
+    tokens: dict[str, list[int]] = {}
+    reasons: dict[str, FinishReason] = {}
+    errors: list[str] = []
+    while outputs := await stream.next_outputs():
+        for output in outputs:
+            assert output.request_id not in reasons
+            tokens.setdefault(output.request_id, []).extend(token.token_id for token in output.tokens)
+            if output.finish_reason is not None:
+                reasons[output.request_id] = output.finish_reason
+            if output.error is not None:
+                errors.append(output.error)
+    return tokens, reasons, errors
+
+
+async def check(router: Router, *requests: EngineRequest) -> None:
+    tokens, reasons, _ = await read(router.dispatch(requests))
+    for request in requests:
+        assert reasons[request.request_id] is FinishReason.LENGTH
+        expected = expected_tokens(request, request.sampling.max_tokens)
+        assert tuple(tokens[request.request_id]) == expected
+
+
+async def eventually(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "did not happen in time"
+        await asyncio.sleep(0.01)
+
+
+async def test_many_requests_over_adapters_get_their_tokens(stack: AsyncExitStack) -> None:
+    replicas = [await start_replica(stack, f"replica-{i}") for i in range(2)]
+    routers = [start_router(stack, *replicas, gateway=f"g{i}") for i in range(3)]
+    adapters = [None, "a" * 64, "b" * 64, "c" * 64]
+    await asyncio.gather(
+        *(check(routers[i % 3], *(make_request(adapter=adapters[i % 4]) for _ in range(1 + i % 3))) for i in range(60))
+    )
+    assert all(replica.loop.num_unfinished == 0 for replica in replicas)
+    await eventually(lambda: all(load.num_running == 0 for load in routers[0].loads().values()))
+    assert sum(load.generated_tokens for load in routers[0].loads().values()) == 20 * sum(1 + i % 3 for i in range(60))
+
+
+async def test_adapter_requests_go_where_the_adapter_is(stack: AsyncExitStack) -> None:
+    replicas = [await start_replica(stack, f"replica-{i}") for i in range(3)]
+    router = start_router(stack, *replicas)
+    await eventually(lambda: len(router.loads()) == 3)
+    homes = set()
+    for _ in range(6):
+        stream = router.dispatch((make_request(adapter="a" * 64),))
+        await read(stream)
+        homes.add(stream.replica_id)
+    assert len(homes) == 1
+    assert sum(bool(replica.executor.loaded) for replica in replicas) == 1
+
+
+async def test_bad_adapters_end_their_own_requests_only(stack: AsyncExitStack) -> None:
+    replica = await start_replica(stack, "replica-0")
+    router = start_router(stack, replica)
+
+    async def fails(adapter: str, message: str) -> None:
+        _, reasons, errors = await read(router.dispatch((make_request(adapter=adapter),)))
+        assert list(reasons.values()) == [FinishReason.ERROR]
+        assert message in errors[0]
+
+    await asyncio.gather(
+        *(check(router, make_request(max_tokens=60, adapter=a)) for a in (None, "a" * 64, None, "b" * 64)),
+        fails(POISONED, "the model failed"),
+        fails(UNSTAGEABLE, "does not match its manifest"),
+        fails(MISSING, "could not be read"),
+    )
+    assert replica.loop.alive
+    assert not replica.executor.violations
+    await check(router, make_request())
+
+
+async def test_a_strange_secret_is_refused(stack: AsyncExitStack, caplog: pytest.LogCaptureFixture) -> None:
+    replica = await start_replica(stack, "replica-0")
+    router = start_router(stack, replica, secret="wrong", max_queue_wait_s=0.3)
+    with pytest.raises(Unavailable):
+        await read(router.dispatch((make_request(),)))
+    assert router.loads() == {}
+    assert "UNAUTHENTICATED" in caplog.text
+    router.update((replica.route,), SECRET)
+    await eventually(lambda: bool(router.loads()))
+    await check(router, make_request())
+
+
+async def test_abort_frees_the_pages(stack: AsyncExitStack) -> None:
+    replica = await start_replica(stack, "replica-0")
+    router = start_router(stack, replica)
+    stream = router.dispatch((make_request(max_tokens=400), make_request(max_tokens=400)))
+    await stream.next_outputs()
+    stream.abort()
+    stream.abort()
+    while await stream.next_outputs():
+        pass
+    await eventually(lambda: replica.loop.num_unfinished == 0)
+    await eventually(lambda: router.loads()[replica.replica_id].num_free_pages == 256)
+
+
+async def test_a_gateway_that_leaves_aborts_its_requests(stack: AsyncExitStack) -> None:
+    replica = await start_replica(stack, "replica-0")
+    leaving, staying = start_router(stack, replica, gateway="g1"), start_router(stack, replica, gateway="g2")
+    stream = leaving.dispatch((make_request(max_tokens=450),))
+    other = asyncio.create_task(check(staying, make_request(max_tokens=200)))
+    await stream.next_outputs()
+    assert replica.loop.num_unfinished == 2
+    await leaving.close()
+    with pytest.raises(Unavailable):
+        await read(stream)
+    await eventually(lambda: replica.loop.num_unfinished == 1)
+    await other
+
+
+async def test_a_lost_replica_loses_no_token(stack: AsyncExitStack) -> None:
+    first, second = [await start_replica(stack, f"replica-{i}", step_s=0.005) for i in range(2)]
+    router = start_router(stack, first, second)
+    await eventually(lambda: len(router.loads()) == 2)
+    runs = [
+        asyncio.create_task(check(router, make_request(max_tokens=100, adapter=adapter), make_request(max_tokens=90)))
+        for adapter in (None, "a" * 64, "b" * 64, "c" * 64) * 2
+    ]
+    await eventually(lambda: min(load.generated_tokens for load in router.loads().values()) > 100)
+    assert first.loop.num_unfinished > 0
+    await first.server.stop()
+    await asyncio.gather(*runs)
+    assert list(router.loads()) == [second.replica_id]
+
+
+async def test_the_same_replica_goes_on_after_it_is_back(stack: AsyncExitStack) -> None:
+    replica = await start_replica(stack, "replica-0", step_s=0.005)
+    router = start_router(stack, replica)
+    run = asyncio.create_task(check(router, make_request(max_tokens=150)))
+    await eventually(lambda: replica.loop.num_unfinished == 1)
+    await asyncio.sleep(0.1)
+    # The same gateway opens a second stream: the replica ends the first, as after a connection that broke unseen.
+    intruder = start_router(stack, replica, gateway="g1")
+    await eventually(lambda: bool(intruder.loads()))
+    await intruder.close()
+    await run
+
+
+async def test_a_replica_that_stays_away_is_lost(stack: AsyncExitStack) -> None:
+    replica = await start_replica(stack, "replica-0", step_s=0.005)
+    router = start_router(stack, replica, resume_timeout_s=0.3)
+    stream = router.dispatch((make_request(max_tokens=400),))
+    await stream.next_outputs()
+    await replica.server.stop()
+    with pytest.raises(ReplicaLost):
+        await read(stream)
+    assert router.num_queued() == 0
+
+
+async def test_what_waits_too_long_or_in_too_great_number_is_refused(stack: AsyncExitStack) -> None:
+    replica = await start_replica(stack, "replica-0", step_s=0.01, engine=EngineConfig(max_running=1, max_waiting=1))
+    router = start_router(stack, replica, max_queue_wait_s=0.5, max_queued_requests=3)
+    await eventually(lambda: bool(router.loads()))
+    streams = [router.dispatch((make_request(max_tokens=300),)) for _ in range(5)]
+    with pytest.raises(Overloaded) as refused:
+        router.dispatch((make_request(),))
+    assert refused.value.retry_after_s >= 1.0
+    assert router.num_queued() == 3
+
+    async def outcome(stream: RoutedStream) -> object:
+        try:
+            return list((await read(stream))[1].values())
+        except LoraplexError as error:
+            return type(error)
+
+    outcomes = [asyncio.create_task(outcome(stream)) for stream in streams]
+    assert await asyncio.gather(*outcomes[2:]) == [Overloaded] * 3
+    for stream in streams:
+        stream.abort()
+
+
+async def test_queued_requests_run_when_credits_come(stack: AsyncExitStack) -> None:
+    replica = await start_replica(stack, "replica-0", engine=EngineConfig(max_running=2, max_waiting=1))
+    router = start_router(stack, replica)
+    await asyncio.gather(*(check(router, make_request(tenant=f"t{i % 3}")) for i in range(20)))
+    assert router.num_queued() == 0
+
+
+async def test_unknown_base_and_removed_route(stack: AsyncExitStack) -> None:
+    first, second = [await start_replica(stack, f"replica-{i}", step_s=0.005) for i in range(2)]
+    router = start_router(stack)
+    with pytest.raises(Unavailable):
+        router.dispatch((make_request(),))
+    router.update((first.route,), SECRET)
+    run = asyncio.create_task(check(router, make_request(max_tokens=100)))
+    await eventually(lambda: first.loop.num_unfinished == 1)
+    router.update((second.route,), SECRET)
+    await check(router, make_request())
+    assert {status.replica_id: status.draining for status in router.statuses()} == {
+        "replica-1": False,
+        "replica-0": True,
+    }
+    await run
+    await eventually(lambda: [status.replica_id for status in router.statuses()] == ["replica-1"])
+
+
+async def test_engine_refusals_come_back_as_errors(stack: AsyncExitStack) -> None:
+    replica = await start_replica(stack, "replica-0")
+    router = start_router(stack, replica)
+    _, reasons, errors = await read(router.dispatch((make_request(length=600),)))
+    assert list(reasons.values()) == [FinishReason.ERROR]
+    assert "context" in errors[0]
+
+
+async def test_a_stopping_replica_finishes_what_runs(stack: AsyncExitStack) -> None:
+    replica = await start_replica(stack, "replica-0", step_s=0.005)
+    replica.server = ReplicaServer(replica.loop, cluster_secret=SECRET, config=ReplicaConfig(stop_grace_s=10.0))
+    replica.port = await replica.server.start("127.0.0.1")
+    router = start_router(stack, replica)
+    run = asyncio.create_task(check(router, make_request(max_tokens=100)))
+    await eventually(lambda: replica.loop.num_unfinished == 1)
+    await replica.server.stop()
+    await run
+    await eventually(lambda: not replica.loop.alive)
+    assert replica.executor.closed
