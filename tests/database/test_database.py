@@ -19,13 +19,14 @@ def config(tmp_path: Path) -> DatabaseConfig:
 
 
 def _path(config: DatabaseConfig) -> str:
+    assert config.url is not None
     return config.url.removeprefix("sqlite:///")
 
 
 def test_each_open_takes_the_next_epoch_and_keeps_the_secret(config: DatabaseConfig) -> None:
-    first = Database(config)
+    first = Database(config, directory=Path())
     first.close()
-    second = Database(config)
+    second = Database(config, directory=Path())
     assert (first.epoch, second.epoch) == (1, 2)
     assert first.cluster_secret == second.cluster_secret
     assert len(first.cluster_secret) >= 32
@@ -33,7 +34,7 @@ def test_each_open_takes_the_next_epoch_and_keeps_the_secret(config: DatabaseCon
 
 
 def test_file_is_private_and_durable(config: DatabaseConfig) -> None:
-    database = Database(config)
+    database = Database(config, directory=Path())
     assert stat.S_IMODE(os.stat(_path(config)).st_mode) == 0o600
     with database.write() as session:
         for pragma, value in (("journal_mode", "wal"), ("synchronous", 2), ("foreign_keys", 1), ("busy_timeout", 200)):
@@ -42,8 +43,8 @@ def test_file_is_private_and_durable(config: DatabaseConfig) -> None:
 
 
 def test_a_replaced_controller_reads_but_does_not_write(config: DatabaseConfig) -> None:
-    old = Database(config)
-    new = Database(config)
+    old = Database(config, directory=Path())
+    new = Database(config, directory=Path())
     with pytest.raises(Unavailable, match="newer controller") as caught, old.write():
         pytest.fail("must not be entered")
     assert caught.value.code == "superseded"
@@ -62,7 +63,7 @@ def _change_and_fail(database: Database) -> None:
 
 
 def test_an_exception_rolls_back(config: DatabaseConfig) -> None:
-    database = Database(config)
+    database = Database(config, directory=Path())
     with pytest.raises(RuntimeError):
         _change_and_fail(database)
     with database.read() as session:
@@ -71,7 +72,7 @@ def test_an_exception_rolls_back(config: DatabaseConfig) -> None:
 
 
 def test_what_a_read_session_changes_is_not_kept(config: DatabaseConfig) -> None:
-    database = Database(config)
+    database = Database(config, directory=Path())
     with database.read() as session:
         session.execute(text("UPDATE cluster SET secret = 'x'"))
     with database.read() as session:
@@ -81,15 +82,15 @@ def test_what_a_read_session_changes_is_not_kept(config: DatabaseConfig) -> None
 
 @pytest.mark.parametrize(("version", "relation"), [(SCHEMA_VERSION + 1, "newer"), (SCHEMA_VERSION - 1, "older")])
 def test_another_schema_version_is_refused(config: DatabaseConfig, version: int, relation: str) -> None:
-    Database(config).close()
+    Database(config, directory=Path()).close()
     with sqlite3.connect(_path(config)) as connection:
         connection.execute("UPDATE cluster SET schema_version = ?", (version,))
     with pytest.raises(BadConfig, match=rf"schema version {version}, {relation}"):
-        Database(config)
+        Database(config, directory=Path())
 
 
 def test_a_locked_database_is_unavailable_not_a_hang(config: DatabaseConfig) -> None:
-    database = Database(config)
+    database = Database(config, directory=Path())
     other = sqlite3.connect(_path(config), isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
     with pytest.raises(Unavailable, match="locked"), database.write():
@@ -110,7 +111,7 @@ def _outgrow(database: Database) -> None:
 
 
 def test_a_full_disk_is_storage_full_and_leaves_the_old_state(config: DatabaseConfig) -> None:
-    database = Database(config)
+    database = Database(config, directory=Path())
     with database.write() as session:
         session.execute(text("CREATE TABLE ballast (body BLOB)"))
     with pytest.raises(StorageFull):
@@ -132,7 +133,7 @@ def test_a_full_disk_is_storage_full_and_leaves_the_old_state(config: DatabaseCo
 )
 def test_a_bad_url_is_a_config_error(url: str, message: str) -> None:
     with pytest.raises(BadConfig, match=message) as caught:
-        Database(DatabaseConfig(url=url))
+        Database(DatabaseConfig(url=url), directory=Path())
     assert caught.value.param == "database.url"
 
 
@@ -140,4 +141,4 @@ def test_a_file_that_is_no_database_is_named(tmp_path: Path) -> None:
     path = tmp_path / "control.db"
     path.write_bytes(b"not a database, but long enough to have a header of one hundred bytes" * 50)
     with pytest.raises(BadConfig, match=r"control\.db is not a control database"):
-        Database(DatabaseConfig(url=f"sqlite:///{path}"))
+        Database(DatabaseConfig(url=f"sqlite:///{path}"), directory=Path())

@@ -19,7 +19,7 @@ GLOBEX = TenantName("globex")
 
 @pytest.fixture
 def database(tmp_path: Path) -> Iterator[Database]:
-    database = Database(DatabaseConfig(url=f"sqlite:///{tmp_path}/control.db"))
+    database = Database(DatabaseConfig(), directory=tmp_path)
     yield database
     database.close()
 

@@ -86,6 +86,9 @@ class ArtifactInfo:
     manifest: AdapterManifest
     url: str
     """pyarrow.fs URL or local path of the safetensors file."""
+    content_sha256: str = ""
+    """Lower-case hex, of the file's bytes: what a node checks a copy against (the digest is keyed by a
+    tenant secret)."""
 
 
 class ControlPlane(Protocol):

@@ -27,12 +27,12 @@ _POSTGRES_DISK_FULL = "53100"
 class Database:
     """An open control database, leased by this process under ``epoch``."""
 
-    def __init__(self, config: DatabaseConfig) -> None:
-        """Creates what is missing, checks the schema version, takes the lease.
+    def __init__(self, config: DatabaseConfig, *, directory: Path) -> None:
+        """Creates what is missing, checks the schema version, takes the lease. ``directory`` holds the default file.
 
         Raises BadConfig (URL, not a database, made by a newer program), StorageFull, Unavailable.
         """
-        self._url = _parse_url(config.url)
+        self._url = _parse_url(config.url or f"sqlite:///{directory / 'control.db'}")
         self._engine = _make_engine(self._url, config.busy_timeout_s)
         self._read_sessions = sessionmaker(self._engine, expire_on_commit=False)
         self._write_sessions = sessionmaker(

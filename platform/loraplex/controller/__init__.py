@@ -1,0 +1,1 @@
+"""The controller: the only writer of cluster state. Implements ``core.control.ControlPlane`` in-process."""

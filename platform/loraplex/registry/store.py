@@ -1,0 +1,201 @@
+"""The artifact store: checked safetensors files under their digest, on a local disk or behind ``pyarrow.fs``.
+
+A file appears under its final name complete or not at all: temporary name, fsync, atomic rename (local), or upload
+under a temporary key, then move (remote). So kill -9 leaves at most a temporary file, which ``collect`` removes. Knows
+no tenant and no database; the controller says which digests are referenced. Blocking; called from worker threads.
+"""
+
+import errno
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import pyarrow.fs
+
+from loraplex.core.errors import BadConfig, NotFound, StorageFull, Unavailable
+from loraplex.core.ids import Digest
+
+_SUFFIX = ".safetensors"
+_FILE_NAME = re.compile(r"([0-9a-f]{64})\.safetensors\Z")
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class ArtifactStore(Protocol):
+    def publish(self, source: Path, digest: Digest) -> None:
+        """Stores the file at ``source`` (which may be moved away). No effect when the digest is stored already.
+
+        Raises StorageFull, Unavailable.
+        """
+
+    def url(self, digest: Digest) -> str:
+        """Absolute local path, or URL."""
+
+    def read(self, digest: Digest, offset: int, max_bytes: int) -> bytes:
+        """A piece; empty at the end. Raises NotFound, Unavailable."""
+
+    def remove(self, digest: Digest) -> None:
+        """Idempotent."""
+
+    def collect(self, referenced: Collection[Digest]) -> int:
+        """Removes all that is not referenced, temporary files too; returns the number. Only while nothing publishes."""
+
+
+def open_store(url: str) -> ArtifactStore:
+    """``url``: a local path, file:// URL, or another URL that ``pyarrow.fs`` understands. Raises BadConfig."""
+    scheme, separator, rest = url.partition("://")
+    if not separator or scheme == "file":
+        return LocalStore(Path(rest if separator else url))
+    try:
+        filesystem, path = pyarrow.fs.FileSystem.from_uri(url)
+    except (OSError, ValueError) as error:
+        raise BadConfig(f"registry.artifact_url {scheme}://...: {error}", param="registry.artifact_url") from error
+    return RemoteStore(filesystem, path, url=url)
+
+
+@contextmanager
+def translated_disk_errors(what: str) -> Iterator[None]:
+    """Raises StorageFull for a full disk or quota, Unavailable for any other OSError, instead of the OSError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            raise StorageFull(f"no space left for {what}") from error
+        raise Unavailable(f"cannot write {what}: {error.strerror or error}") from error
+
+
+class LocalStore:
+    """Files in ``root/ab/abcd....safetensors``: 256 folders, so that none grows large."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root.absolute()
+        try:
+            self._root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise BadConfig(
+                f"cannot create the artifact store {self._root}: {error.strerror}", param="registry.artifact_url"
+            ) from error
+
+    def publish(self, source: Path, digest: Digest) -> None:
+        target = self._path(digest)
+        if target.exists():
+            return
+        temporary = target.with_name(f".tmp-{uuid.uuid4().hex}")
+        with translated_disk_errors("the adapter"):
+            target.parent.mkdir(exist_ok=True)
+            try:
+                _move(source, temporary)
+                _fsync(temporary)
+                os.replace(temporary, target)
+            finally:
+                temporary.unlink(missing_ok=True)
+            _fsync(target.parent)
+            _fsync(self._root)
+
+    def url(self, digest: Digest) -> str:
+        return str(self._path(digest))
+
+    def read(self, digest: Digest, offset: int, max_bytes: int) -> bytes:
+        try:
+            with self._path(digest).open("rb") as file:
+                file.seek(offset)
+                return file.read(max_bytes)
+        except FileNotFoundError:
+            raise _gone(digest) from None
+        except OSError as error:
+            raise Unavailable(f"cannot read artifact {digest}: {error.strerror}") from error
+
+    def remove(self, digest: Digest) -> None:
+        self._path(digest).unlink(missing_ok=True)
+
+    def collect(self, referenced: Collection[Digest]) -> int:
+        removed = 0
+        for path in self._root.glob("[0-9a-f][0-9a-f]/*"):
+            match = _FILE_NAME.match(path.name)
+            if match is None and not path.name.startswith(".tmp-"):
+                continue
+            if match is None or match[1] not in referenced:
+                path.unlink(missing_ok=True)
+                removed += 1
+        return removed
+
+    def _path(self, digest: Digest) -> Path:
+        return self._root / digest[:2] / f"{digest}{_SUFFIX}"
+
+
+class RemoteStore:
+    """Objects ``root/abcd....safetensors`` of a ``pyarrow.fs.FileSystem``."""
+
+    def __init__(self, filesystem: Any, root: str, *, url: str) -> None:
+        """``url``: what nodes prefix to a file name to open it; options after ``?`` stay behind the name."""
+        self._filesystem = filesystem
+        self._root = root.rstrip("/")
+        self._base_url, mark, options = url.partition("?")
+        self._options = mark + options
+
+    def publish(self, source: Path, digest: Digest) -> None:
+        with translated_disk_errors("the adapter"):
+            if self._exists(digest):
+                return
+            self._filesystem.create_dir(self._root, recursive=True)
+            temporary = f"{self._root}/tmp-{uuid.uuid4().hex}"
+            with source.open("rb") as file, self._filesystem.open_output_stream(temporary) as stream:
+                shutil.copyfileobj(file, stream, 4 * 1024 * 1024)
+            self._filesystem.move(temporary, self._path(digest))
+
+    def url(self, digest: Digest) -> str:
+        return f"{self._base_url.rstrip('/')}/{digest}{_SUFFIX}{self._options}"
+
+    def read(self, digest: Digest, offset: int, max_bytes: int) -> bytes:
+        try:
+            with self._filesystem.open_input_file(self._path(digest)) as file:
+                return bytes(file.read_at(max_bytes, min(offset, file.size())))
+        except FileNotFoundError:
+            raise _gone(digest) from None
+        except OSError as error:
+            raise Unavailable(f"cannot read artifact {digest} from the store") from error
+
+    def remove(self, digest: Digest) -> None:
+        if self._exists(digest):
+            self._filesystem.delete_file(self._path(digest))
+
+    def collect(self, referenced: Collection[Digest]) -> int:
+        selector = pyarrow.fs.FileSelector(self._root, allow_not_found=True)
+        removed = 0
+        for info in self._filesystem.get_file_info(selector):
+            match = _FILE_NAME.match(info.base_name)
+            if info.base_name.startswith("tmp-") or (match is not None and match[1] not in referenced):
+                self._filesystem.delete_file(info.path)
+                removed += 1
+        return removed
+
+    def _path(self, digest: Digest) -> str:
+        return f"{self._root}/{digest}{_SUFFIX}"
+
+    def _exists(self, digest: Digest) -> bool:
+        return bool(self._filesystem.get_file_info(self._path(digest)).type == pyarrow.fs.FileType.File)
+
+
+def _gone(digest: Digest) -> NotFound:
+    return NotFound(f"artifact {digest} is not in the store")
+
+
+def _move(source: Path, target: Path) -> None:
+    try:
+        os.rename(source, target)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        shutil.copyfile(source, target)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
