@@ -1,0 +1,45 @@
+"""Composes the command groups. Entry point of the ``loraplex`` program."""
+
+import importlib.metadata
+from typing import Annotated
+
+import typer
+
+from loraplex.cli.lazy import LazyGroup
+
+
+class Root(LazyGroup):
+    members = {  # noqa: RUF012
+        "status": ("loraplex.cli.status:status_command", "What a running platform serves, and from where."),
+        "chat": ("loraplex.cli.chat:chat_command", "Talk to a model: one message, or a conversation."),
+        "tenant": ("loraplex.cli.tenant:app", "Create, change and delete tenants; see their usage."),
+        "key": ("loraplex.cli.key:app", "API keys of a tenant."),
+        "adapter": ("loraplex.cli.adapter:app", "Register, list, roll back and delete adapters."),
+        "trace": ("loraplex.cli.trace:app", "Look at recorded traffic."),
+        "replay": ("loraplex.cli.replay:replay_command", "Send a trace back as open-loop load and report latencies."),
+        "bench": ("loraplex.cli.bench:app", "Measure the engine alone or a running server."),
+    }
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"loraplex {importlib.metadata.version('loraplex')}")
+        raise typer.Exit
+
+
+app = typer.Typer(cls=Root, no_args_is_help=True, pretty_exceptions_enable=False)
+
+
+@app.callback()
+def root(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Show the version.")
+    ] = False,
+) -> None:
+    """Loraplex: many tenants' LoRA adapters over one base model, on Ray."""
+
+
+def main() -> None:
+    """Runs the program with the process's arguments."""
+    typer.main.get_command(app)(prog_name="loraplex")

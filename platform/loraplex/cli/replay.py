@@ -1,0 +1,99 @@
+"""``loraplex replay``: a trace as open-loop load."""
+
+import asyncio
+import json
+import time
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+import typer
+
+from loraplex.cli.connection import DEFAULT_KEY_FILE, JsonOption, KeyOption, UrlOption, load_targets
+from loraplex.cli.load_output import LoadProgress, print_report, report_json, require_an_answer
+from loraplex.cli.output import print_json
+from loraplex.core.errors import BadConfig, NotFound
+from loraplex.loadgen.completion import CompletionClient, Sample
+from loraplex.loadgen.config import Endpoint, ReplayConfig, RequestConfig
+from loraplex.loadgen.http_client import HttpClient
+from loraplex.loadgen.open_loop import run_open_loop
+from loraplex.loadgen.prompts import PromptMaker, TokenizerPrompts, WordPrompts
+from loraplex.loadgen.report import summarize
+from loraplex.loadgen.schedule import PlannedRequest, plan_replay
+from loraplex.loadgen.targets import assign_targets
+from loraplex.traces.arrivals import load_requests
+
+
+def replay_command(
+    trace: Annotated[str, typer.Argument(help="A trace file, a folder of them, a glob or a pyarrow.fs URL.")],
+    speed: Annotated[float, typer.Option(help="2: twice as fast as recorded.")] = 1.0,
+    duration: Annotated[float | None, typer.Option(help="Seconds of sending; default: the whole trace.")] = None,
+    requests: Annotated[int | None, typer.Option(help="Only the first requests.")] = None,
+    keys: Annotated[
+        Path, typer.Option("--keys", "--demo-file", help="Key file with tenants, their keys and models.")
+    ] = DEFAULT_KEY_FILE,
+    model: Annotated[
+        list[str] | None, typer.Option("--model", "-m", help="Only these models; may be repeated.")
+    ] = None,
+    endpoint: Annotated[Endpoint, typer.Option(help="Which API.")] = Endpoint.COMPLETIONS,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="Model directory whose tokenizer.json makes prompts exact to the token.")
+    ] = None,
+    prompt_tokens: Annotated[int, typer.Option(help="For rows that do not say.")] = 128,
+    output_tokens: Annotated[int, typer.Option(help="For rows that do not say.")] = 64,
+    max_prompt_tokens: Annotated[int | None, typer.Option(help="Cut longer prompts.")] = None,
+    max_output_tokens: Annotated[int | None, typer.Option(help="Cut longer answers.")] = None,
+    ignore_eos: Annotated[bool, typer.Option(help="Answers as long as recorded.")] = True,
+    timeout: Annotated[float, typer.Option(help="Seconds for one answer.")] = 600.0,
+    seed: Annotated[int, typer.Option(help="Of the prompts.")] = 0,
+    url: UrlOption = None,
+    key: KeyOption = None,
+    as_json: JsonOption = False,
+    out: Annotated[Path | None, typer.Option(help="Write the report as JSON to this file, too.")] = None,
+) -> None:
+    """Send a trace back as open-loop load and report latencies.
+
+    Every request goes out at its recorded time, whatever the server does; latencies count from that time.
+    """
+    replay = ReplayConfig(
+        speed=speed,
+        duration_s=duration,
+        max_requests=requests,
+        default_prompt_tokens=prompt_tokens,
+        default_output_tokens=output_tokens,
+        max_prompt_tokens=max_prompt_tokens,
+        max_output_tokens=max_output_tokens,
+    )
+    config = RequestConfig(endpoint=endpoint, ignore_eos=ignore_eos, timeout_s=timeout, seed=seed)
+    if out is not None and not out.absolute().parent.is_dir():
+        raise NotFound(f"--out {out}: no directory {out.absolute().parent}")
+    base_url, targets = load_targets(url, key, keys, model or [])
+    rows = load_requests(trace, duration_s=None if duration is None else duration * speed, limit=requests)
+    assignments = assign_targets(rows, targets)
+    schedule = plan_replay(rows, assignments, replay)
+    if not schedule:
+        raise BadConfig(f"no request of {trace} falls into the first {duration} s")
+    prompts: PromptMaker = WordPrompts(seed=seed) if tokenizer is None else TokenizerPrompts(tokenizer, seed=seed)
+    cpu_s = time.process_time()
+    samples = asyncio.run(_run(base_url, config, schedule, prompts))
+    report = summarize(samples, client_cpu_s=time.process_time() - cpu_s)
+    settings = {"trace": trace, "url": base_url, **msgspec.to_builtins(replay), **msgspec.to_builtins(config)}
+    result = report_json(report, assignments, settings)
+    if out is not None:
+        out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    if as_json:
+        print_json(result)
+    else:
+        print_report(report)
+    require_an_answer(report)
+
+
+async def _run(
+    url: str, config: RequestConfig, schedule: tuple[PlannedRequest, ...], prompts: PromptMaker
+) -> list[Sample]:
+    http = HttpClient(url, connect_timeout_s=config.connect_timeout_s)
+    try:
+        with LoadProgress(len(schedule)) as progress:
+            return await run_open_loop(schedule, CompletionClient(http, config), prompts, on_sample=progress.on_sample)
+    finally:
+        http.close()
