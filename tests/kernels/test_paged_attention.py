@@ -1,5 +1,6 @@
 """Paged attention and the KV write against attention over whole sequences, head by head, in fp64."""
 
+import math
 from dataclasses import dataclass
 
 import pytest
@@ -34,7 +35,8 @@ def attention_fp64(
 ) -> torch.Tensor:
     first = 0 if window is None else max(0, position - window + 1)
     keys, values = k[first : position + 1].double(), v[first : position + 1].double()
-    return (keys @ q.double() / q.shape[0] ** 0.5).softmax(0) @ values
+    weights = (keys @ q.double() / math.sqrt(q.shape[0])).softmax(0)
+    return weights @ values
 
 
 def run_step(
