@@ -36,6 +36,9 @@ class StepDriver:
         self._unstage = unstage
         self.num_failed_in_a_row = 0
         """Steps that raised since the last that did not."""
+        self.num_steps = 0
+        self.busy_s = 0.0
+        """Time that the executor has spent in steps that did not raise."""
 
     def step(self) -> StepOutcome:
         """Schedules and runs one step. An executor's exception ends the requests that caused it, never the caller."""
@@ -63,4 +66,6 @@ class StepDriver:
             message = error.message if isinstance(error, LoraplexError) else STEP_FAILED
             return StepOutcome(progressed=True, outputs=self._engine.step_failed(message))
         self.num_failed_in_a_row = 0
+        self.num_steps += 1
+        self.busy_s += result.duration_s
         return StepOutcome(progressed=True, outputs=self._engine.complete(result, self._clock.monotonic_s()))

@@ -1,0 +1,1 @@
+"""Yardsticks that need no cluster. Import torch, transformers, safetensors, msgspec and numpy alone."""
