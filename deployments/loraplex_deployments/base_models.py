@@ -1,0 +1,40 @@
+"""What the config's base models are on disk: directory, spec and view of each. Run in the controller actor."""
+
+import time
+from pathlib import Path
+
+from loraplex.config.platform import DEMO_MODEL, BaseModelConfig, PlatformConfig
+from loraplex.core.control import BaseModelView
+from loraplex.core.ids import BaseModelId
+from loraplex.core.model import ModelSpec
+from loraplex.demo.base import prepare_demo_base
+from loraplex.model_runner.build import load_model_spec
+
+
+def model_source(config: PlatformConfig, base: BaseModelConfig) -> str:
+    """The ``model`` argument of the model runner; prepares the demo base if it is not yet in the cache."""
+    if base.model == DEMO_MODEL:
+        return str(prepare_demo_base(config.root / "models", lambda _message: None))
+    return base.model
+
+
+def base_model_views(
+    config: PlatformConfig,
+) -> tuple[dict[BaseModelId, ModelSpec], tuple[BaseModelView, ...]]:
+    """Raises BadConfig when a model cannot be read."""
+    specs: dict[BaseModelId, ModelSpec] = {}
+    views: list[BaseModelView] = []
+    for base in config.base_models:
+        source = model_source(config, base)
+        spec = load_model_spec(source, base.base_model_id)
+        specs[base.base_model_id] = spec
+        path = Path(source)
+        views.append(
+            BaseModelView(
+                base_model_id=base.base_model_id,
+                directory=base.tokenizer or source,
+                max_context_tokens=spec.max_context_tokens,
+                created_s=path.stat().st_mtime if path.exists() else time.time(),
+            )
+        )
+    return specs, tuple(views)

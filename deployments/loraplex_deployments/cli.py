@@ -1,0 +1,111 @@
+"""CLI commands that need Ray. Found by ``loraplex`` through the entry-point group ``loraplex.commands``."""
+
+import signal
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from loraplex.config.platform import DEMO_MODEL, PlatformConfig, load_platform_config
+from loraplex.core.errors import LoraplexError
+from loraplex.demo import DEMO_ADAPTERS
+from loraplex.demo.base import prepare_demo_base
+from loraplex_deployments.demo_setup import ensure_demo
+from loraplex_deployments.launch import RunningPlatform, data_dir_lock, start_platform
+
+console = Console(highlight=False, soft_wrap=True)
+
+
+def serve_command(
+    config: Annotated[Path, typer.Option("--config", help="The platform's YAML file.")],
+) -> None:
+    """Serve: start the platform of a config file and run until Ctrl-C."""
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda _number, _frame: stop.set())
+    try:
+        settings = load_platform_config(config)
+        with data_dir_lock(settings.root):
+            _serve(settings, stop)
+    except LoraplexError as error:
+        print(f"error: {error.message}", file=sys.stderr)
+        raise typer.Exit(1) from None
+
+
+def _serve(config: PlatformConfig, stop: threading.Event) -> None:
+    started_s = time.monotonic()
+
+    def progress(message: str) -> None:
+        console.print(f"[dim]{time.monotonic() - started_s:6.1f} s[/dim]  {message}")
+
+    # The conversion of the demo base and the start of Ray overlap; the controller waits for the former.
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        if any(base.model == DEMO_MODEL for base in config.base_models):
+            pool.submit(prepare_demo_base, config.root / "models", progress)
+        platform = start_platform(config, progress)
+    try:
+        demo = None
+        if config.demo:
+            progress("registering the demo tenants and adapters")
+            base = next(base for base in config.base_models if base.model == DEMO_MODEL)
+            demo = ensure_demo(platform, config.root / "demo.json", base.id)
+        progress("waiting for the base model to load")
+        platform.wait_ready(stop.is_set)
+        if stop.is_set():
+            return
+        progress("ready")
+        _print_addresses(platform, demo, config)
+        stop.wait()
+        console.print()
+    finally:
+        progress("stopping")
+        platform.stop()
+        progress("stopped")
+
+
+def _print_addresses(platform: RunningPlatform, demo: dict[str, Any] | None, config: PlatformConfig) -> None:
+    console.print(f"\nHTTP  {platform.http_url}/v1    gRPC  {platform.grpc_address}")
+    if demo is None:
+        return
+    for tenant in demo["tenants"]:
+        console.print(f"\ntenant [bold]{tenant['name']}[/bold]   key {tenant['key']}")
+        console.print(f"  models {', '.join(tenant['models'])}")
+    tenant = demo["tenants"][0]
+    model = tenant["models"][1]
+    prompt = next(adapter.example_prompt for adapter in DEMO_ADAPTERS if adapter.name == model)
+    console.print(
+        _EXAMPLES.format(
+            url=platform.http_url, grpc=platform.grpc_address, key=tenant["key"], model=model, prompt=prompt
+        ),
+        markup=False,
+    )
+    console.print(f"All of this is in {config.root / 'demo.json'}. Ctrl-C stops everything that was started.")
+
+
+_EXAMPLES = """
+curl:
+  curl {url}/v1/chat/completions -H 'Authorization: Bearer {key}' -H 'Content-Type: application/json' \\
+    -d '{{"model": "{model}", "temperature": 0, "messages": [{{"role": "user", "content": "{prompt}"}}]}}'
+
+openai (pip install openai):
+  from openai import OpenAI
+  client = OpenAI(base_url="{url}/v1", api_key="{key}")
+  answer = client.chat.completions.create(
+      model="{model}", temperature=0, messages=[{{"role": "user", "content": "{prompt}"}}])
+  print(answer.choices[0].message.content)
+
+gRPC:
+  import grpc
+  from loraplex.gateway.proto import loraplex_v1_pb2 as pb, loraplex_v1_pb2_grpc as rpc
+  request = pb.GenerateRequest(
+      model="{model}", chat=pb.ChatPrompt(messages=[pb.ChatMessage(role="user", content="{prompt}")]),
+      sampling=pb.SamplingOptions(temperature=0, max_tokens=100))
+  for part in rpc.LoraplexStub(grpc.insecure_channel("{grpc}")).Generate(
+          request, metadata=[("authorization", "Bearer {key}")]):
+      print("".join(delta.text for delta in part.deltas), end="", flush=True)
+"""

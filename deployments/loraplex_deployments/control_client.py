@@ -1,0 +1,132 @@
+"""ControlPlane over Ray: one call of the controller actor per method, its errors unwrapped to ours.
+
+Used by gateways, replicas and the launcher. Holds no state but the actor handle; Ray restarts the controller and
+retries go to the new one. While it is away, every call raises Unavailable.
+"""
+
+from typing import Any, cast
+
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+
+from loraplex.core.control import (
+    AdapterView,
+    ArtifactInfo,
+    ControlSnapshot,
+    NewKey,
+    QuotaShare,
+    TenantDemand,
+)
+from loraplex.core.errors import LoraplexError, Unavailable
+from loraplex.core.ids import Digest, GatewayId, TenantName
+from loraplex.core.tenant import Role, TenantLimits, TenantView, UsageRow
+
+NAMESPACE = "loraplex"
+CONTROLLER_NAME = "loraplex-controller"
+
+
+def controller_handle() -> Any:
+    """The controller actor of this cluster. Raises Unavailable when there is none."""
+    try:
+        return ray.get_actor(CONTROLLER_NAME, namespace=NAMESPACE)
+    except ValueError:
+        raise Unavailable("no loraplex controller runs on this Ray cluster") from None
+
+
+def unwrap(error: Exception) -> Exception:
+    """Ray's envelope -> the error that the remote side raised, or Unavailable when the actor is away."""
+    if isinstance(error, RayTaskError) and isinstance(error.cause, LoraplexError):
+        return error.cause
+    if isinstance(error, RayActorError):
+        return Unavailable("the controller is away; try again shortly")
+    return error
+
+
+class RayControlPlane:
+    """Implements ``loraplex.core.control.ControlPlane``."""
+
+    def __init__(self, handle: Any) -> None:
+        self._handle = handle
+
+    async def _call(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return await self._handle.call.remote(method, args, kwargs)
+        except (RayTaskError, RayActorError) as error:
+            raise unwrap(error) from None
+
+    async def snapshot(self, *, after_epoch: int, after_version: int, timeout_s: float) -> ControlSnapshot | None:
+        answer = await self._call("snapshot", after_epoch=after_epoch, after_version=after_version, timeout_s=timeout_s)
+        return cast("ControlSnapshot | None", answer)
+
+    async def lease_quota(self, gateway_id: GatewayId, demand: tuple[TenantDemand, ...]) -> tuple[QuotaShare, ...]:
+        return cast(tuple[QuotaShare, ...], await self._call("lease_quota", gateway_id, demand))
+
+    async def report_usage(self, gateway_id: GatewayId, rows: tuple[UsageRow, ...]) -> None:
+        await self._call("report_usage", gateway_id, rows)
+
+    async def record_traces(self, gateway_id: GatewayId, batch: bytes) -> None:
+        await self._call("record_traces", gateway_id, batch)
+
+    async def artifact(self, digest: Digest) -> ArtifactInfo:
+        return cast(ArtifactInfo, await self._call("artifact", digest))
+
+    async def read_artifact(self, digest: Digest, *, offset: int, max_bytes: int) -> bytes:
+        return cast(bytes, await self._call("read_artifact", digest, offset=offset, max_bytes=max_bytes))
+
+    async def begin_upload(self, tenant: TenantName, name: str) -> str:
+        return cast(str, await self._call("begin_upload", tenant, name))
+
+    async def append_upload(self, upload_id: str, filename: str, data: bytes) -> None:
+        await self._call("append_upload", upload_id, filename, data)
+
+    async def commit_upload(self, upload_id: str) -> AdapterView:
+        return cast(AdapterView, await self._call("commit_upload", upload_id))
+
+    async def abort_upload(self, upload_id: str) -> None:
+        await self._call("abort_upload", upload_id)
+
+    async def register_url(self, tenant: TenantName, name: str, url: str) -> AdapterView:
+        return cast(AdapterView, await self._call("register_url", tenant, name, url))
+
+    async def set_current(self, tenant: TenantName, name: str, version: int) -> AdapterView:
+        return cast(AdapterView, await self._call("set_current", tenant, name, version))
+
+    async def delete_adapter(self, tenant: TenantName, name: str, version: int | None) -> None:
+        await self._call("delete_adapter", tenant, name, version)
+
+    async def create_tenant(self, name: str, limits: TenantLimits) -> TenantView:
+        return cast(TenantView, await self._call("create_tenant", name, limits))
+
+    async def update_tenant(self, name: TenantName, limits: TenantLimits) -> TenantView:
+        return cast(TenantView, await self._call("update_tenant", name, limits))
+
+    async def delete_tenant(self, name: TenantName) -> None:
+        await self._call("delete_tenant", name)
+
+    async def create_key(self, tenant: TenantName, role: Role) -> NewKey:
+        return cast(NewKey, await self._call("create_key", tenant, role))
+
+    async def delete_key(self, tenant: TenantName, key_id: str) -> None:
+        await self._call("delete_key", tenant, key_id)
+
+    async def usage(self, tenant: TenantName) -> UsageRow:
+        return cast(UsageRow, await self._call("usage", tenant))
+
+
+class RayArtifactReader:
+    """Blocking reads of artifacts for a replica's staging threads."""
+
+    def __init__(self, handle: Any) -> None:
+        self._handle = handle
+
+    def _call(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return ray.get(self._handle.call.remote(method, args, kwargs))
+        except (RayTaskError, RayActorError) as error:
+            raise unwrap(error) from None
+
+    def info(self, digest: Digest) -> ArtifactInfo:
+        return cast(ArtifactInfo, self._call("artifact", digest))
+
+    def read(self, digest: Digest, *, offset: int, max_bytes: int) -> bytes:
+        return cast(bytes, self._call("read_artifact", digest, offset=offset, max_bytes=max_bytes))

@@ -1,0 +1,190 @@
+"""Brings the platform up on Ray and takes it down again. Called by ``loraplex serve`` and by the tests.
+
+Owns the order of things and what was started: a local Ray of our own, the controller actor, the Serve application.
+Ends these and nothing else.
+"""
+
+import contextlib
+import fcntl
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import ray
+from ray import serve
+from ray.serve.config import HTTPOptions, ProxyLocation, gRPCOptions
+from ray.serve.schema import LoggingConfig
+
+from loraplex.config.platform import PlatformConfig
+from loraplex.core.errors import BadConfig, Conflict, Unavailable
+from loraplex_deployments.control_actor import ControllerActor
+from loraplex_deployments.control_client import CONTROLLER_NAME, NAMESPACE
+from loraplex_deployments.gateway_app import APP_NAME, GRPC_SERVICERS, GatewayDeployment
+
+_READY_TIMEOUT_S = 600.0
+_STOP_TIMEOUT_S = 20.0
+
+Progress = Callable[[str], None]
+
+
+class RunningPlatform:
+    """What ``start_platform`` started. ``stop`` ends all of it and only that."""
+
+    def __init__(self, config: PlatformConfig, controller: Any, *, owns_ray: bool) -> None:
+        self._config = config
+        self._controller = controller
+        self._owns_ray = owns_ray
+
+    @property
+    def http_url(self) -> str:
+        return f"http://{self._config.listen.host}:{self._config.listen.http_port}"
+
+    @property
+    def grpc_address(self) -> str:
+        return f"{self._config.listen.host}:{self._config.listen.grpc_port}"
+
+    def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        """One method of the controller, blocking."""
+        return ray.get(self._controller.call.remote(method, args, kwargs))
+
+    def wait_ready(self, given_up: Callable[[], bool] = lambda: False) -> None:
+        """Returns when a request would be served, or when ``given_up`` says so.
+
+        Raises Unavailable with the replica's reason when it cannot start.
+        """
+        deadline_s = time.monotonic() + _READY_TIMEOUT_S
+        while time.monotonic() < deadline_s:
+            if given_up():
+                return
+            with contextlib.suppress(httpx.HTTPError):
+                if httpx.get(f"{self.http_url}/ready", timeout=5).status_code == 200:
+                    return
+            failures: dict[str, str] = ray.get(self._controller.replica_failures.remote())
+            if failures:
+                replica_id, reason = next(iter(failures.items()))
+                raise Unavailable(f"replica {replica_id} cannot start: {reason}")
+            time.sleep(0.1)
+        raise Unavailable(f"not ready after {_READY_TIMEOUT_S:.0f} s")
+
+    def stop(self) -> None:
+        """Gateways first (they send their last trace rows), then the controller with its replicas, then our Ray."""
+        serve.delete(APP_NAME, _blocking=True)
+        ray.get(self._controller.stop.remote(), timeout=_STOP_TIMEOUT_S)
+        ray.kill(self._controller)
+        if self._owns_ray:
+            serve.shutdown()
+            ray.shutdown()
+
+
+def start_platform(config: PlatformConfig, progress: Progress) -> RunningPlatform:
+    """Starts (or joins) Ray, the controller and the gateways; replicas load in the background: see ``wait_ready``.
+
+    Raises BadConfig for a port in use or an unusable model, Conflict when a platform already runs there.
+    """
+    listen = config.listen
+    owns_ray = config.ray.address == "local"
+    if owns_ray:
+        for name, port in (("http_port", listen.http_port), ("grpc_port", listen.grpc_port)):
+            _check_port(listen.host, port, name)
+    start_ray(config, progress)
+    running: RunningPlatform | None = None
+    try:
+        progress("starting the controller")
+        controller = _start_controller(config)
+        running = RunningPlatform(config, controller, owns_ray=owns_ray)
+        progress("starting the gateway")
+        _start_gateways(config)
+    except BaseException:
+        if owns_ray:
+            ray.shutdown()
+        raise
+    return running
+
+
+def start_ray(config: PlatformConfig, progress: Progress) -> None:
+    settings = config.ray
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if settings.address == "local":
+        progress("starting a local Ray")
+        ray.init(
+            address="local",
+            namespace=NAMESPACE,
+            num_cpus=settings.num_cpus,
+            num_gpus=settings.num_gpus,
+            object_store_memory=settings.object_store_bytes,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="error",
+        )
+    else:
+        progress(f"joining Ray at {settings.address}")
+        ray.init(address=settings.address, namespace=NAMESPACE, log_to_driver=False, logging_level="error")
+
+
+def _start_controller(config: PlatformConfig) -> Any:
+    try:
+        controller = ControllerActor.options(  # type: ignore[attr-defined]
+            name=CONTROLLER_NAME,
+            namespace=NAMESPACE,
+            lifetime="detached",
+            scheduling_strategy=ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
+                node_id=ray.get_runtime_context().get_node_id(), soft=False
+            ),
+        ).remote(config)
+    except ValueError:
+        raise Conflict("a loraplex controller already runs on this Ray cluster") from None
+    try:
+        ray.get(controller.start.remote())
+    except ray.exceptions.RayTaskError as error:
+        ray.kill(controller)
+        raise (error.cause if isinstance(error.cause, Exception) else error) from None
+    return controller
+
+
+def _start_gateways(config: PlatformConfig) -> None:
+    quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
+    serve.start(
+        proxy_location=ProxyLocation.HeadOnly if config.ray.address == "local" else ProxyLocation.EveryNode,
+        http_options=HTTPOptions(host=config.listen.host, port=config.listen.http_port),
+        grpc_options=gRPCOptions(port=config.listen.grpc_port, grpc_servicer_functions=list(GRPC_SERVICERS)),
+        logging_config=quiet,
+    )
+    deployment = GatewayDeployment.options(  # type: ignore[attr-defined]
+        num_replicas=config.serve.gateways,
+        max_ongoing_requests=config.serve.max_ongoing_requests,
+        ray_actor_options={"num_cpus": config.serve.gateway_num_cpus},
+        logging_config=quiet,
+    )
+    serve.run(deployment.bind(config), name=APP_NAME, route_prefix="/")
+
+
+def _check_port(host: str, port: int, name: str) -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise BadConfig(
+                f"listen.{name}: cannot listen on {host}:{port}: {error.strerror}; choose another port in the config",
+                param=name,
+            ) from None
+
+
+@contextlib.contextmanager
+def data_dir_lock(root: Path) -> Iterator[None]:
+    """One platform per data directory. Raises Conflict when another process holds it."""
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        handle = (root / "lock").open("w")
+    except OSError as error:
+        raise BadConfig(f"data_dir: {root}: {error.strerror}", param="data_dir") from None
+    with handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise Conflict(f"another loraplex already serves from {root}") from None
+        yield

@@ -1,0 +1,1 @@
+"""Composes the parts' own config structs from one YAML file."""

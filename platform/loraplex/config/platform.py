@@ -1,0 +1,158 @@
+"""The whole platform's configuration: one YAML file, composed of the parts' own structs.
+
+Owns the composition and the rules between parts; each part owns its own fields. The launcher, the controller actor
+and the CLI read it. Unknown keys are errors that name their path.
+"""
+
+from pathlib import Path
+
+import msgspec
+import yaml
+
+from loraplex.controller.config import ControllerConfig, ControllerOptions
+from loraplex.core.errors import BadConfig
+from loraplex.core.ids import BaseModelId
+from loraplex.core.tenant import TenantLimits
+from loraplex.engine.config import EngineConfig
+from loraplex.gateway.config import GatewayConfig
+from loraplex.model_runner.config import ExecutorConfig
+from loraplex.registry.config import RegistryConfig
+from loraplex.replica.config import ReplicaConfig
+from loraplex.router.config import RouterConfig
+from loraplex.tenancy.config import TenancyConfig
+from loraplex.traces.config import TraceConfig
+
+DEMO_MODEL = "demo"
+
+
+class BaseModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One base model and the replicas that pin it."""
+
+    id: str
+    """What clients write as ``model``."""
+    model: str
+    """A Hugging Face directory, a .gguf file, ``random:NAME``, or ``demo`` for the demo base."""
+    tokenizer: str | None = None
+    """Directory of the tokenizer; by default that of ``model``."""
+    replicas: int = 1
+    num_cpus: float = 1
+    """Logical CPUs that each replica reserves in its placement group."""
+    num_gpus: float = 0
+    executor: ExecutorConfig = msgspec.field(default_factory=ExecutorConfig)
+    engine: EngineConfig = msgspec.field(default_factory=EngineConfig)
+
+    @property
+    def base_model_id(self) -> BaseModelId:
+        return BaseModelId(self.id)
+
+
+class ListenConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    host: str = "127.0.0.1"
+    http_port: int = 8000
+    grpc_port: int = 9000
+
+
+class ServeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How the gateways run under Ray Serve."""
+
+    gateways: int = 1
+    gateway_num_cpus: float = 0
+    max_ongoing_requests: int = 4096
+    """Open client requests per gateway before Serve refuses more."""
+
+
+class RayConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    address: str = "local"
+    """``local`` starts a Ray of our own and ends it with us; ``auto`` or host:port joins a running cluster."""
+    num_cpus: int | None = None
+    """Logical CPUs of a local Ray; by default those of the machine."""
+    num_gpus: int | None = None
+    object_store_bytes: int = 128 * 1024 * 1024
+    """Of a local Ray. Tokens do not pass through it."""
+
+
+class TenantBootstrap(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A tenant that is created at the first start; later changes through the API stay."""
+
+    name: str
+    limits: TenantLimits = msgspec.field(default_factory=TenantLimits)
+
+
+class PlatformConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    base_models: tuple[BaseModelConfig, ...]
+    data_dir: str = ".loraplex"
+    """Control database, artifacts, traces, caches and demo.json, unless their own settings say otherwise."""
+    demo: bool = False
+    """Register the demo tenants and adapters, and write demo.json."""
+    listen: ListenConfig = msgspec.field(default_factory=ListenConfig)
+    serve: ServeConfig = msgspec.field(default_factory=ServeConfig)
+    ray: RayConfig = msgspec.field(default_factory=RayConfig)
+    gateway: GatewayConfig = msgspec.field(default_factory=GatewayConfig)
+    router: RouterConfig = msgspec.field(default_factory=RouterConfig)
+    replica: ReplicaConfig = msgspec.field(default_factory=ReplicaConfig)
+    controller: ControllerConfig = msgspec.field(default_factory=ControllerConfig)
+    registry: RegistryConfig = msgspec.field(default_factory=RegistryConfig)
+    tenancy: TenancyConfig = msgspec.field(default_factory=TenancyConfig)
+    traces: TraceConfig = msgspec.field(default_factory=TraceConfig)
+    tenants: tuple[TenantBootstrap, ...] = ()
+
+    @property
+    def root(self) -> Path:
+        return Path(self.data_dir)
+
+    @property
+    def trace_url(self) -> str:
+        return self.traces.url or str(self.root / "traces")
+
+    def controller_options(self) -> ControllerOptions:
+        """What the controller needs of all this."""
+        return ControllerOptions(
+            data_dir=self.root,
+            controller=self.controller,
+            registry=self.registry,
+            tenancy=self.tenancy,
+        )
+
+
+def load_platform_config(path: str | Path) -> PlatformConfig:
+    """Reads and checks one YAML file. Raises BadConfig naming the file and the key; relative ``data_dir`` and model
+    paths are taken from the working directory."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadConfig(f"{path}: cannot be read: {error}") from None
+    return parse_platform_config(text, source=str(path))
+
+
+def parse_platform_config(text: str, *, source: str) -> PlatformConfig:
+    """``source`` is named in errors. Raises BadConfig."""
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise BadConfig(f"{source}: not YAML: {' '.join(str(error).split())}") from None
+    try:
+        config = msgspec.convert(data, PlatformConfig)
+    except msgspec.ValidationError as error:
+        raise BadConfig(f"{source}: {error}") from None
+    _check(config, source)
+    return config
+
+
+def _check(config: PlatformConfig, source: str) -> None:
+    if not config.base_models:
+        raise BadConfig(f"{source}: base_models is empty", param="base_models")
+    seen: set[str] = set()
+    for index, base in enumerate(config.base_models):
+        where = f"{source}: base_models[{index}]"
+        if base.id in seen:
+            raise BadConfig(f"{where}.id: {base.id!r} appears twice", param="base_models")
+        seen.add(base.id)
+        if base.replicas < 0:
+            raise BadConfig(f"{where}.replicas: must not be negative, got {base.replicas}", param="base_models")
+        if base.num_cpus <= 0 and base.num_gpus <= 0:
+            raise BadConfig(f"{where}: a replica needs num_cpus or num_gpus", param="base_models")
+    if config.demo and not any(base.model == DEMO_MODEL for base in config.base_models):
+        raise BadConfig(f"{source}: demo is true but no base model is `model: {DEMO_MODEL}`", param="demo")
+    for name, port in (("http_port", config.listen.http_port), ("grpc_port", config.listen.grpc_port)):
+        if not 0 <= port <= 65535:
+            raise BadConfig(f"{source}: listen.{name}: {port} is not a port", param="listen")
