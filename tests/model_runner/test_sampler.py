@@ -273,7 +273,7 @@ def test_same_seed_same_text_other_seed_other_text() -> None:
 
 
 @pytest.mark.parametrize(
-    "sampling", [{"top_p": 0.999}, {"top_k": 3000, "top_p": 0.99}, {"top_k": 1024}, {"top_k": 1025}]
+    "sampling", [{"top_p": 0.999}, {"top_k": 3000, "top_p": 0.99}, {"top_k": 256}, {"top_k": 257}, {"top_k": 4097}]
 )
 def test_flat_distribution_needs_more_than_the_window(sampling: dict[str, float]) -> None:
     """Nuclei and k larger than the window of most likely tokens; next to a row that the window suffices for."""

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+
 from loraplex.core.model import ModelSpec
 from loraplex.core.request import SamplingParams, TokenLogprob
 from loraplex.core.step import RowStart, SampledToken
@@ -32,8 +33,8 @@ MIN_TEMPERATURE = 1e-5
 MIN_LOGPROB = -9999.0
 """Stands for minus infinity in what is reported, since JSON has no word for it."""
 
-_WINDOW = 1024
-"""top_k and top_p look at this many most likely tokens before they sort the whole vocabulary."""
+_WINDOW = 256
+"""top_k and top_p look at this many most likely tokens first, and at 16 times as many where that does not suffice."""
 
 _Rows = slice | torch.Tensor
 """Rows of a group in the batch: ``slice(None)`` (no copy) when the group is the whole batch."""
@@ -179,6 +180,7 @@ class Sampler:
         self._table = _TokenTable(spec.vocab_size, device)
         self._batch: _Batch | None = None
 
+    @torch.inference_mode()
     def start(self, start: RowStart) -> None:
         """Opens a slot. The state is rebuilt from the tokens, so that a preempted or migrated request goes on as it
         would have without."""
@@ -361,7 +363,7 @@ def _draw(logits_RV: torch.Tensor, group: _Drawing, uniform_R1: torch.Tensor) ->
     cut = group.truncation
     if cut is not None:
         cut_RV = weights_RV[cut.rows]
-        bound_R1 = _lower_bound(cut_RV, cut.top_k, cut.top_p, min(_WINDOW, cut_RV.shape[1]))
+        bound_R1 = _lower_bound(cut_RV, cut.top_k, cut.top_p, _WINDOW)
         weights_RV[cut.rows] = cut_RV.masked_fill(cut_RV < torch.maximum(bound_R1, cut.min_p), 0.0)
     cdf_RV = weights_RV.cumsum(dim=-1, dtype=torch.float64)
     total_R1 = cdf_RV[:, -1:]
@@ -374,8 +376,9 @@ def _draw(logits_RV: torch.Tensor, group: _Drawing, uniform_R1: torch.Tensor) ->
 
 def _lower_bound(weights_RV: torch.Tensor, top_k_R1: torch.Tensor, top_p_R1: torch.Tensor, window: int) -> torch.Tensor:
     """The smallest weight (R, 1) that top_k and then top_p keep, found among the ``window`` largest weights; rows
-    where that does not suffice are done again with the whole vocabulary."""
+    where that does not suffice are done again with a larger window."""
     vocab_size = weights_RV.shape[1]
+    window = min(window, vocab_size)
     top_RC = weights_RV.topk(window, dim=-1).values
     kth_R1 = top_RC.gather(1, (top_k_R1 - 1).clamp(0, window - 1))
     kth_R1 = torch.where(top_k_R1 > 0, kth_R1, torch.zeros_like(kth_R1))
@@ -391,5 +394,5 @@ def _lower_bound(weights_RV: torch.Tensor, top_k_R1: torch.Tensor, top_p_R1: tor
     enough_R1 = (cdf_RC[:, -1:] >= goal_R1) | (top_RC[:, -1:] == 0.0) | (top_p_R1 >= 1.0)
     rest_R = (~enough_R1 | (top_k_R1 > window)).squeeze(1)
     if bool(rest_R.any()):
-        bound_R1[rest_R] = _lower_bound(weights_RV[rest_R], top_k_R1[rest_R], top_p_R1[rest_R], vocab_size)
+        bound_R1[rest_R] = _lower_bound(weights_RV[rest_R], top_k_R1[rest_R], top_p_R1[rest_R], window * 16)
     return bound_R1
