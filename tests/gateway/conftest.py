@@ -11,6 +11,7 @@ from loraplex.core.control import BaseModelView, ReplicaRoute
 from loraplex.core.ids import BaseModelId, GatewayId, ReplicaId
 from loraplex.core.request import EngineRequest, FinishReason, OutputToken, TokenLogprob
 from loraplex.core.tenant import Role
+from loraplex.gateway import tokenizer
 from loraplex.gateway.config import GatewayConfig
 from loraplex.gateway.gateway import Gateway
 from loraplex.gateway.tokenizer import TextCodec
@@ -86,10 +87,11 @@ class World:
         transport = httpx.ASGITransport(app=self.gateway.http_app)  # type: ignore[arg-type]
         return httpx.AsyncClient(transport=transport, base_url="http://gateway", headers=headers)
 
-    async def settled(self) -> None:
-        """Lets tasks that end after an answer run."""
-        for _ in range(5):
-            await asyncio.sleep(0)
+    async def eventually(self, check: Callable[[], object], *, timeout_s: float = 3.0) -> None:
+        """Waits until ``check`` holds; TimeoutError when it does not."""
+        async with asyncio.timeout(timeout_s):
+            while not check():  # noqa: ASYNC110 (what is waited for has no event)
+                await asyncio.sleep(0.005)
 
 
 def make_control(tokenizer_dir: Path) -> FakeControl:
@@ -113,7 +115,8 @@ def make_control(tokenizer_dir: Path) -> FakeControl:
 
 
 @pytest.fixture
-async def world(tokenizer_dir: Path, codec: TextCodec) -> AsyncIterator[World]:
+async def world(tokenizer_dir: Path, codec: TextCodec, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[World]:
+    monkeypatch.setattr(tokenizer, "TextCodec", lambda _directory: codec)
     control = make_control(tokenizer_dir)
     dispatcher = FakeDispatcher(script_of(codec, "Hello there.", finish_reason=FinishReason.STOP))
     tracer = Rows()

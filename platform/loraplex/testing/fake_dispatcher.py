@@ -35,6 +35,11 @@ class FakeStream:
         self._waiting: asyncio.Future[None] | None = None
         self._live = {request.request_id for request in requests}
 
+    @property
+    def num_pending(self) -> int:
+        """Outputs that the reader has not taken."""
+        return len(self._pending)
+
     async def next_outputs(self) -> tuple[RequestOutput, ...]:
         while not self._pending:
             if self._failure is not None:
@@ -84,11 +89,13 @@ class FakeDispatcher:
         script: Callable[[EngineRequest], Script],
         *,
         step_s: float = 0.0,
+        lockstep: bool = False,
         refusal: LoraplexError | None = None,
         loss: LoraplexError | None = None,
     ) -> None:
-        """``step_s``: pause between steps. ``refusal``: raised by each ``dispatch``. ``loss``: see ``Script``. These and
-        the script may be replaced at any time."""
+        """``step_s``: pause between steps. ``lockstep``: a step waits until every stream has taken the one before, so
+        that nothing is coalesced however fast it runs. ``refusal``: raised by each ``dispatch``. ``loss``: see
+        ``Script``. The script and the two errors may be replaced at any time."""
         self.requests: list[EngineRequest] = []
         """All that were ever dispatched."""
         self.aborted: list[RequestId] = []
@@ -96,6 +103,7 @@ class FakeDispatcher:
         self.refusal = refusal
         self.script = script
         self._step_s = step_s
+        self._lockstep = lockstep
         self.loss = loss
         self._running: dict[RequestId, _Running] = {}
         self._clock: asyncio.Task[None] | None = None
@@ -122,6 +130,8 @@ class FakeDispatcher:
     async def _tick(self) -> None:
         while self._running:
             await asyncio.sleep(self._step_s)
+            while self._lockstep and any(running.stream.num_pending for running in self._running.values()):
+                await asyncio.sleep(0)
             touched: dict[int, FakeStream] = {}
             for running in list(self._running.values()):
                 touched[id(running.stream)] = running.stream

@@ -86,7 +86,7 @@ def adapter_routes(adapters: AdapterService) -> APIRouter:
         elif kind == "application/json":
             try:
                 wanted = msgspec.json.decode(await request.body(), type=_UrlRegistration)
-            except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
                 raise InvalidInput(f"The request body is wrong: {error}") from error
             adapter = await adapters.register_url(caller, wanted.name, wanted.url)
         else:

@@ -63,15 +63,17 @@ class Edge:
         info = CallInfo.begin(request_id_of(headers.get("x-request-id")), self._service.clock)
         token = request_id_var.set(info.request_id)
         id_header = (b"x-request-id", info.request_id.encode())
-        started = False
+        started = finished = False
 
         async def send_with_id(message: Message) -> None:
-            nonlocal started
+            nonlocal started, finished
             if message["type"] == "http.response.start":
                 started = True
                 message["headers"] = [*message.get("headers", ()), id_header]
                 if message["status"] >= 400:
                     self._service.metrics.refused(message["status"])
+            elif message["type"] == "http.response.body":
+                finished = not message.get("more_body", False)
             await send(message)
 
         try:
@@ -81,9 +83,11 @@ class Edge:
         except Exception as error:
             if not isinstance(error, LoraplexError):
                 logger.exception("%s %s failed", scope.get("method"), scope.get("path"))
-            if started:
+            if not started:
+                await error_response(error)(scope, receive, send_with_id)
+            elif not finished:
+                # The server then closes the connection, so that the client does not take the answer for whole.
                 raise
-            await error_response(error)(scope, receive, send_with_id)
         finally:
             request_id_var.reset(token)
 

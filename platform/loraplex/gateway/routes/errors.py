@@ -49,10 +49,15 @@ def error_response(error: Exception) -> Response:
 
 
 def install_error_handlers(app: FastAPI) -> None:
-    """Replaces FastAPI's own answers. Exceptions outside the error tree are left to the edge, which logs them."""
+    """Replaces FastAPI's own answers. Exceptions outside the error tree rise on to the edge, which logs them."""
+    app.add_exception_handler(Exception, _on_bug)
     app.add_exception_handler(LoraplexError, _on_loraplex_error)
     app.add_exception_handler(RequestValidationError, _on_validation_error)
     app.add_exception_handler(HTTPException, _on_http_error)
+
+
+async def _on_bug(_request: Request, error: Exception) -> Response:
+    return error_response(error)
 
 
 async def _on_loraplex_error(_request: Request, error: Exception) -> Response:

@@ -1,0 +1,95 @@
+"""The gateway follows the controller, refuses an older one, and goes on while it is away."""
+
+import asyncio
+from typing import Any
+
+from loraplex.core.control import ReplicaRoute
+from loraplex.core.ids import BaseModelId, GatewayId, ReplicaId
+from loraplex.core.tenant import TenantLimits
+from loraplex.core.wire import LoadReport
+from loraplex.gateway.config import GatewayConfig
+from loraplex.gateway.gateway import Gateway
+
+CHAT = {"model": "pirate", "messages": [{"role": "user", "content": "Hi"}]}
+
+
+async def test_older_epoch_is_refused(world: Any) -> None:
+    view = world.gateway._view
+    world.control.set_epoch(5)
+    await world.eventually(lambda: view.snapshot.epoch == 5)
+    world.control.set_epoch(4, version=99)
+    await asyncio.sleep(0.2)
+    assert view.snapshot.epoch == 5
+    assert b"loraplex_gateway_stale_snapshots_total 0.0" not in world.gateway.metrics.render()
+    world.control.set_epoch(6)
+    await world.eventually(lambda: view.snapshot.epoch == 6)
+
+
+async def test_serves_and_keeps_usage_while_the_controller_is_away(world: Any) -> None:
+    world.control.away = True
+    await asyncio.sleep(0.1)
+    assert (await world.http.post("/v1/chat/completions", json=CHAT)).status_code == 200
+    await asyncio.sleep(0.1)
+    assert not world.control.usage_rows
+    world.control.away = False
+    await world.eventually(lambda: world.control.usage_rows)
+    assert sum(row.requests for row in world.control.usage_rows) == 1
+
+
+async def test_limits_and_demand(world: Any) -> None:
+    tenant = world.control.state.tenants[0].name
+    await world.control.update_tenant(tenant, TenantLimits(requests_per_minute=1))
+    await world.eventually(lambda: world.gateway._view.directory.tenant("acme").limits.requests_per_minute == 1)
+    statuses = [(await world.http.post("/v1/chat/completions", json=CHAT)).status_code for _ in range(3)]
+    assert statuses == [200, 429, 429]
+    reply = await world.http.post("/v1/chat/completions", json=CHAT)
+    assert reply.json()["error"]["code"] == "rate_limit_exceeded"
+    assert int(reply.headers["retry-after"]) >= 1
+    await world.eventually(lambda: sum(row.requests for row in world.control.demand) == 4)
+    assert [row.status for row in world.tracer.rows] == [200, 429, 429, 429]
+    async with world.client("lpx_globex_admin_key") as other:
+        assert (await other.post("/v1/chat/completions", json={**CHAT, "model": "lawyer"})).status_code == 200
+
+
+async def test_routes_are_handed_on_and_loads_shown(world: Any) -> None:
+    seen: list[Any] = []
+    loads: dict[ReplicaId, LoadReport] = {}
+    gateway = Gateway(
+        GatewayConfig(),
+        gateway_id=GatewayId("gw-2"),
+        control=world.control,
+        dispatcher=world.dispatcher,
+        tracer=world.tracer,
+        on_routes=lambda routes, secret: seen.append((routes, secret)),
+        loads=lambda: loads,
+    )
+    await gateway.start()
+    try:
+        assert seen == [(world.control.state.routes, "fake-secret")]
+        await world.eventually(lambda: gateway.not_ready() == "No replica is up.")
+        loads[ReplicaId("fake-0")] = LoadReport(num_running=3)
+        assert gateway.not_ready() is None
+        route = ReplicaRoute(replica_id=ReplicaId("r2"), base_model_id=BaseModelId("tiny-base"), address="h:2")
+        world.control.set_routes((route,))
+        await world.eventually(lambda: len(seen) == 2)
+        world.control.add_key("acme", "another")
+        await asyncio.sleep(0.1)
+        assert len(seen) == 2
+    finally:
+        await gateway.stop()
+
+
+async def test_start_returns_while_the_controller_is_away(world: Any) -> None:
+    world.control.away = True
+    gateway = Gateway(
+        GatewayConfig(retry_min_s=0.01, retry_max_s=0.05, lease_period_s=0.05),
+        gateway_id=GatewayId("gw-3"),
+        control=world.control,
+        dispatcher=world.dispatcher,
+        tracer=world.tracer,
+    )
+    await gateway.start(wait_s=0.1)
+    assert gateway.not_ready() == "No snapshot of the cluster yet."
+    world.control.away = False
+    await world.eventually(lambda: gateway.not_ready() is None)
+    await gateway.stop()
