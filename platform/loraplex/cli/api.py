@@ -18,12 +18,11 @@ class Api:
     reached, BadConfig for an address that is none."""
 
     def __init__(self, connection: Connection) -> None:
-        headers = {} if connection.key is None else {"authorization": f"Bearer {connection.key}"}
+        self._headers = {} if connection.key is None else {"authorization": f"Bearer {connection.key}"}
         self._url = connection.url.rstrip("/")
         self._prefix = connection.prefix
         if not self._url.startswith(("http://", "https://")):
             raise BadConfig(f"URL {connection.url} does not start with http:// or https://")
-        self._client = httpx.Client(headers=headers, timeout=_TIMEOUT)
 
     def get(self, path: str, **options: Any) -> Any:
         return self._call("GET", path, **options)
@@ -41,7 +40,7 @@ class Api:
     def stream(self, path: str, body: dict[str, Any]) -> Iterator[Any]:
         """The JSON of each server-sent event of a POST, as it arrives."""
         try:
-            with self._client.stream("POST", self._address(path), json=body) as response:
+            with self._client() as client, client.stream("POST", self._address(path), json=body) as response:
                 if response.status_code != 200:
                     response.read()
                     raise _refused(response)
@@ -57,7 +56,8 @@ class Api:
 
     def _call(self, method: str, path: str, **options: Any) -> Any:
         try:
-            response = self._client.request(method, self._address(path), **options)
+            with self._client() as client:
+                response = client.request(method, self._address(path), **options)
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise self._unreachable(error) from error
         if response.status_code >= 400:
@@ -70,6 +70,10 @@ class Api:
             raise LoraplexError(
                 f"{self._url} answers {path} with something else than JSON: not a Loraplex server?"
             ) from error
+
+    def _client(self) -> httpx.Client:
+        """One per call: a command makes few, and no connection outlives its call."""
+        return httpx.Client(headers=self._headers, timeout=_TIMEOUT)
 
     def _address(self, path: str) -> str:
         return f"{self._url}{self._prefix}/v1{path}"

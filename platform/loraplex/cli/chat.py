@@ -36,7 +36,7 @@ def chat_command(
     settings: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature}
     if seed is not None:
         settings["seed"] = seed
-    if message is None and not sys.stdin.isatty():
+    if message is None and not _is_terminal():
         message = sys.stdin.read()
     conversation = Conversation(api, model or _models(api)[0], system, settings)
     if message is not None:
@@ -107,6 +107,10 @@ class Conversation:
             self._model = argument.strip()
         else:
             typer.echo(_HELP)
+
+
+def _is_terminal() -> bool:
+    return sys.stdin.isatty()
 
 
 def _models(api: Api) -> list[str]:

@@ -31,7 +31,8 @@ def status_command(
     typer.echo(f"{connection.url}  base models: {', '.join(status['base_models']) or 'none'}")
     typer.echo(
         f"{status['num_tenants']} tenants, {status['num_adapters']} adapters "
-        f"({status['num_adapter_versions']} versions), gateway {status['gateway']}, control snapshot {status['epoch']}.{status['version']}"
+        f"({status['num_adapter_versions']} versions), gateway {status['gateway']}, "
+        f"control snapshot {status['epoch']}.{status['version']}"
     )
     if not status["replicas"]:
         typer.echo("no replica is up")

@@ -20,7 +20,7 @@ _TEXT = (
 )
 _WORDS = _TEXT.split(" ")
 """Each is one token, with the blank before it, in practically every byte-pair vocabulary."""
-_ROUNDS = 8
+_NEAR = 32
 
 
 class PromptMaker(Protocol):
@@ -56,14 +56,24 @@ class TokenizerPrompts:
         return len(self._tokenizer.encode(text).ids)
 
     def make(self, index: int, num_tokens: int) -> str:
-        """Raises BadConfig when no text of that length was found (shorter than the tokenizer's special tokens)."""
-        words = self._words.make(index, num_tokens).split()
-        for _ in range(_ROUNDS):
-            surplus = self.count(" ".join(words)) - num_tokens
-            if surplus == 0:
-                return " ".join(words)
-            if surplus > 0:
-                words = words[:-surplus]
-            else:
-                words += self._words.make(index + 1, -surplus).split()
+        """Raises BadConfig when there is no text of that length: not more than the tokenizer's special tokens."""
+        num_words = num_tokens
+        text = self._words.make(index, num_words)
+        while self.count(text) < num_tokens:
+            num_words *= 2
+            text = self._words.make(index, num_words)
+        encoded = self._tokenizer.encode(text)
+        ends = [
+            offset[1]
+            for offset, special in zip(encoded.offsets, encoded.special_tokens_mask, strict=True)
+            if not special
+        ]
+        num_special = len(encoded.ids) - len(ends)
+        if num_tokens > num_special:
+            # Cut after the last wanted token. Inside a word the shortened text may fall into tokens differently, so
+            # its neighbours are tried as well.
+            cut = ends[num_tokens - num_special - 1]
+            for position in sorted(range(max(1, cut - _NEAR), cut + _NEAR), key=lambda p: abs(p - cut)):
+                if self.count(text[:position]) == num_tokens:
+                    return text[:position]
         raise BadConfig(f"no prompt of exactly {num_tokens} tokens found for this tokenizer")

@@ -1,0 +1,192 @@
+"""Every command against the real gateway."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import Result
+
+ANSWER = "Many tenants share one base model."
+Run = Callable[..., Result]
+
+
+def _json(result: Result) -> Any:
+    return json.loads(result.stdout)
+
+
+@pytest.fixture
+def peft_dir(tmp_path: Path) -> Path:
+    directory = tmp_path / "peft"
+    directory.mkdir()
+    (directory / "adapter_config.json").write_text("{}")
+    (directory / "adapter_model.safetensors").write_bytes(b"weights " * 100_000)
+    return directory
+
+
+def test_status(call: Run) -> None:
+    text = call("status").stdout
+    assert "tiny-base" in text
+    assert "2 adapters (3 versions)" in text
+    assert "fake-0" in text
+    assert _json(call("status", "--json"))["base_models"] == ["tiny-base"]
+
+
+def test_tenant_life(call: Run) -> None:
+    created = _json(call("tenant", "create", "initech", "--limit", "requests_per_minute=60", "--json"))
+    assert created["limits"]["requests_per_minute"] == 60
+    assert created["limits"]["max_adapters"] is None
+    assert {tenant["name"] for tenant in _json(call("tenant", "list", "--json"))} >= {"acme", "globex", "initech"}
+    assert "initech" in call("tenant", "list").stdout
+    updated = _json(
+        call(
+            "tenant", "update", "initech", "--limit", "max_adapters=5", "--limit", "requests_per_minute=none", "--json"
+        )
+    )
+    assert updated["limits"] == {**created["limits"], "requests_per_minute": None, "max_adapters": 5}
+    assert "max_adapters: 5" in call("tenant", "show", "initech").stdout
+    assert "output tokens: 0" in call("tenant", "usage", "initech").stdout
+    call("tenant", "delete", "initech", "--yes")
+    assert "initech" not in call("tenant", "list").stdout
+
+
+def test_delete_asks_first(call: Run, run: Run, platform: Any) -> None:
+    refused = run("tenant", "delete", "acme", "--demo-file", platform.key_file, input="n\n")
+    assert refused.exit_code == 1
+    assert "acme" in call("tenant", "list").stdout
+
+
+def test_key_life(call: Run, run: Run, platform: Any) -> None:
+    created = call("key", "create", "acme", "--role", "tenant_admin")
+    secret = created.stdout.strip()
+    assert " " not in secret
+    listed = _json(call("key", "list", "acme", "--json"))
+    assert all("key" not in key for key in listed)
+    newest = next(key for key in listed if key["id"] in created.stderr)
+    assert newest["role"] == "tenant_admin"
+    assert run("adapter", "list", "--url", platform.url, "--key", secret).exit_code == 0
+    call("key", "delete", "acme", newest["id"])
+    assert newest["id"] not in call("key", "list", "acme").stdout
+    refused = run("adapter", "list", "--url", platform.url, "--key", secret)
+    assert refused.exit_code == 1
+    assert "401" in refused.stderr
+
+
+def test_adapter_life(call: Run, peft_dir: Path) -> None:
+    first = _json(call("adapter", "register", "poet", peft_dir, "--json"))
+    assert (first["name"], first["version"], first["current"]) == ("poet", 1, True)
+    (peft_dir / "adapter_model.safetensors").write_bytes(b"other weights")
+    assert "version 2" in call("adapter", "register", "poet", peft_dir).stdout
+    versions = _json(call("adapter", "show", "poet", "--json"))
+    assert sorted((v["version"], v["current"]) for v in versions) == [(1, False), (2, True)]
+    assert "version 1" in call("adapter", "rollback", "poet", 1).stdout
+    call("adapter", "delete", "poet", "--version", 2, "--yes")
+    assert len(_json(call("adapter", "show", "poet", "--json"))) == 1
+    assert "poet" in call("adapter", "list").stdout
+    call("adapter", "delete", "poet", "--yes")
+    assert "poet" not in call("adapter", "list").stdout
+
+
+def test_adapter_of_another_tenant(call: Run, run: Run, platform: Any) -> None:
+    assert [a["name"] for a in _json(call("adapter", "list", "--tenant", "globex", "--json"))] == ["lawyer"]
+    names = run("adapter", "list", "--tenant", "globex", "--url", platform.url, "--key", "lpx_admin", "--json")
+    assert [a["name"] for a in _json(names)] == ["lawyer"]
+    foreign = run("adapter", "list", "--tenant", "globex", "--url", platform.url, "--key", "lpx_acme")
+    assert foreign.exit_code == 1
+
+
+def test_register_says_what_is_missing(run: Run, platform: Any, tmp_path: Path) -> None:
+    result = run("adapter", "register", "poet", tmp_path, "--demo-file", platform.key_file)
+    assert result.exit_code == 2
+    assert "adapter_config.json" in result.stderr
+    assert run("adapter", "register", "poet", "--demo-file", platform.key_file).exit_code == 2
+
+
+def test_chat_one_message(call: Run, platform: Any) -> None:
+    assert call("chat", "Hello", "--model", "pirate", "--seed", 3, "--temperature", 0).stdout == ANSWER + "\n"
+    request = platform.requests[-1]
+    assert request.adapter is not None
+    assert (request.adapter.name, request.sampling.seed, request.sampling.temperature) == ("pirate", 3, 0.0)
+    assert call("chat", input="from a pipe").stdout == ANSWER + "\n"
+    assert platform.requests[-1].adapter is None
+
+
+def test_chat_unknown_model(run: Run, platform: Any) -> None:
+    result = run("chat", "Hello", "--model", "lawyer", "--demo-file", platform.key_file)
+    assert result.exit_code == 1
+    assert "lawyer" in result.stderr
+    assert "404" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_conversation(call: Run, platform: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loraplex.cli.chat._is_terminal", lambda: True)
+    lines = ["Hello", "", "/models", "/model nosuch", "/model pirate", "And again", "/new", "Once more", "/what", ""]
+    result = call("chat", "--system", "Be brief.", input="\n".join(lines))
+    assert result.stdout.count(ANSWER) == 3
+    assert "pirate" in result.stdout
+    assert "no model nosuch" in result.stderr
+    lengths = [len(request.prompt_token_ids) for request in platform.requests]
+    assert lengths[1] > lengths[0]
+    assert lengths[2] < lengths[1]
+    assert [request.adapter is not None for request in platform.requests] == [False, True, True]
+
+
+def test_replay(call: Run, platform: Any, tmp_path: Path) -> None:
+    trace = Path(__file__).parent / "data" / "lmsys_arena_200.parquet"
+    out = tmp_path / "report.json"
+    result = call(
+        "replay", trace, "--speed", 20, "--duration", 2, "--max-prompt-tokens", 100, "--max-output-tokens", 5,
+        "--tokenizer", platform.tokenizer, "--out", out, "--json",
+    )  # fmt: skip
+    report = _json(result)
+    assert report["requests"] == len(platform.requests) > 50
+    assert report["errors"] == {}
+    assert report["completed"] == report["requests"]
+    assert report["output_tokens"] == sum(request.sampling.max_tokens for request in platform.requests)
+    assert report["prompt_tokens"] == sum(len(request.prompt_token_ids) for request in platform.requests)
+    assert report["ttft_s"]["p50"] <= report["e2e_s"]["p50"] < 2.0
+    assert {entry["tenant"] for entry in report["assignments"]} == {"acme", "globex"}
+    assert {(t["tenant"], t["model"]) for t in report["targets"]} == {
+        ("acme", "tiny-base"), ("acme", "pirate"), ("globex", "tiny-base"), ("globex", "lawyer"),
+    }  # fmt: skip
+    assert json.loads(out.read_text()) == report
+
+
+def test_replay_text_output(call: Run) -> None:
+    trace = Path(__file__).parent / "data" / "lmsys_arena_200.parquet"
+    text = call("replay", trace, "--speed", 50, "--requests", 20, "--max-output-tokens", 3, "-m", "pirate").stdout
+    assert "20 of 20 requests" in text
+    assert "send lag" in text
+
+
+def test_bench_serve(call: Run, run: Run, platform: Any) -> None:
+    options = ("--requests", 12, "--concurrency", 4, "--input", 20, "--output", 7)
+    report = _json(call("bench", "serve", *options, "--tokenizer", platform.tokenizer, "--json"))
+    assert (report["completed"], report["output_tokens"], report["prompt_tokens"]) == (12, 84, 240)
+    chat = run(
+        "bench",
+        "serve",
+        *options,
+        "--url",
+        platform.url,
+        "--key",
+        "lpx_acme",
+        "--model",
+        "pirate",
+        "--endpoint",
+        "chat",
+    )
+    assert chat.exit_code == 0, chat.output
+    assert "12 of 12 requests" in chat.stdout
+    assert all(request.adapter is not None for request in platform.requests[-12:])
+
+
+def test_bench_serve_without_an_answer_fails(run: Run, platform: Any) -> None:
+    result = run(
+        "bench", "serve", "--requests", 3, "--url", platform.url, "--key", "lpx_acme", "--model", "nosuch", "--json"
+    )
+    assert result.exit_code == 1
+    assert _json(result)["errors"] == {"404": 3}
+    assert "nosuch" in result.stderr
