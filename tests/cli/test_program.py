@@ -155,3 +155,16 @@ def test_version() -> None:
     started_s = time.monotonic()
     assert _program("--version").stdout.startswith("loraplex 0")
     assert time.monotonic() - started_s < 20
+
+
+def test_bench_engine(run: Run) -> None:
+    options = ("--model", "random:tiny-llama", "--requests", 3, "--input", 8, "--output", 4, "--adapters", 2)
+    result = run("bench", "engine", *options, "--rank", 8, "--threads", 1, "--json")
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert (report["options"]["rank"], report["output_tokens"]) == (8, 12)
+    text = run("bench", "engine", *options, "--threads", 1).stdout
+    assert "output tokens/s" in text
+    unknown = run("bench", "engine", "--model", "random:nosuch")
+    assert unknown.exit_code == 2
+    assert "random:nosuch" in unknown.stderr

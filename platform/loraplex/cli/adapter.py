@@ -20,7 +20,7 @@ from loraplex.cli.connection import (
 from loraplex.cli.output import print_json, print_table, shown_bytes, shown_time
 from loraplex.core.errors import BadConfig
 
-app = typer.Typer(no_args_is_help=True, help="Register, list, roll back and delete adapters.")
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="Register, list, roll back and delete adapters.")
 
 NameArgument = Annotated[str, typer.Argument(metavar="ADAPTER")]
 _FILES = ("adapter_config.json", "adapter_model.safetensors")

@@ -18,7 +18,7 @@ from loraplex.loadgen.http_client import HttpClient
 from loraplex.loadgen.prompts import PromptMaker, TokenizerPrompts, WordPrompts
 from loraplex.loadgen.report import summarize
 
-app = typer.Typer(no_args_is_help=True, help="Measure the engine alone or a running server.")
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="Measure the engine alone or a running server.")
 
 
 @app.command("engine")

@@ -17,7 +17,7 @@ from loraplex.cli.connection import (
 )
 from loraplex.cli.output import print_json, print_table, shown_time
 
-app = typer.Typer(no_args_is_help=True, help="API keys of a tenant.")
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="API keys of a tenant.")
 
 TenantArgument = Annotated[str, typer.Argument(metavar="TENANT")]
 

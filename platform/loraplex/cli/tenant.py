@@ -17,7 +17,9 @@ from loraplex.cli.connection import (
 from loraplex.cli.output import print_json, print_table, shown, shown_bytes
 from loraplex.core.errors import BadConfig
 
-app = typer.Typer(no_args_is_help=True, help="Create, change and delete tenants; see their usage.")
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, help="Create, change and delete tenants; see their usage."
+)
 
 NameArgument = Annotated[str, typer.Argument(metavar="TENANT")]
 LimitOption = Annotated[

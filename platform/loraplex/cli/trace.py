@@ -9,7 +9,7 @@ from loraplex.cli.connection import JsonOption
 from loraplex.cli.output import print_json, print_table, shown, shown_time
 from loraplex.traces.stats import Distribution, GroupStats, Skew, TraceStats, trace_stats
 
-app = typer.Typer(no_args_is_help=True, help="Look at recorded traffic.")
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="Look at recorded traffic.")
 
 
 @app.callback()
