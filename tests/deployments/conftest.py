@@ -1,0 +1,75 @@
+"""One platform on one local Ray for the whole folder: the demo base, its tenants and adapters, on free ports."""
+
+import json
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from loraplex.config.platform import PlatformConfig, parse_platform_config
+from loraplex.demo.base import prepare_demo_base
+from loraplex_deployments.demo_setup import ensure_demo
+from loraplex_deployments.launch import RunningPlatform, start_platform
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@dataclass(frozen=True)
+class Demo:
+    platform: RunningPlatform
+    config: PlatformConfig
+    content: dict[str, Any]
+
+    @property
+    def http(self) -> str:
+        return str(self.content["http"])
+
+    @property
+    def grpc(self) -> str:
+        return str(self.content["grpc"])
+
+    def key(self, tenant: str) -> str:
+        return next(str(entry["key"]) for entry in self.content["tenants"] if entry["name"] == tenant)
+
+
+def demo_config(root: Path) -> PlatformConfig:
+    text = f"""
+demo: true
+data_dir: {root}
+listen: {{http_port: {free_port()}, grpc_port: {free_port()}}}
+base_models:
+  - id: smollm2-135m-instruct
+    model: demo
+    executor: {{num_threads: 2, num_pages: 400}}
+    engine: {{max_step_tokens: 256}}
+traces: {{write_interval_s: 0.5, send_interval_s: 0.2}}
+"""
+    return parse_platform_config(text, source="test")
+
+
+@pytest.fixture(scope="session")
+def demo_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The cache folder with the demo base in it, converted once for all tests."""
+    folder = tmp_path_factory.mktemp("models")
+    prepare_demo_base(folder, print)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def demo(demo_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Demo]:
+    config = demo_config(tmp_path_factory.mktemp("platform"))
+    (config.root / "models").symlink_to(demo_models)
+    platform = start_platform(config, print)
+    try:
+        content = ensure_demo(platform, config.root / "demo.json", "smollm2-135m-instruct")
+        platform.wait_ready()
+        assert json.loads((config.root / "demo.json").read_text()) == content
+        yield Demo(platform=platform, config=config, content=content)
+    finally:
+        platform.stop()

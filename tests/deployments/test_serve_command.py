@@ -1,0 +1,189 @@
+"""``loraplex serve`` as a person runs it: start, a second start beside it, kill -9 in the middle of an upload, start
+again, Ctrl-C."""
+
+import json
+import os
+import signal
+import stat
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+import yaml
+from loraplex.demo import JSON
+
+from tests.deployments.conftest import free_port
+
+pytestmark = pytest.mark.ray
+
+_START_TIMEOUT_S = 150
+
+
+class Served:
+    """A ``loraplex serve`` process in a folder of its own."""
+
+    def __init__(self, folder: Path, models: Path) -> None:
+        self.folder = folder
+        self.root = folder / "data"
+        self.root.mkdir(exist_ok=True)
+        if not (self.root / "models").exists():
+            (self.root / "models").symlink_to(models)
+        self.config = {
+            "demo": True,
+            "data_dir": str(self.root),
+            "listen": {"http_port": free_port(), "grpc_port": free_port()},
+            "base_models": [{"id": "smollm2-135m-instruct", "model": "demo", "executor": {"num_pages": 200}}],
+        }
+        self.process: subprocess.Popen[str] | None = None
+
+    def start(self) -> None:
+        file = self.folder / "fleet.yaml"
+        file.write_text(yaml.safe_dump(self.config))
+        self.log = (self.folder / "serve.log").open("a")
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "loraplex.cli.main", "serve", "--config", str(file)],
+            stdout=self.log,
+            stderr=self.log,
+            text=True,
+            start_new_session=True,
+        )
+
+    def wait_ready(self) -> None:
+        assert self.process is not None
+        deadline_s = time.monotonic() + _START_TIMEOUT_S
+        while time.monotonic() < deadline_s:
+            assert self.process.poll() is None, self.output()
+            try:
+                if httpx.get(f"{self.http}/ready", timeout=5).status_code == 200 and "curl" in self.output():
+                    return
+            except httpx.HTTPError:
+                pass
+            time.sleep(0.2)
+        raise AssertionError(self.output())
+
+    def output(self) -> str:
+        return (self.folder / "serve.log").read_text()
+
+    @property
+    def http(self) -> str:
+        return f"http://127.0.0.1:{self.config['listen']['http_port']}"  # type: ignore[index]
+
+    @property
+    def demo(self) -> dict[str, object]:
+        content = json.loads((self.root / "demo.json").read_text())
+        assert isinstance(content, dict)
+        return content
+
+    def key(self, tenant: str) -> str:
+        return next(entry["key"] for entry in self.demo["tenants"] if entry["name"] == tenant)  # type: ignore[attr-defined]
+
+
+@pytest.fixture
+def served(tmp_path: Path, demo_models: Path) -> Iterator[Served]:
+    platform = Served(tmp_path, demo_models)
+    platform.start()
+    yield platform
+    assert platform.process is not None
+    if platform.process.poll() is None:
+        platform.process.send_signal(signal.SIGINT)
+        platform.process.wait(60)
+
+
+def loraplex(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "loraplex.cli.main", *arguments], capture_output=True, text=True, timeout=100
+    )
+
+
+def test_a_day_in_the_life(served: Served, tmp_path: Path) -> None:
+    served.wait_ready()
+    first = served.demo
+    assert stat.S_IMODE((served.root / "demo.json").stat().st_mode) == 0o600
+    key = served.key("acme")
+
+    # A second platform on the same ports, then in the same data directory: one line each, nothing disturbed.
+    beside = dict(served.config, data_dir=str(tmp_path / "other"))
+    (tmp_path / "beside.yaml").write_text(yaml.safe_dump(beside))
+    refused = loraplex("serve", "--config", str(tmp_path / "beside.yaml"))
+    assert refused.returncode == 1
+    assert str(served.config["listen"]["http_port"]) in refused.stderr  # type: ignore[index]
+    assert "Traceback" not in refused.stderr
+    same_dir = loraplex("serve", "--config", str(served.folder / "fleet.yaml"))
+    assert same_dir.returncode == 1
+    assert "already serves" in same_dir.stderr
+
+    # An adapter is registered, then the process is killed in the middle of uploads of more.
+    assert upload(served.http, key, "kept").status_code == 201
+    uploads = threading.Thread(target=upload_for_ever, args=(served.http, key), daemon=True)
+    uploads.start()
+    time.sleep(0.5)
+    assert served.process is not None
+    children = psutil.Process(served.process.pid).children(recursive=True)
+    os.kill(served.process.pid, signal.SIGKILL)
+    served.process.wait(10)
+    uploads.join(60)
+    gone, alive = psutil.wait_procs(children, timeout=30)
+    assert gone
+    assert not alive
+
+    served.start()
+    served.wait_ready()
+    assert served.demo == first
+    names = [
+        entry["name"]
+        for entry in httpx.get(f"{served.http}/v1/adapters", headers={"authorization": f"Bearer {key}"}).json()["data"]
+    ]
+    assert {"pirate", "json", "kept"} <= set(names)
+    for name in names:
+        answer = httpx.post(
+            f"{served.http}/v1/completions",
+            json={"model": name, "prompt": "Hello", "max_tokens": 2},
+            headers={"authorization": f"Bearer {key}"},
+            timeout=60,
+        )
+        assert answer.status_code == 200, answer.text
+
+    # Ctrl-C ends everything that it started.
+    children = psutil.Process(served.process.pid).children(recursive=True)
+    served.process.send_signal(signal.SIGINT)
+    assert served.process.wait(60) == 0
+    _, alive = psutil.wait_procs(children, timeout=30)
+    assert not alive
+    rows = list((served.root / "traces").rglob("*.parquet"))
+    assert rows
+
+
+def test_an_unknown_config_key_is_named(tmp_path: Path) -> None:
+    (tmp_path / "bad.yaml").write_text("base_models: [{id: a, model: demo, engin: {}}]\n")
+    answer = loraplex("serve", "--config", str(tmp_path / "bad.yaml"))
+    assert answer.returncode == 1
+    assert "bad.yaml" in answer.stderr
+    assert "engin" in answer.stderr
+    assert len(answer.stderr.strip().splitlines()) == 1
+
+
+def upload(http: str, key: str, name: str) -> httpx.Response:
+    files = {
+        file: (JSON.directory / file).read_bytes() for file in ("adapter_config.json", "adapter_model.safetensors")
+    }
+    return httpx.post(
+        f"{http}/v1/adapters",
+        data={"name": name},
+        files={file: (file, content) for file, content in files.items()},
+        headers={"authorization": f"Bearer {key}"},
+        timeout=60,
+    )
+
+
+def upload_for_ever(http: str, key: str) -> None:
+    for index in range(1000):
+        try:
+            upload(http, key, f"torn-{index}")
+        except httpx.HTTPError:
+            return
