@@ -100,7 +100,7 @@ class _Server:
             return Script(tokens=tuple(OutputToken(token_id=i) for i in ids), finish_reason=FinishReason.STOP)
 
         gateway = Gateway(
-            GatewayConfig(lease_period_s=0.05, visibility_wait_s=1.0, snapshot_poll_s=5.0),
+            GatewayConfig(),
             gateway_id=GatewayId("gw-1"),
             control=_make_control(self._tokenizer),
             dispatcher=FakeDispatcher(script, step_s=0.001),
