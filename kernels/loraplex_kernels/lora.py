@@ -15,24 +15,27 @@ import torch
 class ExpandPart:
     """Rows of one projection's B and where they act."""
 
-    rank_start: int
-    rank_end: int
-    """Columns of the shrunk activations that they multiply."""
-    column: int
-    """First output column."""
+    output: int
+    """Index into ``LoraSite.output_sizes``."""
     weight: torch.Tensor
-    """(rank_end - rank_start, O of the projection): B transposed, dense, scale folded in."""
+    """(R part, O of the projection): B transposed, dense, scale folded in."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoraSite:
-    """One adapter at one input of one layer: q/k/v share a site, gate/up another, o and down have their own."""
+    """One adapter at one input of one layer: q/k/v share a site, gate/up another, o and down have their own.
+
+    The parts of A, and those of all B together, cover the stacked rank once and in order; each projection's share of
+    it is padded to a multiple of 8.
+    """
 
     shrink: tuple[torch.Tensor, ...]
     """(I, R part) transposed views of A, stacked over the site's projections; together R columns."""
     expand: tuple[ExpandPart, ...]
-    lora_rank: int
-    """R: sum over the site's projections, each padded to a multiple of 8."""
+    expand_ranks: tuple[int, ...]
+    """R part of each of ``expand``; sums to R."""
+    output_sizes: tuple[int, ...]
+    """Columns of each projection in the fused output, whether the adapter touches it or not."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,11 +57,11 @@ def lora_shrink(x_TI: torch.Tensor, site: LoraSite) -> torch.Tensor:
 
 def lora_expand_(out_TO: torch.Tensor, h_TR: torch.Tensor, site: LoraSite) -> None:
     """``out += h B`` in place, each projection into its own columns. ``out_TO`` may have any row stride."""
-    for part in site.expand:
-        weight_RO = part.weight
-        out_TO[:, part.column : part.column + weight_RO.shape[1]].addmm_(
-            h_TR[:, part.rank_start : part.rank_end], weight_RO
-        )
+    # One split instead of two slices for each part: at decode sizes a slice costs as much as a product.
+    outputs = (out_TO,) if len(site.output_sizes) == 1 else out_TO.split_with_sizes(site.output_sizes, 1)
+    shrunk = (h_TR,) if len(site.expand) == 1 else h_TR.split_with_sizes(site.expand_ranks, 1)
+    for part, h_TP in zip(site.expand, shrunk, strict=True):
+        outputs[part.output].addmm_(h_TP, part.weight)
 
 
 def lora_add_(out_TO: torch.Tensor, x_TI: torch.Tensor, segments: Sequence[LoraSegment], site: int) -> None:

@@ -15,20 +15,19 @@ def make_site(ranks: list[int], cut: int) -> tuple[LoraSite, torch.Tensor]:
     """A site with one rank for each projection (0: untouched), cut into parts of ``cut`` ranks; and its dense delta."""
     total = sum(ranks)
     a_RI = torch.randn(total, IN_FEATURES)
-    expand, dense = [], torch.zeros(IN_FEATURES, sum(WIDTHS), dtype=torch.float64)
+    expand: list[ExpandPart] = []
+    dense = torch.zeros(IN_FEATURES, sum(WIDTHS), dtype=torch.float64)
     start = column = 0
-    for lora_rank, width in zip(ranks, WIDTHS, strict=True):
+    for output, (lora_rank, width) in enumerate(zip(ranks, WIDTHS, strict=True)):
         b_RO = torch.randn(lora_rank, width)
         dense[:, column : column + width] = a_RI[start : start + lora_rank].double().t() @ b_RO.double()
         for low in range(0, lora_rank, cut):
-            high = min(low + cut, lora_rank)
-            expand.append(
-                ExpandPart(rank_start=start + low, rank_end=start + high, column=column, weight=b_RO[low:high])
-            )
+            expand.append(ExpandPart(output=output, weight=b_RO[low : low + cut]))
         start += lora_rank
         column += width
     shrink = tuple(a_RI[low : low + cut].t() for low in range(0, total, cut))
-    return LoraSite(shrink=shrink, expand=tuple(expand), lora_rank=total), dense
+    expand_ranks = tuple(part.weight.shape[0] for part in expand)
+    return LoraSite(shrink=shrink, expand=tuple(expand), expand_ranks=expand_ranks, output_sizes=WIDTHS), dense
 
 
 @pytest.mark.parametrize("cut", [5, 100])

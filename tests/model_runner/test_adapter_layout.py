@@ -68,16 +68,6 @@ def test_order_of_blocks_does_not_matter() -> None:
     assert plan(blocks) == plan(blocks[::-1])
 
 
-def test_columns_follow_the_fused_projections() -> None:
-    layout = plan([block(0, "k_proj", 8), block(0, "v_proj", 8), block(1, "up_proj", 8)])
-    columns = {placed.block.module: placed.column for placed in layout.blocks}
-    assert columns == {
-        "k_proj": SPEC.q_size,
-        "v_proj": SPEC.q_size + SPEC.kv_size,
-        "up_proj": SPEC.intermediate_size,
-    }
-
-
 def test_small_adapters_share_a_page_and_large_blocks_are_cut_at_multiples_of_8() -> None:
     assert plan([block(0, "q_proj", 8), block(1, "q_proj", 8)]).num_pages == 1
     parts = plan([block(0, "down_proj", 64)], page_bytes=8192).parts

@@ -28,8 +28,6 @@ class PlacedBlock:
     """Number over the whole model: layer * len(SITES) + index in SITES."""
     rank_start: int
     """First row in the site's stacked rank."""
-    column: int
-    """First output column in the site's fused output."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +50,7 @@ class AdapterLayout:
     num_pages: int
     blocks: tuple[PlacedBlock, ...]
     parts: tuple[AdapterPart, ...]
+    """Of each site first A, then each B in the order of its projections; ranks ascend."""
     site_ranks: tuple[tuple[int, int], ...]
     """(site, stacked rank) of the sites that the adapter touches."""
 
@@ -73,8 +72,7 @@ def plan_adapter_layout(
         site = block.layer * len(SITES) + index
         rank_start = site_ranks.get(site, 0)
         site_ranks[site] = rank_start + -(-block.lora_rank // _RANK_MULTIPLE) * _RANK_MULTIPLE
-        column = _column(block.module, model)
-        placed.append(PlacedBlock(block=block, site=site, rank_start=rank_start, column=column))
+        placed.append(PlacedBlock(block=block, site=site, rank_start=rank_start))
     packer = _Packer(page_bytes, itemsize)
     parts: list[AdapterPart] = []
     for site, lora_rank in site_ranks.items():
@@ -150,8 +148,3 @@ def _site_of(module: str) -> tuple[int, int]:
         if module in modules:
             return index, modules.index(module)
     raise BadAdapter(f"projection {module!r} cannot carry LoRA")
-
-
-def _column(module: str, model: ModelSpec) -> int:
-    index, position = _site_of(module)
-    return sum(model.projection_shape(before)[1] for before in SITES[index][:position])

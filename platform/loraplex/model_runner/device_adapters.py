@@ -28,6 +28,7 @@ class _Resident:
 class DeviceAdapters:
     def __init__(self, model: ModelSpec, arena: Arena) -> None:
         self._num_sites = model.num_layers * len(SITES)
+        self._output_sizes = [tuple(model.projection_shape(module)[1] for module in modules) for modules in SITES]
         self._arena = arena
         self._resident: dict[Digest, _Resident] = {}
         device = arena.pages.device
@@ -80,18 +81,16 @@ class DeviceAdapters:
             if part.placed is None:
                 shrink.setdefault(part.site, []).append(matrix.t())
             else:
-                expand.setdefault(part.site, []).append(
-                    ExpandPart(
-                        rank_start=part.rank_start,
-                        rank_end=part.rank_end,
-                        column=part.placed.column,
-                        weight=matrix,
-                    )
-                )
-        ranks = dict(layout.site_ranks)
+                output = SITES[part.site % len(SITES)].index(part.placed.block.module)
+                expand.setdefault(part.site, []).append(ExpandPart(output=output, weight=matrix))
         return tuple(
-            LoraSite(shrink=tuple(shrink[site]), expand=tuple(expand[site]), lora_rank=ranks[site])
-            if site in ranks
+            LoraSite(
+                shrink=tuple(shrink[site]),
+                expand=tuple(expand[site]),
+                expand_ranks=tuple(part.weight.shape[0] for part in expand[site]),
+                output_sizes=self._output_sizes[site % len(SITES)],
+            )
+            if site in shrink
             else None
             for site in range(self._num_sites)
         )
