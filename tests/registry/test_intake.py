@@ -161,6 +161,19 @@ def test_only_some_layers(tmp_path: Path) -> None:
     assert "has 2 layers" in refusal(tmp_path, lora_config(layers_to_transform=[2]), tensors)
 
 
+def test_dotted_targets_as_peft_writes_them_for_all_linear(tmp_path: Path) -> None:
+    tensors = lora_tensors(lora_config())
+    both = [f"model.layers.{layer}.self_attn.{module}" for layer in (0, 1) for module in ("q_proj", "v_proj")]
+    digest = check(tmp_path, lora_config(), tensors).manifest.digest
+    assert check(tmp_path, lora_config(target_modules=both), tensors).manifest.digest == digest
+    assert (
+        check(tmp_path, lora_config(target_modules=["self_attn.q_proj", "v_proj"]), tensors).manifest.digest == digest
+    )
+    assert "not one that" in refusal(tmp_path, lora_config(target_modules=both[:3]), tensors)
+    for target in ("attn.q_proj", "model.layers.7.self_attn.q_proj"):
+        assert "match no module" in refusal(tmp_path, lora_config(target_modules=[target]), with_header(b"{}", b""))
+
+
 def test_the_digest_is_of_content_meaning_base_and_tenant(tmp_path: Path) -> None:
     config = lora_config()
     tensors = lora_tensors(config)
@@ -276,7 +289,7 @@ def test_wrong_base_is_told_by_shape_and_by_name(tmp_path: Path) -> None:
         (f"{PREFIX}.0.self_attn.q_proj.lora_B.bias", "bias is not supported"),
         ("base_model.model.lm_head.modules_to_save.weight", "modules_to_save"),
         ("base_model.model.model.embed_tokens.lora_embedding_A", "LoRA on embeddings"),
-        (f"{PREFIX}.0.self_attn.k_proj.lora_A.weight", "target_modules q_proj, v_proj"),
+        (f"{PREFIX}.0.self_attn.k_proj.lora_A.weight", "not one that adapter_config.json and the base model call for"),
         (f"{PREFIX}.2.self_attn.q_proj.lora_A.weight", "not one that"),
         (f"{PREFIX}.00.self_attn.q_proj.lora_A.weight", "not one that"),
         ("x" * 10_000, "not one that"),

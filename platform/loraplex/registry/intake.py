@@ -19,7 +19,7 @@ import numpy as np
 from loraplex.core.adapter import AdapterBlock, AdapterManifest
 from loraplex.core.errors import BadAdapter
 from loraplex.core.ids import BaseModelId
-from loraplex.core.model import ModelSpec
+from loraplex.core.model import LORA_MODULES, ModelSpec
 from loraplex.registry.config import RegistryConfig
 from loraplex.registry.identity import adapter_digest
 from loraplex.registry.lora_config import CONFIG_FILE, LoraConfig, check_layers, module_path, parse_lora_config
@@ -108,8 +108,10 @@ def _match_tensors(entries: Sequence[TensorEntry], lora: LoraConfig, spec: Model
     present = {entry.name: entry for entry in entries}
     blocks = []
     for layer in check_layers(lora, spec):
-        for module in lora.modules:
+        for module in LORA_MODULES:
             path = module_path(layer, module)
+            if not lora.targets_path(path):
+                continue
             rank = lora.block_rank(path)
             in_features, out_features = spec.projection_shape(module)
             for part, shape in (("A", (rank, in_features)), ("B", (out_features, rank))):
@@ -124,18 +126,17 @@ def _match_tensors(entries: Sequence[TensorEntry], lora: LoraConfig, spec: Model
                     )
             blocks.append(AdapterBlock(layer=layer, module=module, lora_rank=rank, scale=lora.block_scale(path)))
     for name in present:
-        raise _unexpected(name, lora)
+        raise _unexpected(name)
+    if not blocks:
+        raise BadAdapter(f"{CONFIG_FILE}: target_modules match no module of the base model", param=CONFIG_FILE)
     return blocks
 
 
-def _unexpected(name: str, lora: LoraConfig) -> BadAdapter:
+def _unexpected(name: str) -> BadAdapter:
     for pattern, feature in _UNSUPPORTED_TENSORS:
         if pattern.search(name):
             return bad_tensors(f"tensor {shown_name(name)}: {feature} is not supported")
-    return bad_tensors(
-        f"tensor {shown_name(name)} is not one that {CONFIG_FILE} (target_modules {', '.join(lora.modules)}) and the "
-        "base model call for"
-    )
+    return bad_tensors(f"tensor {shown_name(name)} is not one that {CONFIG_FILE} and the base model call for")
 
 
 def _scan(file: BinaryIO, entries: Sequence[TensorEntry], piece_bytes: int) -> str:

@@ -79,8 +79,8 @@ class LoraConfig:
     base_model_name: str | None
     lora_rank: int
     alpha: float
-    modules: tuple[str, ...]
-    """In the order of LORA_MODULES."""
+    targets: frozenset[str]
+    """Module names, or dotted suffixes of module paths, as PEFT writes them for ``all-linear``."""
     layers: tuple[int, ...] | None
     """None: all layers."""
     rank_pattern: Mapping[str, int]
@@ -88,8 +88,12 @@ class LoraConfig:
     alpha_pattern: Mapping[str, float]
     use_rslora: bool
 
+    def targets_path(self, path: str) -> bool:
+        """``path``: e.g. ``model.layers.0.self_attn.q_proj``. Like PEFT: a target names a path or its dotted end."""
+        parts = path.split(".")
+        return any(".".join(parts[start:]) in self.targets for start in range(len(parts)))
+
     def block_rank(self, path: str) -> int:
-        """``path``: e.g. ``model.layers.0.self_attn.q_proj``."""
         return _first_match(self.rank_pattern, path, self.lora_rank)
 
     def block_scale(self, path: str) -> float:
@@ -114,7 +118,7 @@ def parse_lora_config(data: bytes, *, max_lora_rank: int) -> LoraConfig:
         base_model_name=name or None,
         lora_rank=_rank(raw.get("r"), "r", max_lora_rank),
         alpha=_alpha(raw.get("lora_alpha"), "lora_alpha"),
-        modules=_modules(raw.get("target_modules")),
+        targets=_targets(raw.get("target_modules")),
         layers=_layers(raw),
         rank_pattern={
             _pattern_key(key, "rank_pattern"): _rank(value, f"rank_pattern[{_shown(key)}]", max_lora_rank)
@@ -207,7 +211,7 @@ def _flag(raw: Mapping[str, Any], key: str) -> bool:
     return bool(value)
 
 
-def _modules(value: Any) -> tuple[str, ...]:
+def _targets(value: Any) -> frozenset[str]:
     if isinstance(value, str):
         raise _bad(
             f"target_modules {_shown(value)} is a pattern, which is not supported; list the module names literally: "
@@ -216,9 +220,9 @@ def _modules(value: Any) -> tuple[str, ...]:
     if not isinstance(value, list) or not value:
         raise _bad("target_modules must be a list of module names")
     for name in value:
-        if not isinstance(name, str) or name not in LORA_MODULES:
+        if not isinstance(name, str) or name.rsplit(".", 1)[-1] not in LORA_MODULES:
             raise _bad(f"target_modules: {_shown(name)} is not supported, only {', '.join(LORA_MODULES)} are")
-    return tuple(module for module in LORA_MODULES if module in value)
+    return frozenset(value)
 
 
 def _layers(raw: Mapping[str, Any]) -> tuple[int, ...] | None:
