@@ -30,9 +30,10 @@ SPEC = ModelSpec(
 ALL = list(LORA_MODULES)
 
 
-def _save(
-    directory: Path, dtype: torch.dtype = torch.float32, **options: Any
-) -> dict[tuple[int, str], tuple[int, float]]:
+Held = dict[tuple[int, str], tuple[int, float]]
+
+
+def _save(directory: Path, dtype: torch.dtype = torch.float32, **options: Any) -> Held:
     """Saves a fresh adapter; returns what peft holds per (layer, module): rank and scale."""
     base = LlamaForCausalLM(
         LlamaConfig(
