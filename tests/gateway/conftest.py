@@ -1,7 +1,7 @@
 """A gateway over fakes: two tenants, an administrator, one base with a real small tokenizer, scripted tokens."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from loraplex.gateway import tokenizer
 from loraplex.gateway.config import GatewayConfig
 from loraplex.gateway.gateway import Gateway
 from loraplex.gateway.tokenizer import TextCodec
+from loraplex.tenancy.config import TenancyConfig
 from loraplex.testing.fake_control import FakeControl
 from loraplex.testing.fake_dispatcher import FakeDispatcher, Script
 from loraplex.testing.tiny_tokenizer import build_tiny_tokenizer
@@ -73,7 +74,10 @@ class World:
     dispatcher: FakeDispatcher
     tracer: Rows
     codec: TextCodec
-    http: httpx.AsyncClient
+    http: httpx.AsyncClient = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.http = self.client(ACME_KEY)
 
     def says(self, text: str, **kwargs: object) -> None:
         """From now on the engine answers ``text``."""
@@ -92,6 +96,12 @@ class World:
         async with asyncio.timeout(timeout_s):
             while not check():  # noqa: ASYNC110 (what is waited for has no event)
                 await asyncio.sleep(0.005)
+
+    async def eventually_async(self, read: Callable[[], Awaitable[object]], expected: object) -> None:
+        """Waits until ``read`` gives ``expected``; TimeoutError when it does not."""
+        async with asyncio.timeout(3.0):
+            while await read() != expected:  # noqa: ASYNC110 (as above)
+                await asyncio.sleep(0.02)
 
 
 def make_control(tokenizer_dir: Path) -> FakeControl:
@@ -120,14 +130,17 @@ async def world(tokenizer_dir: Path, codec: TextCodec, monkeypatch: pytest.Monke
     control = make_control(tokenizer_dir)
     dispatcher = FakeDispatcher(script_of(codec, "Hello there.", finish_reason=FinishReason.STOP))
     tracer = Rows()
-    config = GatewayConfig(lease_period_s=0.05, visibility_wait_s=1.0, snapshot_poll_s=5.0)
-    gateway = Gateway(config, gateway_id=GatewayId("gw-1"), control=control, dispatcher=dispatcher, tracer=tracer)
-    await gateway.start()
-    made = World(
-        gateway=gateway, control=control, dispatcher=dispatcher, tracer=tracer, codec=codec, http=httpx.AsyncClient()
+    config = GatewayConfig(visibility_wait_s=1.0, snapshot_poll_s=5.0)
+    gateway = Gateway(
+        config,
+        gateway_id=GatewayId("gw-1"),
+        control=control,
+        dispatcher=dispatcher,
+        tracer=tracer,
+        tenancy=TenancyConfig(slice_s=0.05),
     )
-    await made.http.aclose()
-    made.http = made.client(ACME_KEY)
+    await gateway.start()
+    made = World(gateway=gateway, control=control, dispatcher=dispatcher, tracer=tracer, codec=codec)
     try:
         yield made
     finally:

@@ -129,7 +129,7 @@ async def test_bad_fields_are_named(world: Any, fields: dict[str, Any], param: s
 
 
 async def test_neutral_values_of_unsupported_fields_are_accepted(world: Any) -> None:
-    fields = {
+    fields: dict[str, Any] = {
         "suffix": None,
         "tools": [],
         "response_format": {"type": "text"},

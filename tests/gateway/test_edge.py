@@ -86,6 +86,9 @@ async def test_unknown_routes_and_methods(world: Any) -> None:
     check_error(await world.http.get("/v1/nothing"), 404, "unknown_url")
     check_error(await world.http.get("/nothing"), 404, "unknown_url")
     check_error(await world.http.get("/v1/chat/completions"), 405, "method_not_allowed")
+    wrong = await world.http.put("/v1/adapters/pirate")
+    check_error(wrong, 405, "method_not_allowed")
+    assert wrong.headers["allow"] == "DELETE, GET"
     check_error(await world.http.get("/t/acme/health"), 404, "unknown_url")
 
 

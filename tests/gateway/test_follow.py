@@ -9,6 +9,7 @@ from loraplex.core.tenant import TenantLimits
 from loraplex.core.wire import LoadReport
 from loraplex.gateway.config import GatewayConfig
 from loraplex.gateway.gateway import Gateway
+from loraplex.tenancy.config import TenancyConfig
 
 CHAT = {"model": "pirate", "messages": [{"role": "user", "content": "Hi"}]}
 
@@ -82,7 +83,8 @@ async def test_routes_are_handed_on_and_loads_shown(world: Any) -> None:
 async def test_start_returns_while_the_controller_is_away(world: Any) -> None:
     world.control.away = True
     gateway = Gateway(
-        GatewayConfig(retry_min_s=0.01, retry_max_s=0.05, lease_period_s=0.05),
+        GatewayConfig(retry_min_s=0.01, retry_max_s=0.05),
+        tenancy=TenancyConfig(slice_s=0.05),
         gateway_id=GatewayId("gw-3"),
         control=world.control,
         dispatcher=world.dispatcher,

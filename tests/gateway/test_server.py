@@ -109,3 +109,20 @@ async def test_keep_alive_serves_several_streams_on_one_connection(world: Any, p
             await reader.readuntil(b"0\r\n\r\n")
     writer.close()
     assert [row.status for row in world.tracer.rows] == [200] * 3
+
+
+async def test_upload_that_breaks_off_leaves_nothing(world: Any, port: int) -> None:
+    _reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    part = b'--b\r\ncontent-disposition: form-data; name="%s"\r\n\r\n'
+    writer.write(
+        b"POST /v1/adapters HTTP/1.1\r\nhost: x\r\nauthorization: Bearer lpx_acme_admin_key\r\n"
+        b"content-type: multipart/form-data; boundary=b\r\ncontent-length: 100000\r\n\r\n"
+        + part % b"name"
+        + b"poet\r\n"
+        + part % b"adapter_config.json"
+        + b"{}"
+    )
+    await world.eventually(lambda: world.control.uploads)
+    writer.close()
+    await world.eventually(lambda: not world.control.uploads)
+    assert (await world.http.get("/v1/adapters/poet")).status_code == 404

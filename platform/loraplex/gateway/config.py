@@ -38,8 +38,6 @@ class GatewayConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """Longer prompts are tokenized in a thread, so that they do not hold up other streams."""
     snapshot_poll_s: float = 20.0
     """Longest wait of one long poll for a newer snapshot."""
-    lease_period_s: float = 1.0
-    """How often quota shares are leased and usage is reported."""
     retry_min_s: float = 0.1
     """First pause after a failed call to the controller; doubles up to ``retry_max_s``."""
     retry_max_s: float = 2.0

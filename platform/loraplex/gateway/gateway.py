@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable
 
 from loraplex.core.clock import Clock, SystemClock
 from loraplex.core.control import ControlPlane, ControlSnapshot, ReplicaRoute
-from loraplex.core.errors import BadConfig, LoraplexError
+from loraplex.core.errors import LoraplexError
 from loraplex.core.generation import Dispatcher
 from loraplex.core.ids import BaseModelId, GatewayId
 from loraplex.gateway.accounting import Tracer
@@ -61,7 +61,8 @@ class Gateway:
         self._clock = clock or SystemClock()
         self._view = ClusterView()
         self._codecs = Codecs()
-        self._quota = QuotaGate(tenancy or TenancyConfig())
+        self._tenancy = tenancy or TenancyConfig()
+        self._quota = QuotaGate(self._tenancy)
         self._warm: dict[BaseModelId, asyncio.Task[None]] = {}
         self._routes: tuple[tuple[ReplicaRoute, ...], str] | None = None
         self._leased = False
@@ -162,11 +163,12 @@ class Gateway:
         base = next(base for base in snapshot.base_models if base.base_model_id == base_model_id)
         try:
             await self._codecs.get(base)
-        except BadConfig as error:
-            logger.error("base %s: %s", base_model_id, error.message)
+        except Exception:
+            # Requests for this base fail with the same error and try again; the others go on.
+            logger.exception("the tokenizer of base %s cannot be loaded", base_model_id)
 
     async def _lease(self) -> None:
-        """Exchanges demand for quota shares and reports usage, each period for ever."""
+        """Exchanges demand for quota shares and reports usage, each slice for ever."""
         await self._view.wait_for(lambda _directory: True, timeout_s=None)
         while True:
             try:
@@ -178,7 +180,7 @@ class Gateway:
                 await self._report_usage()
             except Exception as error:  # as above
                 self._controller_failed("lease_quota", error)
-            await asyncio.sleep(self._config.lease_period_s)
+            await asyncio.sleep(self._tenancy.slice_s)
 
     async def _report_usage(self) -> None:
         rows = self._quota.take_usage()

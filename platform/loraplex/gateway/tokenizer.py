@@ -71,7 +71,7 @@ class TextCodec:
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(directory, local_files_only=True)
             self.backend: Any = self._tokenizer.backend_tokenizer
-        except (OSError, ValueError, AttributeError) as error:
+        except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
             raise BadConfig(f"{directory}: no usable tokenizer: {error}") from error
         self.backend.no_truncation()
         self.backend.no_padding()
@@ -134,14 +134,14 @@ class Codecs:
         self._loading: dict[str, asyncio.Future[TextCodec]] = {}
 
     async def get(self, base: BaseModelView) -> TextCodec:
-        """Raises BadConfig; a later call tries again."""
+        """Raises BadConfig; a later call after any failure tries again."""
         future = self._loading.get(base.directory)
         if future is None:
             future = asyncio.ensure_future(asyncio.to_thread(TextCodec, base.directory))
             self._loading[base.directory] = future
         try:
             return await asyncio.shield(future)
-        except BadConfig:
+        except Exception:
             self._loading.pop(base.directory, None)
             raise
 

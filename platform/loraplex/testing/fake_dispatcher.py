@@ -130,7 +130,7 @@ class FakeDispatcher:
     async def _tick(self) -> None:
         while self._running:
             await asyncio.sleep(self._step_s)
-            while self._lockstep and any(running.stream.num_pending for running in self._running.values()):
+            while self._lockstep and any(r.stream.num_pending for r in self._running.values()):  # noqa: ASYNC110
                 await asyncio.sleep(0)
             touched: dict[int, FakeStream] = {}
             for running in list(self._running.values()):

@@ -11,6 +11,7 @@ from typing import Any
 
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from loraplex.core.errors import LoraplexError, PayloadTooLarge
 from loraplex.gateway.call import CallInfo
@@ -80,6 +81,8 @@ class Edge:
             scope[CALL_INFO] = info
             limited = self._admit(scope, headers, receive)
             await self._app(scope, limited, send_with_id)
+        except ClientDisconnect:
+            logger.info("the client left before its request was read")
         except Exception as error:
             if not isinstance(error, LoraplexError):
                 logger.exception("%s %s failed", scope.get("method"), scope.get("path"))

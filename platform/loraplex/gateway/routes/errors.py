@@ -11,6 +11,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import compile_path
 
 from loraplex.core.errors import LoraplexError
 from loraplex.gateway.status import retry_after_s, status_of
@@ -83,13 +84,26 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
     message = str(error.detail)
     if status in (404, 405):
         message = f"{message}: {request.method} {request.url.path}"
+    headers = dict(error.headers or {})
+    if status == 405:
+        # Starlette names the methods of the first route that matches the path only.
+        headers["Allow"] = ", ".join(sorted(_methods(request, headers.get("Allow", ""))))
     body = error_object(
         message,
         type="invalid_request_error" if status < 500 else "server_error",
         param=None,
         code=_HTTP_CODES.get(status, "invalid_request"),
     )
-    return _json(status, body, error.headers)
+    return _json(status, body, headers)
+
+
+def _methods(request: Request, known: str) -> set[str]:
+    """All methods of the requested path, by the OpenAPI document, and those in ``known``."""
+    methods = {name.strip() for name in known.split(",") if name.strip()}
+    for template, operations in request.app.openapi()["paths"].items():
+        if compile_path(template)[0].match(request.url.path):
+            methods.update(name.upper() for name in operations)
+    return methods
 
 
 def _most_specific(errors: Sequence[Any]) -> Mapping[str, Any]:

@@ -130,17 +130,15 @@ class Message(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow")
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart] | None = None
+    content: str | list[TextPart]
     name: str | None = None
     """Accepted and ignored."""
 
     def chat_message(self, index: int) -> ChatMessage:
-        """Raises InvalidInput for tool calls and for a message without content."""
+        """Raises InvalidInput for tool calls."""
         for field in ("tool_calls", "function_call"):
             if (self.model_extra or {}).get(field):
                 raise InvalidInput(f"'{field}' is not supported.", param=f"messages.{index}.{field}")
-        if self.content is None:
-            raise InvalidInput("A message needs content.", param=f"messages.{index}.content")
         text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
         return ChatMessage(role=self.role, content=text)
 
