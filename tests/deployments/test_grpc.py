@@ -65,9 +65,7 @@ def test_an_adapter_is_registered_used_and_deleted(demo: Demo) -> None:
         adapter = stub.RegisterAdapter(iter(parts()), metadata=key)
         assert (adapter.name, adapter.version, adapter.current) == ("mine", 1, True)
         assert "mine" in [model.id for model in stub.ListModels(pb.ListModelsRequest(), metadata=key).models]
-        text = "".join(
-            delta.text for part in stub.Generate(request("mine"), metadata=key) for delta in part.deltas
-        )
+        text = "".join(delta.text for part in stub.Generate(request("mine"), metadata=key) for delta in part.deltas)
         assert text.startswith("{")
         stub.DeleteAdapter(pb.DeleteAdapterRequest(name="mine"), metadata=key)
         assert "mine" not in [model.id for model in stub.ListModels(pb.ListModelsRequest(), metadata=key).models]
@@ -75,6 +73,8 @@ def test_an_adapter_is_registered_used_and_deleted(demo: Demo) -> None:
 
 def test_health_and_reflection(demo: Demo) -> None:
     with grpc.insecure_channel(demo.grpc) as channel:
-        answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(service="loraplex.v1.Loraplex"))
+        answer = health_pb2_grpc.HealthStub(channel).Check(
+            health_pb2.HealthCheckRequest(service="loraplex.v1.Loraplex")
+        )
         assert answer.status == health_pb2.HealthCheckResponse.SERVING
         assert "loraplex.v1.Loraplex" in ProtoReflectionDescriptorDatabase(channel).get_services()
