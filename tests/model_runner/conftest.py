@@ -92,10 +92,12 @@ class Request:
 class Driver:
     """Stands in for the engine: hands out shuffled pages, sorts rows by adapter."""
 
-    def __init__(self, directory: Path | str, *, page_size: int = 4, num_pages: int = 400) -> None:
+    def __init__(
+        self, directory: Path | str, *, page_size: int = 4, num_pages: int = 400, device: torch.device = CPU
+    ) -> None:
         spec = load_model_spec(str(directory), BASE)
-        weights = load_weights(str(directory), spec, dtype=torch.float32, device=CPU)
-        self.arena = Arena(spec, num_pages=num_pages, page_size=page_size, dtype=torch.float32, device=CPU)
+        weights = load_weights(str(directory), spec, dtype=torch.float32, device=device)
+        self.arena = Arena(spec, num_pages=num_pages, page_size=page_size, dtype=torch.float32, device=device)
         self.sampler = ArgmaxSampler()
         self.executor = TorchExecutor(spec, weights, self.arena, self.sampler, max_rows=64, max_step_tokens=1024)
         self._free = torch.randperm(num_pages).tolist()

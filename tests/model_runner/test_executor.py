@@ -1,5 +1,7 @@
 """The executor's contract beyond right tokens: stale pages, churn of adapters, refusals, order of a plan."""
 
+import subprocess
+import sys
 import threading
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -228,6 +230,11 @@ def test_after_any_churn_an_adapter_that_fits_loads_and_acts_the_same(data: st.D
 def test_options_that_contradict(config: ExecutorConfig, match: str) -> None:
     with pytest.raises(BadConfig, match=match):
         build_executor(config, model="random:tiny-llama", base_model_id=BASE)
+
+
+def test_reading_a_config_does_not_import_torch() -> None:
+    code = "import sys; from loraplex.model_runner import ExecutorConfig; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
