@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -49,13 +50,13 @@ def codec(tokenizer_dir: Path) -> TextCodec:
     return TextCodec(str(tokenizer_dir))
 
 
-def script_of(codec: TextCodec, text: str, **kwargs: object) -> Callable[[EngineRequest], Script]:
+def script_of(codec: TextCodec, text: str, **kwargs: Any) -> Callable[[EngineRequest], Script]:
     """A script that says ``text``, with made-up log probabilities."""
     ids = codec.backend.encode(text, add_special_tokens=False).ids
 
     def script(request: EngineRequest) -> Script:
         count = request.sampling.num_logprobs
-        return Script(tokens=tuple(_token(token_id, count) for token_id in ids), **kwargs)  # type: ignore[arg-type]
+        return Script(tokens=tuple(_token(token_id, count) for token_id in ids), **kwargs)
 
     return script
 
@@ -79,16 +80,16 @@ class World:
     def __post_init__(self) -> None:
         self.http = self.client(ACME_KEY)
 
-    def says(self, text: str, **kwargs: object) -> None:
+    def says(self, text: str, **kwargs: Any) -> None:
         """From now on the engine answers ``text``."""
         self.dispatcher.script = self.script(text, **kwargs)
 
-    def script(self, text: str, **kwargs: object) -> Callable[[EngineRequest], Script]:
+    def script(self, text: str, **kwargs: Any) -> Callable[[EngineRequest], Script]:
         return script_of(self.codec, text, **kwargs)
 
     def client(self, key: str | None) -> httpx.AsyncClient:
         headers = {} if key is None else {"authorization": f"Bearer {key}"}
-        transport = httpx.ASGITransport(app=self.gateway.http_app)  # type: ignore[arg-type]
+        transport = httpx.ASGITransport(app=self.gateway.http_app)
         return httpx.AsyncClient(transport=transport, base_url="http://gateway", headers=headers)
 
     async def eventually(self, check: Callable[[], object], *, timeout_s: float = 3.0) -> None:

@@ -1,6 +1,6 @@
 """The capacity command measures what it says: every token in an event of its own, for both protocols."""
 
-from loraplex.gateway.capacity import measure
+from loraplex.bench.gateway_capacity import measure
 
 
 def test_small_measurement() -> None:

@@ -84,7 +84,7 @@ async def _document() -> Any:
         dispatcher=FakeDispatcher(_script),
         tracer=NoTracer(),
     )
-    transport = httpx.ASGITransport(app=gateway.http_app)  # type: ignore[arg-type]
+    transport = httpx.ASGITransport(app=gateway.http_app)
     async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as client:
         return (await client.get("/openapi.json")).json()
 

@@ -1,4 +1,4 @@
-"""How many tokens one core of gateway can stream: ``python -m loraplex.gateway.capacity --streams 256 --json``.
+"""How many tokens one core of gateway can stream: ``python -m loraplex.bench.gateway_capacity --streams 256 --json``.
 
 The gateway runs in a process of its own over a dispatcher that replays recorded steps in lockstep (no coalescing); the
 clients run in this one. Counted are CPU seconds of the gateway process, all of its threads, requests included.
