@@ -1,12 +1,13 @@
 """Random events against the whole engine: invariants after each, and at the end exactly the right tokens."""
 
 import logging
+import random
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, event, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from loraplex.core.adapter import AdapterRef
@@ -37,7 +38,7 @@ class StepClock:
 
 class EngineMachine(RuleBasedStateMachine):
     @initialize(
-        num_pages=st.integers(10, 40),
+        num_pages=st.integers(9, 28),
         max_step_tokens=st.sampled_from([4, 7, 32]),
         max_running=st.integers(1, 4),
         prefix_cache=st.booleans(),
@@ -123,6 +124,24 @@ class EngineMachine(RuleBasedStateMachine):
         self.requests[request_id] = request
         self.tokens[request_id].extend(resumed_ids)
 
+    @rule(count=st.integers(2, 6), seed=st.integers(0, 1 << 16))
+    def burst(self, count: int, seed: int) -> None:
+        """Long requests at once, so that pages run short."""
+        source = random.Random(seed)
+        for _ in range(count):
+            self.add(
+                tenant=source.choice("xyz"),
+                adapter=source.choice([None, None, *ADAPTERS]),
+                prefix=source.randrange(2),
+                length=source.randrange(4, 24),
+                max_tokens=source.randrange(10, 20),
+                offline=source.random() < 0.3,
+                ignore_eos=True,
+                min_tokens=0,
+                stop=(),
+                resumed=0,
+            )
+
     @precondition(lambda self: self.requests)
     @rule(data=st.data())
     def abort(self, data: st.DataObject) -> None:
@@ -179,6 +198,7 @@ class EngineMachine(RuleBasedStateMachine):
             )
             self.take(outcome.outputs)
         assert self.engine.num_unfinished == 0, "requests starve"
+        event(f"preempted: {self.engine.num_preemptions > 0}")
         self.engine.validate()
         report = self.engine.load_report()
         assert report.num_free_pages == self.executor.arena.num_pages
@@ -241,5 +261,5 @@ def _quiet() -> Iterator[None]:
 
 TestEngineMachine = EngineMachine.TestCase
 TestEngineMachine.settings = settings(
-    max_examples=150, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=100, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
 )

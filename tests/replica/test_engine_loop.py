@@ -1,0 +1,172 @@
+"""The engine's thread, without a network."""
+
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+
+import pytest
+from loraplex.core.adapter import AdapterManifest, AdapterRef
+from loraplex.core.ids import BaseModelId, Digest, ReplicaId, RequestId, TenantName
+from loraplex.core.request import EngineRequest, FinishReason, SamplingParams
+from loraplex.core.wire import ReplicaFrame
+from loraplex.engine import EngineConfig
+from loraplex.replica.config import ReplicaConfig
+from loraplex.replica.engine_loop import EngineLoop
+from loraplex.testing.fake_executor import FakeExecutor, expected_tokens, fake_manifest
+
+A = "a" * 64
+
+
+class Source:
+    def fetch(self, digest: Digest) -> tuple[AdapterManifest, str]:
+        return fake_manifest(digest), "path"
+
+
+class Harness:
+    def __init__(self, executor: FakeExecutor, engine: EngineConfig | None = None) -> None:
+        self.executor = executor
+        self.loop = EngineLoop(
+            replica_id=ReplicaId("r"),
+            executor=executor,
+            engine_config=engine or EngineConfig(),
+            source=Source(),
+            config=ReplicaConfig(load_report_interval_s=0.02),
+        )
+        self.frames: defaultdict[int, list[ReplicaFrame]] = defaultdict(list)
+        self.arrived = threading.Condition()
+        self.ended = threading.Event()
+        self.loop.connect(self.deliver, on_end=self.ended.set)
+        self.loop.start()
+
+    def deliver(self, frames: dict[int, ReplicaFrame]) -> None:
+        with self.arrived:
+            for session, frame in frames.items():
+                self.frames[session].append(frame)
+            self.arrived.notify_all()
+
+    def tokens(self, session: int, name: str) -> tuple[int, ...]:
+        return tuple(
+            t.token_id for f in self.frames[session] for o in f.outputs if o.request_id == name for t in o.tokens
+        )
+
+    def wait_end(self, session: int, *names: str) -> dict[str, FinishReason]:
+        def reasons() -> dict[str, FinishReason]:
+            outputs = [o for f in self.frames[session] for o in f.outputs]
+            return {o.request_id: o.finish_reason for o in outputs if o.finish_reason is not None}
+
+        with self.arrived:
+            assert self.arrived.wait_for(lambda: set(names) <= set(reasons()), 10)
+        return {name: reasons()[RequestId(name)] for name in names}
+
+
+@pytest.fixture
+def harness() -> Iterator[Harness]:
+    harness = Harness(FakeExecutor(num_pages=256, step_s=0.001), EngineConfig(max_running=8, max_waiting=4))
+    yield harness
+    harness.loop.stop()
+    harness.loop.join()
+    assert harness.executor.closed
+    assert harness.ended.is_set()
+
+
+def make(name: str, *, max_tokens: int = 20, adapter: str | None = None, prompt: int = 6) -> EngineRequest:
+    ref = None
+    if adapter is not None:
+        ref = AdapterRef(tenant=TenantName("t"), name="a", version=1, digest=Digest(adapter))
+    return EngineRequest(
+        request_id=RequestId(name),
+        tenant=TenantName("t"),
+        base_model_id=BaseModelId("fake-base"),
+        adapter=ref,
+        prompt_token_ids=tuple(range(prompt)),
+        sampling=SamplingParams(max_tokens=max_tokens, seed=0),
+        arrival_s=0.0,
+        cache_salt="t",
+    )
+
+
+def test_one_frame_a_step_carries_all_tokens_of_a_gateway(harness: Harness) -> None:
+    harness.loop.open_session(1)
+    requests = tuple(make(f"r{i}", max_tokens=30, adapter=A if i % 2 else None) for i in range(6))
+    harness.loop.submit(1, requests)
+    harness.wait_end(1, *(f"r{i}" for i in range(6)))
+    for request in requests:
+        assert harness.tokens(1, request.request_id) == expected_tokens(request, 30)
+    steps = [frame.load.steps for frame in harness.frames[1] if frame.outputs and frame.load is not None]
+    assert len(steps) == len(set(steps)), "a step was told in two frames"
+    assert len(steps) <= 40
+
+
+def test_the_first_frame_introduces_the_replica_and_credits_are_shared(harness: Harness) -> None:
+    for session in (1, 2, 3):
+        harness.loop.open_session(session)
+    deadline_s = time.monotonic() + 5
+    while not all(
+        frames and frames[-1].load and frames[-1].load.credits == 4
+        for frames in map(harness.frames.__getitem__, (1, 2, 3))
+    ):
+        assert time.monotonic() < deadline_s
+        time.sleep(0.002)
+    for session in (1, 2, 3):
+        first = harness.frames[session][0]
+        assert first.replica == harness.loop.info
+        assert first.load is not None
+        assert first.load.resident_adapters == ()
+        assert all(frame.replica is None for frame in harness.frames[session][1:])
+
+
+def test_gateways_get_their_own_outputs_and_hear_of_new_adapters(harness: Harness) -> None:
+    harness.loop.open_session(1)
+    harness.loop.open_session(2)
+    harness.loop.submit(1, (make("one", adapter=A, max_tokens=200),))
+    harness.wait_end(1, "one")
+    time.sleep(0.05)
+    assert all(not frame.outputs for frame in harness.frames[2])
+    resident = [f.load.resident_adapters for f in harness.frames[2] if f.load and f.load.resident_adapters is not None]
+    assert resident == [(), (A,)]
+    assert len(harness.frames[2]) < len(harness.frames[1])
+
+
+def test_a_refused_request_does_not_disturb(harness: Harness) -> None:
+    harness.loop.open_session(1)
+    harness.loop.submit(1, (make("big", prompt=2000), make("ok"), make("dup", max_tokens=400)))
+    harness.loop.submit(1, (make("empty", prompt=0),))
+    reasons = harness.wait_end(1, "big", "ok", "empty")
+    assert reasons == {"big": FinishReason.ERROR, "ok": FinishReason.LENGTH, "empty": FinishReason.ERROR}
+    harness.loop.abort(2, (RequestId("dup"),))
+    harness.loop.abort(1, (RequestId("dup"), RequestId("unknown")))
+    assert harness.wait_end(1, "dup") == {"dup": FinishReason.ABORT}
+
+
+def test_a_closed_session_aborts_its_requests_and_its_ids_are_free(harness: Harness) -> None:
+    harness.loop.open_session(1)
+    harness.loop.submit(1, (make("r", max_tokens=400),))
+    harness.loop.close_session(1)
+    harness.loop.close_session(1)
+    harness.loop.submit(1, (make("late"),))
+    harness.loop.open_session(2)
+    harness.loop.submit(2, (make("r"),))
+    assert harness.wait_end(2, "r") == {"r": FinishReason.LENGTH}
+    assert harness.tokens(2, "r") == expected_tokens(make("r"), 20)
+    assert harness.loop.num_unfinished == 0
+
+
+def test_an_idle_loop_sleeps(harness: Harness) -> None:
+    harness.loop.open_session(1)
+    harness.loop.submit(1, (make("r"),))
+    harness.wait_end(1, "r")
+    time.sleep(0.05)
+    count, cpu_s = len(harness.frames[1]), time.process_time()
+    time.sleep(0.3)
+    assert len(harness.frames[1]) == count
+    assert time.process_time() - cpu_s < 0.1
+
+
+def test_a_bug_in_the_loop_ends_it_and_is_told() -> None:
+    harness = Harness(FakeExecutor())
+    harness.loop._post(lambda: 1 // 0)  # type: ignore[arg-type]
+    assert harness.ended.wait(5)
+    with pytest.raises(ZeroDivisionError):
+        harness.loop.join()
+    assert harness.executor.closed

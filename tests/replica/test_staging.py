@@ -1,0 +1,90 @@
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+from loraplex.core.adapter import AdapterManifest
+from loraplex.core.errors import NotFound
+from loraplex.core.ids import Digest
+from loraplex.replica.staging import AdapterStager
+from loraplex.testing.fake_executor import FakeExecutor, fake_manifest
+
+A, STRANGE, GONE, BROKEN = (Digest(c * 64) for c in "abcd")
+
+
+class Source:
+    def __init__(self) -> None:
+        self.fetched: list[Digest] = []
+        self.gate = threading.Event()
+        self.gate.set()
+
+    def fetch(self, digest: Digest) -> tuple[AdapterManifest, str]:
+        self.gate.wait(5)
+        self.fetched.append(digest)
+        if digest == GONE:
+            raise NotFound("no such adapter")
+        if digest == BROKEN:
+            raise OSError("/secret/path: disk failed")
+        return fake_manifest(digest, base_model_id="other" if digest == STRANGE else "fake-base"), "path"
+
+
+class Staging:
+    def __init__(self) -> None:
+        self.source = Source()
+        self.executor = FakeExecutor()
+        self.staged: list[tuple[Digest, int]] = []
+        self.failed: dict[Digest, str] = {}
+        self.stager = AdapterStager(
+            self.executor,
+            self.source,
+            num_threads=2,
+            on_staged=lambda digest, pages: self.staged.append((digest, pages)),
+            on_failed=self.failed.__setitem__,
+        )
+
+
+@pytest.fixture
+def staging() -> Iterator[Staging]:
+    staging = Staging()
+    yield staging
+    staging.stager.close()
+
+
+def wait(condition: Callable[[], bool]) -> None:
+    deadline_s = time.monotonic() + 5
+    while not condition():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.002)
+
+
+def test_an_adapter_is_fetched_once_until_it_is_dropped(staging: Staging) -> None:
+    staging.source.gate.clear()
+    for _ in range(3):
+        staging.stager.request(A)
+    staging.source.gate.set()
+    wait(lambda: staging.staged == [(A, 1)])
+    staging.stager.request(A)
+    staging.stager.unstage(A)
+    assert staging.executor.staged == frozenset()
+    staging.stager.request(A)
+    wait(lambda: len(staging.staged) == 2)
+    assert staging.source.fetched == [A, A]
+
+
+def test_failures_tell_the_tenant_no_more_than_they_should(staging: Staging) -> None:
+    for digest in (STRANGE, GONE, BROKEN):
+        staging.stager.request(digest)
+    wait(lambda: len(staging.failed) == 3)
+    assert staging.failed == {
+        STRANGE: "the adapter is of base other, this replica serves fake-base",
+        GONE: "no such adapter",
+        BROKEN: "the adapter could not be read",
+    }
+    staging.stager.request(GONE)
+    wait(lambda: staging.source.fetched.count(GONE) == 2)
+
+
+def test_nothing_begins_after_the_end(staging: Staging) -> None:
+    staging.stager.close()
+    staging.stager.request(A)
+    assert staging.source.fetched == []
