@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.util.placement_group import get_placement_group, placement_group, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
-
 from loraplex.config.platform import BaseModelConfig, PlatformConfig
 from loraplex.core.control import ReplicaRoute
 from loraplex.core.ids import ReplicaId
+from ray.util.placement_group import get_placement_group, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
 from loraplex_deployments.control_client import NAMESPACE
 from loraplex_deployments.replica_actor import ReplicaActor
 

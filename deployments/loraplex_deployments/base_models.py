@@ -5,6 +5,7 @@ from pathlib import Path
 
 from loraplex.config.platform import DEMO_MODEL, BaseModelConfig, PlatformConfig
 from loraplex.core.control import BaseModelView
+from loraplex.core.errors import BadConfig
 from loraplex.core.ids import BaseModelId
 from loraplex.core.model import ModelSpec
 from loraplex.demo.base import prepare_demo_base
@@ -29,10 +30,16 @@ def base_model_views(
         spec = load_model_spec(source, base.base_model_id)
         specs[base.base_model_id] = spec
         path = Path(source)
+        tokenizer = Path(base.tokenizer or source)
+        if not (tokenizer / "tokenizer_config.json").is_file():
+            raise BadConfig(
+                f"base model {base.id}: {tokenizer} holds no tokenizer; name its directory as `tokenizer`",
+                param="tokenizer",
+            )
         views.append(
             BaseModelView(
                 base_model_id=base.base_model_id,
-                directory=base.tokenizer or source,
+                directory=str(tokenizer),
                 max_context_tokens=spec.max_context_tokens,
                 created_s=path.stat().st_mtime if path.exists() else time.time(),
             )

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-
 from loraplex.config.platform import DEMO_MODEL, PlatformConfig, load_platform_config
 from loraplex.core.errors import LoraplexError
 from loraplex.demo import DEMO_ADAPTERS
 from loraplex.demo.base import prepare_demo_base
+from rich.console import Console
+
 from loraplex_deployments.demo_setup import ensure_demo
 from loraplex_deployments.launch import RunningPlatform, data_dir_lock, start_platform
 

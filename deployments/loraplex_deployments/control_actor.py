@@ -9,13 +9,13 @@ import logging
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
-
 from loraplex.config.platform import PlatformConfig
 from loraplex.controller.controller import Controller
 from loraplex.core.ids import ReplicaId
 from loraplex.telemetry.logs import configure_logging
 from loraplex.traces.writer import TraceWriter
+from ray.exceptions import RayActorError, RayTaskError
+
 from loraplex_deployments.actuator import RayActuator, ReplicaSpec
 from loraplex_deployments.base_models import base_model_views
 

@@ -7,8 +7,6 @@ retries go to the new one. While it is away, every call raises Unavailable.
 from typing import Any, cast
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
-
 from loraplex.core.control import (
     AdapterView,
     ArtifactInfo,
@@ -20,6 +18,7 @@ from loraplex.core.control import (
 from loraplex.core.errors import LoraplexError, Unavailable
 from loraplex.core.ids import Digest, GatewayId, TenantName
 from loraplex.core.tenant import Role, TenantLimits, TenantView, UsageRow
+from ray.exceptions import RayActorError, RayTaskError
 
 NAMESPACE = "loraplex"
 CONTROLLER_NAME = "loraplex-controller"

@@ -12,6 +12,7 @@ from loraplex.core.ids import TenantName
 from loraplex.core.tenant import Role, TenantLimits
 from loraplex.demo import DEMO_TENANTS
 from loraplex.tenancy.keys import new_key
+
 from loraplex_deployments.launch import RunningPlatform
 
 ADMIN_TENANT = "admin"

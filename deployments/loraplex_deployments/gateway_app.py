@@ -12,10 +12,6 @@ from typing import Any
 
 import grpc
 from grpc_health.v1 import health_pb2
-from ray import serve
-from ray.serve.grpc_util import RayServegRPCContext
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
-
 from loraplex.config.platform import PlatformConfig
 from loraplex.core.errors import NotFound
 from loraplex.core.ids import GatewayId
@@ -24,6 +20,10 @@ from loraplex.gateway.proto import loraplex_v1_pb2 as pb
 from loraplex.router.router import Router
 from loraplex.telemetry.logs import configure_logging
 from loraplex.traces.recorder import TraceRecorder
+from ray import serve
+from ray.serve.grpc_util import RayServegRPCContext
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
 from loraplex_deployments.control_client import RayControlPlane, controller_handle
 
 APP_NAME = "loraplex"

@@ -15,12 +15,12 @@ from typing import Any
 
 import httpx
 import ray
+from loraplex.config.platform import PlatformConfig
+from loraplex.core.errors import BadConfig, Conflict, Unavailable
 from ray import serve
 from ray.serve.config import HTTPOptions, ProxyLocation, gRPCOptions
 from ray.serve.schema import LoggingConfig
 
-from loraplex.config.platform import PlatformConfig
-from loraplex.core.errors import BadConfig, Conflict, Unavailable
 from loraplex_deployments.control_actor import ControllerActor
 from loraplex_deployments.control_client import CONTROLLER_NAME, NAMESPACE
 from loraplex_deployments.gateway_app import APP_NAME, GRPC_SERVICERS, GatewayDeployment

@@ -7,7 +7,6 @@ stream server whose address ``ready`` returns.
 import asyncio
 
 import ray
-
 from loraplex.config.platform import BaseModelConfig, PlatformConfig
 from loraplex.core.ids import ReplicaId
 from loraplex.model_runner.build import build_executor
@@ -15,6 +14,7 @@ from loraplex.registry.cache import NodeCache
 from loraplex.replica.engine_loop import EngineLoop
 from loraplex.replica.server import ReplicaServer
 from loraplex.telemetry.logs import configure_logging
+
 from loraplex_deployments.base_models import model_source
 from loraplex_deployments.control_client import RayArtifactReader, controller_handle
 

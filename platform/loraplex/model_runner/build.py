@@ -3,7 +3,7 @@
 ``model`` is a Hugging Face directory, a ``.gguf`` file, or ``random:NAME``. Called by replica, bench and tests.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -14,7 +14,7 @@ from loraplex.core.model import ModelSpec
 from loraplex.model_runner.arena import Arena, plan_num_pages
 from loraplex.model_runner.checkpoints import read_checkpoint_spec, read_checkpoint_tensors
 from loraplex.model_runner.config import ExecutorConfig
-from loraplex.model_runner.executor import TorchExecutor
+from loraplex.model_runner.executor import TokenSampler, TorchExecutor
 from loraplex.model_runner.random_models import random_spec, random_tensors
 from loraplex.model_runner.sampler import Sampler
 from loraplex.model_runner.weights import DecoderWeights, assemble_weights
@@ -44,8 +44,17 @@ def load_weights(model: str, spec: ModelSpec, *, dtype: torch.dtype, device: tor
         return assemble_weights(spec, tensors, dtype=dtype, device=device, source=model)
 
 
-def build_executor(config: ExecutorConfig, *, model: str, base_model_id: BaseModelId) -> TorchExecutor:
-    """Loads ``model`` on ``config.device`` and allocates the arena. BadConfig when an option or the model is wrong."""
+def build_executor(
+    config: ExecutorConfig,
+    *,
+    model: str,
+    base_model_id: BaseModelId,
+    sampler: Callable[[ModelSpec, torch.device], TokenSampler] = Sampler,
+) -> TorchExecutor:
+    """Loads ``model`` on ``config.device`` and allocates the arena. BadConfig when an option or the model is wrong.
+
+    ``sampler``: another one than ours, e.g. one that looks at the logits.
+    """
     device = _device(config.device)
     dtype = _dtype(config, device)
     if config.num_threads is not None:
@@ -63,7 +72,7 @@ def build_executor(config: ExecutorConfig, *, model: str, base_model_id: BaseMod
         spec,
         weights,
         arena,
-        Sampler(spec, device),
+        sampler(spec, device),
         max_rows=config.max_rows,
         max_step_tokens=config.max_step_tokens,
     )

@@ -1,0 +1,57 @@
+"""The one YAML file: composed, checked, and every mistake named with its place."""
+
+from pathlib import Path
+
+import pytest
+from loraplex.config.platform import load_platform_config, parse_platform_config
+from loraplex.core.errors import BadConfig
+
+FLEETS = Path(__file__).parents[2] / "cluster-configs" / "fleets"
+GOOD = "base_models: [{id: a, model: 'random:tiny-llama'}]\n"
+
+
+@pytest.mark.parametrize("file", sorted(FLEETS.glob("*.yaml")), ids=lambda file: file.name)
+def test_every_shipped_fleet_loads(file: Path) -> None:
+    config = load_platform_config(file)
+    assert config.base_models
+
+
+def test_parts_keep_their_defaults_and_derive_from_the_data_directory() -> None:
+    config = parse_platform_config(GOOD + "data_dir: /somewhere\n", source="x.yaml")
+    assert config.trace_url == "/somewhere/traces"
+    assert config.controller_options().data_dir == Path("/somewhere")
+    assert config.base_models[0].base_model_id == "a"
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("base_models: []\n", "base_models"),
+        ("", "object"),
+        ("[1, 2]", "object"),
+        (GOOD + "gatway: {}\n", "gatway"),
+        ("base_models: [{id: a, model: m, engine: {max_runing: 3}}]\n", "$.base_models[0].engine"),
+        ("base_models: [{id: a, model: m, engine: {max_running: 0}}]\n", "max_running"),
+        ("base_models: [{id: a, model: m}, {id: a, model: m}]\n", "twice"),
+        ("base_models: [{id: a, model: m, replicas: -1}]\n", "replicas"),
+        ("base_models: [{id: a, model: m, num_cpus: 0}]\n", "num_cpus"),
+        (GOOD + "demo: true\n", "demo"),
+        (GOOD + "listen: {http_port: 70000}\n", "http_port"),
+        (GOOD + "listen: {http_port: eight}\n", "http_port"),
+        ("a: [b\n", "not YAML"),
+    ],
+)
+def test_mistakes_are_named_with_file_and_key(text: str, named: str) -> None:
+    with pytest.raises(BadConfig) as error:
+        parse_platform_config(text, source="fleet.yaml")
+    assert error.value.message.startswith("fleet.yaml: ")
+    assert named in error.value.message
+    assert "\n" not in error.value.message
+
+
+def test_a_missing_or_binary_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(BadConfig, match="nowhere.yaml"):
+        load_platform_config(tmp_path / "nowhere.yaml")
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(BadConfig, match="binary.yaml"):
+        load_platform_config(tmp_path / "binary.yaml")
