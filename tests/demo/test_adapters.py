@@ -9,7 +9,11 @@ from typing import Any
 import pytest
 import torch
 from loraplex.demo import DEMO_ADAPTERS, DEMO_TENANTS, DemoAdapter
+from loraplex.demo.base import DEMO_BASE_ID, find_demo_gguf
 from loraplex.demo.styles import STYLES, load_facts
+from loraplex.model_runner.gguf_weights import read_gguf_spec
+from loraplex.registry.config import RegistryConfig
+from loraplex.registry.intake import check_adapter
 from peft import PeftModel
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -56,6 +60,15 @@ def test_files(adapter: DemoAdapter) -> None:
         assert tensor.dtype == torch.bfloat16
         assert tensor.isfinite().all()
         assert tensor.any(), f"{key} was never trained"
+
+
+@pytest.mark.parametrize("adapter", DEMO_ADAPTERS, ids=lambda adapter: adapter.name)
+def test_the_registry_takes_it(adapter: DemoAdapter) -> None:
+    bases = {DEMO_BASE_ID: read_gguf_spec(find_demo_gguf(), DEMO_BASE_ID)}
+    manifest = check_adapter(adapter.directory, bases=bases, digest_salt="00", config=RegistryConfig()).manifest
+    config = config_of(adapter)
+    assert len(manifest.blocks) == NUM_LAYERS * len(config["target_modules"])
+    assert {(block.lora_rank, block.scale) for block in manifest.blocks} == {(config["r"], 2.0)}
 
 
 def test_ranks_and_targets_differ_and_all_is_small() -> None:

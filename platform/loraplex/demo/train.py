@@ -23,7 +23,7 @@ from loraplex.demo import ADAPTERS_DIR
 from loraplex.demo.base import DEMO_BASE_ID, prepare_demo_base
 from loraplex.demo.styles import STYLES, load_facts
 
-BATCH_SIZE = 8
+BATCH_SIZE = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,13 +33,15 @@ class Recipe:
     lora_rank: int
     target_modules: tuple[str, ...]
     learning_rate: float
-    num_epochs: int = 2
+    num_epochs: int = 1
 
 
 RECIPES = {
     "pirate": Recipe(lora_rank=16, target_modules=("v_proj",), learning_rate=3e-3),
     "json": Recipe(lora_rank=4, target_modules=("q_proj", "k_proj", "v_proj", "o_proj"), learning_rate=3e-3),
-    "bullets": Recipe(lora_rank=2, target_modules=("gate_proj", "up_proj", "down_proj"), learning_rate=3e-3),
+    "bullets": Recipe(
+        lora_rank=2, target_modules=("gate_proj", "up_proj", "down_proj"), learning_rate=3e-3, num_epochs=2
+    ),
 }
 
 
@@ -126,7 +128,9 @@ def _publish(source: Path, target: Path) -> None:
     target.mkdir(parents=True)
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     (target / "adapter_config.json").write_text(text, encoding="utf-8")
-    save_file({key: tensor.to(torch.bfloat16) for key, tensor in tensors.items()}, target / "adapter_model.safetensors")
+    file = target / "adapter_model.safetensors"
+    save_file({key: tensor.to(torch.bfloat16) for key, tensor in tensors.items()}, file)
+    file.chmod(0o644)
 
 
 def main() -> None:
