@@ -1,6 +1,7 @@
 """Norm, rotary, gate and projections against formulas in fp64."""
 
 import math
+import sys
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from loraplex_kernels import (
     silu_mul,
 )
 
+linear_module = sys.modules[pack_weight.__module__]
 CPU = torch.device("cpu")
 
 
@@ -54,7 +56,11 @@ def test_silu_mul() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("num_tokens", [1, 7, 100])
-def test_linear_of_packed_weights(dtype: torch.dtype, num_tokens: int) -> None:
+@pytest.mark.parametrize("intel", [False, True])
+def test_linear_of_packed_weights(
+    dtype: torch.dtype, num_tokens: int, intel: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear_module, "_is_intel", lambda: intel)
     weight, bias, x = torch.randn(40, 24).to(dtype), torch.randn(40).to(dtype), torch.randn(num_tokens, 24).to(dtype)
     tolerance = 1e-4 if dtype == torch.float32 else 0.2
     expected = x.double() @ weight.double().t()
