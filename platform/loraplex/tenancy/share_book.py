@@ -58,15 +58,16 @@ class ShareBook:
         """
         self._drop_silent(now_s)
         self._last_seen_s[gateway_id] = now_s
-        for name in self._accounts.keys() - limits.keys():
-            del self._accounts[name]
         self._grant(self._others, gateway_id, places=None, taken=0.0)
         self._note_demand(gateway_id, demand, limits, now_s)
         running = {row.tenant: row.running for row in demand}
         rows = [QuotaShare(tenant=OTHER_TENANTS, share=self._others.granted[gateway_id])]
         for name, account in list(self._accounts.items()):
-            places = _whole_places(limits[name])
-            limit = limits[name].max_concurrent_requests
+            # A deleted tenant stays named until its shares have settled: the name may come back before every gateway
+            # has heard that its old share is gone.
+            tenant_limits = limits.get(name, TenantLimits())
+            places = _whole_places(tenant_limits)
+            limit = tenant_limits.max_concurrent_requests
             taken = running.get(name, 0) / limit if limit else 0.0
             self._grant(account, gateway_id, places=places, taken=taken)
             if places is None and self._settled(account, now_s):
