@@ -267,13 +267,13 @@ def test_two_writers_share_a_folder(tmp_path: Path, make_row: Callable[..., Trac
 @pytest.mark.parametrize("seed", range(3))
 def test_kill_9_loses_at_most_the_interval(tmp_path: Path, seed: int) -> None:
     """Everything appended earlier than the interval before the kill is there; every file is whole; nothing twice."""
-    interval_s, slack_s = 0.3, 0.5
+    interval_s, slack_s = 0.3, 1.5
     child = subprocess.Popen(
         [sys.executable, "-c", _CHILD, str(tmp_path), str(interval_s)], stdout=subprocess.PIPE, text=True
     )
     assert child.stdout is not None
     appended = [json.loads(child.stdout.readline())]
-    stop_s = time.time() + 1.2 + random.Random(seed).random()
+    stop_s = time.time() + 2.5 + random.Random(seed).random()
     while appended[-1][1] < stop_s:
         appended.append(json.loads(child.stdout.readline()))
     killed_s = time.time()
