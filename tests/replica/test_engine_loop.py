@@ -119,6 +119,8 @@ def test_the_first_frame_introduces_the_replica_and_credits_are_shared(harness: 
 def test_gateways_get_their_own_outputs_and_hear_of_new_adapters(harness: Harness) -> None:
     harness.loop.open_session(1)
     harness.loop.open_session(2)
+    with harness.arrived:
+        assert harness.arrived.wait_for(lambda: bool(harness.frames[2]), 5)
     harness.loop.submit(1, (make("one", adapter=A, max_tokens=200),))
     harness.wait_end(1, "one")
     time.sleep(0.05)

@@ -102,12 +102,15 @@ async def test_a_slow_gateway_gets_fewer_frames_and_every_token(server: tuple[En
             await asyncio.sleep(0.01)
         tokens: dict[str, list[int]] = {request.request_id: [] for request in requests}
         unfinished, num_frames = len(requests), 0
-        while unfinished:
-            frame = decode_replica_frame(await call.read())
+        frame = first
+        while True:
             num_frames += 1
             for output in frame.outputs:
                 tokens[output.request_id].extend(token.token_id for token in output.tokens)
                 unfinished -= output.finish_reason is not None
+            if not unfinished:
+                break
+            frame = decode_replica_frame(await call.read())
         for request in requests:
             assert tuple(tokens[request.request_id][:50]) == expected_tokens(request, 50)
             assert len(tokens[request.request_id]) == 1500

@@ -204,7 +204,7 @@ async def test_a_gateway_that_leaves_aborts_its_requests(stack: AsyncExitStack) 
     stream = leaving.dispatch((make_request(max_tokens=450),))
     other = asyncio.create_task(check(staying, make_request(max_tokens=200)))
     await stream.next_outputs()
-    assert replica.loop.num_unfinished == 2
+    await eventually(lambda: replica.loop.num_unfinished == 2)
     await leaving.close()
     with pytest.raises(Unavailable):
         await read(stream)

@@ -1,0 +1,106 @@
+"""Engine and the real executor together: tokens do not depend on what memory, batch and cache do."""
+
+import random
+from pathlib import Path
+
+import pytest
+from loraplex.bench.random_adapters import write_random_adapters
+from loraplex.core.adapter import AdapterRef
+from loraplex.core.clock import SystemClock
+from loraplex.core.errors import ContextTooLong
+from loraplex.core.ids import BaseModelId, Digest, RequestId, TenantName
+from loraplex.core.request import EngineRequest, FinishReason, SamplingParams
+from loraplex.engine import Engine, EngineConfig
+from loraplex.model_runner import ExecutorConfig, build_executor
+from loraplex.replica.driver import StepDriver
+
+BASE = BaseModelId("tiny")
+
+
+def run(
+    directory: Path, requests: list[EngineRequest], *, num_pages: int, **engine_settings: int
+) -> tuple[dict[str, list[int]], int]:
+    """Tokens per request, and how often somebody was preempted."""
+    executor = build_executor(
+        ExecutorConfig(num_threads=1, num_pages=num_pages, page_size=4), model="random:tiny-llama", base_model_id=BASE
+    )
+    adapters = write_random_adapters(directory, executor.model, count=3, lora_rank=8, seed=1)
+    config = EngineConfig(**engine_settings)  # type: ignore[arg-type]
+    engine = Engine(config, model=executor.model, arena=executor.arena)
+    driver = StepDriver(engine, executor, clock=SystemClock(), unstage=executor.unstage_adapter)
+    for digest, (manifest, path) in adapters.items():
+        executor.stage_adapter(manifest, path)
+        engine.adapter_staged(digest, executor.adapter_pages(manifest), 0.0)
+    for request in requests:
+        engine.add(request, 0.0)
+    tokens: dict[str, list[int]] = {}
+    while engine.num_unfinished:
+        outcome = driver.step()
+        assert outcome.progressed
+        engine.validate()
+        for output in outcome.outputs:
+            assert output.finish_reason in (None, FinishReason.LENGTH), output.error
+            tokens.setdefault(output.request_id, []).extend(token.token_id for token in output.tokens)
+    executor.close()
+    return tokens, engine.num_preemptions
+
+
+@pytest.fixture
+def requests(tmp_path: Path) -> list[EngineRequest]:
+    executor = build_executor(
+        ExecutorConfig(num_threads=1, num_pages=64, page_size=4), model="random:tiny-llama", base_model_id=BASE
+    )
+    digests = [None, *write_random_adapters(tmp_path, executor.model, count=3, lora_rank=8, seed=1)]
+    vocab_size = executor.model.vocab_size
+    executor.close()
+    source = random.Random(0)
+    return [make(i, digests[i % 4], source, vocab_size) for i in range(8)]
+
+
+def make(index: int, digest: Digest | None, source: random.Random, vocab_size: int) -> EngineRequest:
+    ref = None
+    if digest is not None:
+        ref = AdapterRef(tenant=TenantName("t"), name=f"a{index}", version=1, digest=digest)
+    sampling = SamplingParams(
+        max_tokens=24, seed=index, ignore_eos=True, temperature=0.0 if index % 2 else 0.8, presence_penalty=0.5
+    )
+    return EngineRequest(
+        request_id=RequestId(f"r{index}"),
+        tenant=TenantName(f"t{index % 2}"),
+        base_model_id=BASE,
+        adapter=ref,
+        prompt_token_ids=tuple(source.randrange(vocab_size) for _ in range(source.randrange(3, 30))),
+        sampling=sampling,
+        arrival_s=float(index),
+        cache_salt="s",
+    )
+
+
+def test_preempted_mixed_and_chunked_runs_give_the_tokens_of_each_request_alone(
+    tmp_path: Path, requests: list[EngineRequest]
+) -> None:
+    alone: dict[str, list[int]] = {}
+    for request in requests:
+        alone |= run(tmp_path, [request], num_pages=512)[0]
+    assert all(len(tokens) == 24 for tokens in alone.values())
+    roomy, _ = run(tmp_path, requests, num_pages=512)
+    assert roomy == alone
+    chunked, _ = run(tmp_path, requests, num_pages=512, max_step_tokens=9, max_running=5)
+    assert chunked == alone
+
+
+def test_a_tight_arena_changes_no_token(tmp_path: Path, requests: list[EngineRequest]) -> None:
+    roomy, _ = run(tmp_path, requests, num_pages=512)
+    preemptions: list[int] = []
+    for num_pages in range(16, 512, 8):
+        try:
+            tight, count = run(tmp_path, requests, num_pages=num_pages, max_running=6)
+        except ContextTooLong:
+            assert not preemptions, "more pages fit less"
+            continue
+        assert tight == roomy
+        preemptions.append(count)
+        if count == 0:
+            break
+    assert preemptions[-1] == 0
+    assert max(preemptions) > 0, "no arena was tight"
