@@ -75,10 +75,11 @@ def _next_token(cells: Iterable[_Cell], vocab_size: int) -> int:
 
 
 class FakeExecutor:
-    """Strict about the contract of ``core.step``: AssertionError, also kept in ``violations``, on a plan that breaks it.
+    """Strict about the contract of ``core.step``: a plan that breaks it is an AssertionError, also kept in
+    ``violations``.
 
-    ``poisoned``: adapters whose rows raise, after the rows before them have run. ``unloadable``: adapters whose load raises. ``unstageable``: adapters
-    whose staging raises BadAdapter.
+    ``poisoned``: adapters whose rows raise, after the rows before them have run. ``unloadable``: adapters whose load
+    raises. ``unstageable``: adapters whose staging raises BadAdapter.
     """
 
     def __init__(
