@@ -210,6 +210,17 @@ async def test_upload_errors(
     assert list((make_options().data_dir / "uploads").iterdir()) == []
 
 
+async def test_uploads_that_begin_at_one_time_share_the_limit(
+    make_options: Callable[..., ControllerOptions], start: Any
+) -> None:
+    controller = await start(make_options(max_open_uploads=2))
+    await tenants(controller)
+    begun = await asyncio.gather(*(controller.begin_upload(ACME, f"a{i}") for i in range(8)), return_exceptions=True)
+    assert sum(isinstance(result, str) for result in begun) == 2
+    assert sum(isinstance(result, RateLimited) for result in begun) == 6
+    await controller.stop()
+
+
 async def test_adapter_limits(
     controller: Controller, make_files: Callable[..., Files], make_options: Callable[..., ControllerOptions]
 ) -> None:

@@ -58,6 +58,7 @@ async def test_refused_uploads_leave_nothing(world: Any) -> None:
         ("multipart/form-data; boundary=b", b'--b\r\ncontent-disposition: form-data; name="name"\r\n\r\npoet'),
         ("multipart/form-data; boundary=b", b"--b\r\n" + b"a: b\r\n" * 3000),
         ("multipart/form-data; boundary=b", b""),
+        ("multipart/form-data; boundary=" + "b" * 300, b"x"),
         ("application/octet-stream", b"x"),
         ("application/json", b'{"name": "poet"}'),
     ],

@@ -117,6 +117,10 @@ async def test_body_limit(world: Any) -> None:
             yield b"x" * (1024 * 1024)
 
     check_error(await world.http.post("/v1/completions", content=chunked(), headers=headers), 413, "payload_too_large")
+    # Only uploads are streamed; every other route would hold the whole body in memory.
+    form = {"content-type": "multipart/form-data; boundary=b"}
+    for path in ("/v1/completions", "/t/acme/v1/chat/completions", "/v1/adapters/pirate/rollback"):
+        check_error(await world.http.post(path, content=chunked(), headers=form), 413, "payload_too_large")
 
 
 @pytest.mark.parametrize(

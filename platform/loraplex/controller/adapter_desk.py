@@ -63,6 +63,8 @@ class AdapterDesk:
         self._prefixes = parse_prefixes(config.approved_url_prefixes)
         self._bases: Mapping[BaseModelId, ModelSpec] = {}
         self._uploads: dict[str, _Upload] = {}
+        # Held from counting a tenant's uploads to the entry of one more.
+        self._beginning = asyncio.Lock()
         # Held while a file and its row are not both there (or both gone).
         self._publishing = asyncio.Lock()
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -91,14 +93,15 @@ class AdapterDesk:
     async def begin(self, tenant: TenantName, name: str) -> str:
         check_adapter_name(name, self._bases)
         await self._catalog.read(lambda catalog: catalog.check_room(tenant, name, extra_bytes=0))
-        if sum(upload.tenant == tenant for upload in self._uploads.values()) >= self._config.max_open_uploads:
-            raise RateLimited(
-                f"the tenant has {self._config.max_open_uploads} uploads open; finish or abort one first",
-                retry_after_s=1.0,
-                code="upload_limit_exceeded",
-            )
-        upload_id = await self._io(self._staging.create)
-        self._uploads[upload_id] = _Upload(tenant, name, self._clock.monotonic_s())
+        async with self._beginning:
+            if sum(upload.tenant == tenant for upload in self._uploads.values()) >= self._config.max_open_uploads:
+                raise RateLimited(
+                    f"the tenant has {self._config.max_open_uploads} uploads open; finish or abort one first",
+                    retry_after_s=1.0,
+                    code="upload_limit_exceeded",
+                )
+            upload_id = await self._io(self._staging.create)
+            self._uploads[upload_id] = _Upload(tenant, name, self._clock.monotonic_s())
         return upload_id
 
     async def append(self, upload_id: str, filename: str, data: bytes) -> None:

@@ -1,6 +1,7 @@
 """The outermost ASGI layer: request id, arrival time, tenant path, key, body limit, last-resort 500.
 
-Pure ASGI, nothing is buffered: it runs on the path of every token. Knows no resource.
+Pure ASGI, nothing is buffered: it runs on the path of every token. Knows no resource, but that
+adapter uploads alone are streamed and may be large.
 """
 
 import logging
@@ -31,6 +32,7 @@ CALL_INFO = "loraplex.call_info"
 PRINCIPAL = "loraplex.principal"
 
 _SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._:@/+=-]{1,128}")
+_UPLOAD_PATH = "/v1/adapters"
 _TENANT_PATH = re.compile(r"/t/([^/]+)(/v1/.*)", re.DOTALL)
 
 
@@ -109,7 +111,8 @@ class Edge:
             key = bearer_key(headers.get("authorization"), headers.get("x-api-key"))
             scope[PRINCIPAL] = self._service.authenticate(key, path_tenant=tenant)
         config = self._service.config
-        upload = headers.get("content-type", "").lower().startswith("multipart/form-data")
+        form = headers.get("content-type", "").lower().startswith("multipart/form-data")
+        upload = form and inner == _UPLOAD_PATH
         limit = config.max_upload_bytes + config.max_body_bytes if upload else config.max_body_bytes
         declared = headers.get("content-length", "")
         if declared.isdecimal() and int(declared) > limit:

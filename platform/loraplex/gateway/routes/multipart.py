@@ -6,7 +6,7 @@ Used by the adapter upload. Owns the parser's state; knows field names only as s
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
-from python_multipart.exceptions import MultipartParseError
+from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import Request
 
@@ -96,7 +96,7 @@ async def multipart_pieces(request: Request) -> AsyncIterator[Piece]:
             for piece in parts.ready:
                 yield piece
             parts.ready.clear()
-    except MultipartParseError as error:
+    except FormParserError as error:
         raise InvalidInput(f"The multipart body is malformed: {error}") from error
     if not parts.ended:
         raise InvalidInput("The multipart body ends before its last boundary.")
