@@ -7,6 +7,7 @@ import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pyarrow.fs
 import pytest
@@ -232,6 +233,25 @@ def test_what_was_fetched_just_now_is_not_evicted(tmp_path: Path) -> None:
     cache = _cache(tmp_path, reader, cache_bytes=1500)
     paths = [cache.fetch(reader.add(letter))[1] for letter in "abc"]
     assert all(Path(path).exists() for path in paths)
+
+
+def test_another_process_does_not_evict_what_is_being_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reader = Reader()
+    digest = reader.add("a")
+    _, path = _cache(tmp_path, reader).fetch(digest)
+    os.utime(path, (0, os.stat(path).st_mtime))
+    hashing, other = hashlib.file_digest, Reader()
+
+    def while_another_makes_room(file: Any, name: str) -> Any:
+        monkeypatch.setattr(hashlib, "file_digest", hashing)
+        _cache(tmp_path, other, cache_bytes=1).fetch(other.add("b"))
+        return hashing(file, name)
+
+    monkeypatch.setattr(hashlib, "file_digest", while_another_makes_room)
+    calls = reader.calls
+    _, again = _cache(tmp_path, reader).fetch(digest)
+    assert Path(again).read_bytes() == reader.files[digest]
+    assert reader.calls == calls
 
 
 def test_temporary_files_of_the_past_are_removed(tmp_path: Path) -> None:

@@ -77,11 +77,12 @@ class NodeCache:
         path = self._path(digest)
         try:
             info = msgspec.msgpack.decode(self._info_path(digest).read_bytes(), type=ArtifactInfo)
+            # First, so that no other process evicts the file while this one hashes it.
+            self._touch(path)
         except (OSError, msgspec.DecodeError):
             return None
         if not self._matches(path, info):
             return None
-        self._touch(path)
         return info.manifest, str(path)
 
     def _matches(self, path: Path, info: ArtifactInfo) -> bool:
