@@ -156,6 +156,26 @@ async def test_refusal_of_the_router_has_its_own_status_also_when_streaming(worl
     assert [row.status for row in world.tracer.rows] == [429, 429]
 
 
+async def test_what_we_refuse_costs_the_tenant_no_tokens(world: Any) -> None:
+    world.dispatcher.refusal = Overloaded("All replicas are busy.", retry_after_s=2.5)
+    assert (await world.http.post("/v1/chat/completions", json=body())).status_code == 429
+    assert 'kind="prompt"' not in (await world.http.get("/metrics")).text
+    await world.gateway.stop()
+    (usage,) = world.control.usage_rows
+    assert (usage.requests, usage.prompt_tokens, usage.output_tokens) == (1, 0, 0)
+
+
+async def test_every_refused_call_leaves_a_row(world: Any) -> None:
+    for fields in ({"model": "nobody"}, {"n": 1000}, {"max_tokens": 10_000}):
+        reply = await world.http.post("/v1/chat/completions", json=body(**fields))
+        assert reply.status_code in (400, 404)
+    assert [(row.status, row.base_model_id) for row in world.tracer.rows] == [
+        (404, None),
+        (400, None),
+        (400, "tiny-base"),
+    ]
+
+
 async def test_loss_before_the_first_token_is_503(world: Any) -> None:
     world.dispatcher.loss = ReplicaLost("No replica is left.")
     world.says("Hello", lost_after=0)

@@ -36,6 +36,29 @@ async def test_several_prompts_and_choices_are_neighbours(world: Any) -> None:
     assert reply.json()["usage"]["prompt_tokens"] == sum(map(len, prompts))
 
 
+async def test_a_seeded_prompt_has_the_same_seeds_alone_and_beside_others(world: Any) -> None:
+    await post(world, prompt="two", seed=7, n=2)
+    await post(world, prompt=["one", "two"], seed=7, n=2)
+    assert [request.sampling.seed for request in world.dispatcher.requests] == [7, 8, 7, 8, 7, 8]
+
+
+async def test_without_a_seed_equal_prompts_differ(world: Any) -> None:
+    await post(world, prompt=["one", "one"], n=2)
+    assert len({request.sampling.seed for request in world.dispatcher.requests}) == 4
+
+
+async def test_no_stop_string_counts_before_min_tokens(world: Any) -> None:
+    ids = world.codec.backend.encode("Hello there.").ids
+    reply = await post(world, stop=["l", "."], min_tokens=len(ids))
+    assert reply.json()["choices"][0]["text"] == "Hello there"
+    assert reply.json()["usage"]["completion_tokens"] == len(ids)
+
+
+async def test_the_row_of_several_choices_with_stop_strings_names_a_replica(world: Any) -> None:
+    await post(world, n=2, stop=["there"])
+    assert world.tracer.rows[-1].replica_id == "fake-0"
+
+
 async def test_echo_in_a_stream_comes_once(world: Any) -> None:
     reply = await post(world, prompt="one ", echo=True, stream=True)
     events = [json.loads(line[6:]) for line in reply.text.split("\n\n")[:-2]]

@@ -1,6 +1,7 @@
 """What one generation costs and leaves behind: quota settled, one trace row, metrics. Exactly once, whatever its end.
 
-Opened by the service after the model is resolved; closed by ``Generation`` or, when it never starts, by the service.
+Opened by the service once the tenant that pays is known; closed by ``Generation`` or, when that never starts, by the
+service.
 """
 
 from typing import Protocol
@@ -9,6 +10,7 @@ from loraplex.core.clock import Clock
 from loraplex.core.ids import ReplicaId, TenantName
 from loraplex.gateway.call import CallInfo, GenerateCall
 from loraplex.gateway.directory import ResolvedModel
+from loraplex.gateway.status import HTTP_CLIENT_GONE, HTTP_OK
 from loraplex.telemetry.metrics import GatewayMetrics
 from loraplex.tenancy.quota_gate import QuotaGate, Reservation
 from loraplex.traces.row import TraceRow
@@ -29,7 +31,6 @@ class Account:
         call: GenerateCall,
         info: CallInfo,
         tenant: TenantName,
-        model: ResolvedModel,
         quota: QuotaGate,
         metrics: GatewayMetrics,
         tracer: Tracer,
@@ -38,7 +39,6 @@ class Account:
         self._call = call
         self._info = info
         self._tenant = tenant
-        self._model = model
         self._quota = quota
         self._metrics = metrics
         self._tracer = tracer
@@ -46,12 +46,14 @@ class Account:
         self._reservation: Reservation | None = None
         self._first_token_s: float | None = None
         self._closed = False
-        self.prompt_tokens = 0
+        self._prompt_tokens = 0
+        self.model: ResolvedModel | None = None
+        """Set by the service when the name is resolved; None in the row of a call that asked for an unknown one."""
         metrics.started()
 
     def reserve(self, *, prompt_tokens: int, output_tokens: int) -> None:
         """Raises RateLimited."""
-        self.prompt_tokens = prompt_tokens
+        self._prompt_tokens = prompt_tokens
         now_s = self._clock.monotonic_s()
         self._reservation = self._quota.reserve(self._tenant, prompt_tokens + output_tokens, now_s)
 
@@ -73,9 +75,11 @@ class Account:
             return
         self._closed = True
         now_s = self._clock.monotonic_s()
+        prompt_tokens = 0
         if self._reservation is not None:
-            # A request that generated nothing because we failed it is not charged for its prompt.
-            prompt_tokens = self.prompt_tokens if output_tokens or status < 500 else 0
+            # A request that generated nothing because we refused or failed it is not charged for its prompt.
+            if output_tokens or status in (HTTP_OK, HTTP_CLIENT_GONE):
+                prompt_tokens = self._prompt_tokens
             self._quota.settle(self._reservation, prompt_tokens + output_tokens, now_s, prompt_tokens=prompt_tokens)
         start_s = self._info.arrival_monotonic_s
         e2e_s = now_s - start_s
@@ -88,25 +92,25 @@ class Account:
             endpoint=self._call.endpoint,
             tenant=self._tenant,
             status=status,
-            prompt_tokens=self.prompt_tokens,
+            prompt_tokens=prompt_tokens,
             cached_tokens=cached_tokens,
             output_tokens=output_tokens,
             ttft_s=ttft_s,
             tpot_s=tpot_s,
             e2e_s=e2e_s,
         )
-        adapter = self._model.adapter
+        adapter = None if self.model is None else self.model.adapter
         self._tracer.record(
             TraceRow(
                 arrival_s=self._info.arrival_s,
                 tenant=self._tenant,
                 request_id=self._info.request_id,
                 endpoint=self._call.endpoint,
-                base_model_id=self._model.base.base_model_id,
+                base_model_id=None if self.model is None else self.model.base.base_model_id,
                 adapter_name=None if adapter is None else adapter.ref.name,
                 adapter_version=None if adapter is None else adapter.ref.version,
                 adapter_digest=None if adapter is None else adapter.ref.digest,
-                prompt_tokens=self.prompt_tokens,
+                prompt_tokens=self._prompt_tokens,
                 cached_tokens=cached_tokens,
                 output_tokens=output_tokens,
                 ttft_s=ttft_s,

@@ -29,6 +29,7 @@ class Choice:
     __slots__ = (
         "_detokenizer",
         "_matcher",
+        "_min_tokens",
         "_stop_token_ids",
         "finish_reason",
         "index",
@@ -45,7 +46,9 @@ class Choice:
         detokenizer: Detokenizer,
         stops: tuple[str, ...],
         stop_token_ids: tuple[int, ...],
+        min_tokens: int,
     ) -> None:
+        """``min_tokens``: text that is complete before this many tokens is not searched for stop strings."""
         self.index = index
         self.prompt_index = prompt_index
         self.num_tokens = 0
@@ -54,6 +57,7 @@ class Choice:
         self._detokenizer = detokenizer
         self._matcher = StopMatcher(stops) if stops else None
         self._stop_token_ids = frozenset(stop_token_ids)
+        self._min_tokens = min_tokens
 
     def take(self, output: RequestOutput) -> tuple[ChoiceDelta, bool]:
         """(delta, whether a stop string ended the choice while the engine still runs it).
@@ -70,7 +74,7 @@ class Choice:
             if self._is_silent_stop(output, position):
                 continue
             piece = self._detokenizer.feed(token.token_id)
-            if self._matcher is not None:
+            if self._matcher is not None and self.num_tokens >= self._min_tokens:
                 piece, hit = self._matcher.feed(piece)
             pieces.append(piece)
             if hit:

@@ -5,24 +5,16 @@ Made by ``GatewayService.generate``, drained by the HTTP and gRPC fronts. Knows 
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
 from loraplex.core.errors import LoraplexError
 from loraplex.core.generation import TokenStream
 from loraplex.core.ids import ReplicaId, RequestId
 from loraplex.core.request import FinishReason, RequestOutput
 from loraplex.gateway.choice import Choice, ChoiceDelta
-from loraplex.gateway.merge import MergedStream
-from loraplex.gateway.status import HTTP_CLIENT_GONE, status_of
+from loraplex.gateway.merge import LocatedStream, MergedStream
+from loraplex.gateway.status import HTTP_CLIENT_GONE, HTTP_OK, status_of
 from loraplex.gateway.tokenizer import TextCodec
-
-
-@runtime_checkable
-class LocatedStream(Protocol):
-    """A token stream that can tell which replica serves it; traces keep that."""
-
-    @property
-    def replica_id(self) -> ReplicaId | None: ...
 
 
 class Closable(Protocol):
@@ -159,7 +151,7 @@ class Generation:
             self._stream.abort()
 
     def _finish(self) -> None:
-        self._close(200, self._by_index[0].finish_reason)
+        self._close(HTTP_OK, self._by_index[0].finish_reason)
         if isinstance(self._stream, MergedStream):
             self._stream.abort()
 

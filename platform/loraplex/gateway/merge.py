@@ -6,9 +6,19 @@ such choices are dispatched one by one.
 
 import asyncio
 from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
 
 from loraplex.core.generation import TokenStream
+from loraplex.core.ids import ReplicaId
 from loraplex.core.request import RequestOutput
+
+
+@runtime_checkable
+class LocatedStream(Protocol):
+    """A token stream that can tell which replica serves it; traces keep that."""
+
+    @property
+    def replica_id(self) -> ReplicaId | None: ...
 
 
 class MergedStream:
@@ -19,6 +29,12 @@ class MergedStream:
         self._outputs: asyncio.Queue[tuple[RequestOutput, ...] | BaseException] = asyncio.Queue()
         self._pumps = [asyncio.create_task(self._pump(stream)) for stream in self._streams]
         self._open = len(self._streams)
+
+    @property
+    def replica_id(self) -> ReplicaId | None:
+        """The replica of the first stream that tells; the others may have been placed elsewhere."""
+        located = (stream.replica_id for stream in self._streams if isinstance(stream, LocatedStream))
+        return next((replica_id for replica_id in located if replica_id is not None), None)
 
     async def next_outputs(self) -> tuple[RequestOutput, ...]:
         """As TokenStream; the first error of any stream ends them all."""

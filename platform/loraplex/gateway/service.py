@@ -62,23 +62,23 @@ class GatewayService:
     async def generate(self, principal: Principal, call: GenerateCall, info: CallInfo) -> Generation:
         """Checks, tokenizes, reserves quota and dispatches.
 
-        Raises InvalidInput, PermissionDenied, NotFound, RateLimited, Overloaded or Unavailable; nothing is left behind
-        then but a trace row. On return the caller must drain the generation or abort it.
+        Raises PermissionDenied; InvalidInput, NotFound, RateLimited, Overloaded or Unavailable, which leave a trace row
+        and nothing else. On return the caller must drain the generation or abort it.
         """
         tenant = principal.require_generation()
-        check_call(call, self.config)
-        model = self.view.directory.resolve(principal, check_text(call.model, param="model"))
         account = Account(
             call=call,
             info=info,
             tenant=tenant.name,
-            model=model,
             quota=self._quota,
             metrics=self.metrics,
             tracer=self._tracer,
             clock=self.clock,
         )
         try:
+            check_call(call, self.config)
+            model = self.view.directory.resolve(principal, check_text(call.model, param="model"))
+            account.model = model
             return await self._start(tenant, call, info, model, account)
         except Exception as error:
             account.close(status=status_of(error).http, finish_reason="error")
@@ -97,12 +97,13 @@ class GatewayService:
             for ids in prompts
         ]
         options = call.options
-        seed = base_seed(options)
         requests: list[EngineRequest] = []
         choices: dict[RequestId, Choice] = {}
         stem = secrets.token_hex(12)
         for prompt_index, (token_ids, budget) in enumerate(zip(prompts, budgets, strict=True)):
-            for _ in range(options.n):
+            # Per prompt: a seeded prompt gives the same text alone and beside others, unseeded equal ones differ.
+            seed = base_seed(options)
+            for number in range(options.n):
                 index = len(requests)
                 request = EngineRequest(
                     request_id=RequestId(f"{stem}-{index}"),
@@ -111,7 +112,7 @@ class GatewayService:
                     adapter=None if model.adapter is None else model.adapter.ref,
                     prompt_token_ids=token_ids,
                     sampling=sampling_params(
-                        options, max_tokens=budget, seed=seed + index, vocab_size=codec.vocab_size
+                        options, max_tokens=budget, seed=seed + number, vocab_size=codec.vocab_size
                     ),
                     arrival_s=info.arrival_s,
                     cache_salt=tenant.cache_salt,
@@ -125,13 +126,15 @@ class GatewayService:
                     detokenizer=codec.detokenizer(token_ids),
                     stops=options.stop,
                     stop_token_ids=options.stop_token_ids,
+                    min_tokens=options.min_tokens or 0,
                 )
         num_prompt_tokens = sum(len(ids) for ids in prompts)
         account.reserve(prompt_tokens=num_prompt_tokens, output_tokens=options.n * self._reserved(call, budgets))
+        echoed = tuple(codec.decode(ids) for ids in prompts) if call.echo else ()
         return Generation(
             streams=self._dispatch(requests, separately=bool(options.stop)),
             choices=choices,
-            prompts=tuple(codec.decode(ids) for ids in prompts) if call.echo else (),
+            prompts=echoed,
             prompt_tokens=num_prompt_tokens,
             account=account,
             codec=codec,

@@ -34,6 +34,7 @@ _STATUS: dict[type[Exception], ErrorStatus] = {
     errors.ReplicaLost: ErrorStatus(http=503, grpc=grpc.StatusCode.UNAVAILABLE, type="server_error"),
 }
 
+HTTP_OK = 200
 HTTP_CLIENT_GONE = 499
 """Recorded in traces and metrics, never sent: the client closed its connection."""
 

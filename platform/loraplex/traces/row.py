@@ -14,7 +14,8 @@ class TraceRow:
     """The ``x-request-id`` of the answer."""
     endpoint: str
     """Such as ``chat.completions``, ``completions`` or ``grpc.generate``."""
-    base_model_id: str
+    base_model_id: str | None
+    """None: the request was refused before its model was known."""
     adapter_name: str | None = None
     """None, here and in the next two: the plain base."""
     adapter_version: int | None = None
