@@ -80,7 +80,12 @@ def _print_addresses(platform: RunningPlatform, demo: dict[str, Any] | None, con
     prompt = next(adapter.example_prompt for adapter in DEMO_ADAPTERS if adapter.name == model)
     console.print(
         _EXAMPLES.format(
-            url=platform.http_url, grpc=platform.grpc_address, key=tenant["key"], model=model, prompt=prompt
+            url=platform.http_url,
+            grpc=platform.grpc_address,
+            key=tenant["key"],
+            model=model,
+            prompt=prompt,
+            python=sys.executable,
         ),
         markup=False,
     )
@@ -89,23 +94,28 @@ def _print_addresses(platform: RunningPlatform, demo: dict[str, Any] | None, con
 
 _EXAMPLES = """
 curl:
-  curl {url}/v1/chat/completions -H 'Authorization: Bearer {key}' -H 'Content-Type: application/json' \\
-    -d '{{"model": "{model}", "temperature": 0, "messages": [{{"role": "user", "content": "{prompt}"}}]}}'
+curl {url}/v1/chat/completions -H 'Authorization: Bearer {key}' -H 'Content-Type: application/json' \\
+  -d '{{"model": "{model}", "temperature": 0, "messages": [{{"role": "user", "content": "{prompt}"}}]}}'
 
 openai (pip install openai):
-  from openai import OpenAI
-  client = OpenAI(base_url="{url}/v1", api_key="{key}")
-  answer = client.chat.completions.create(
-      model="{model}", temperature=0, messages=[{{"role": "user", "content": "{prompt}"}}])
-  print(answer.choices[0].message.content)
+python3 - <<'EOF'
+from openai import OpenAI
+client = OpenAI(base_url="{url}/v1", api_key="{key}")
+answer = client.chat.completions.create(
+    model="{model}", temperature=0, messages=[{{"role": "user", "content": "{prompt}"}}])
+print(answer.choices[0].message.content)
+EOF
 
 gRPC:
-  import grpc
-  from loraplex.gateway.proto import loraplex_v1_pb2 as pb, loraplex_v1_pb2_grpc as rpc
-  request = pb.GenerateRequest(
-      model="{model}", chat=pb.ChatPrompt(messages=[pb.ChatMessage(role="user", content="{prompt}")]),
-      sampling=pb.SamplingOptions(temperature=0, max_tokens=100))
-  for part in rpc.LoraplexStub(grpc.insecure_channel("{grpc}")).Generate(
-          request, metadata=[("authorization", "Bearer {key}")]):
-      print("".join(delta.text for delta in part.deltas), end="", flush=True)
+{python} - <<'EOF'
+import grpc
+from loraplex.gateway.proto import loraplex_v1_pb2 as pb, loraplex_v1_pb2_grpc as rpc
+request = pb.GenerateRequest(
+    model="{model}", chat=pb.ChatPrompt(messages=[pb.ChatMessage(role="user", content="{prompt}")]),
+    sampling=pb.SamplingOptions(temperature=0, max_tokens=100))
+for part in rpc.LoraplexStub(grpc.insecure_channel("{grpc}")).Generate(
+        request, metadata=[("authorization", "Bearer {key}")]):
+    print("".join(delta.text for delta in part.deltas), end="", flush=True)
+print()
+EOF
 """

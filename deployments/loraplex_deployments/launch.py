@@ -6,6 +6,7 @@ Ends these and nothing else.
 
 import contextlib
 import fcntl
+import logging
 import os
 import socket
 import time
@@ -146,6 +147,7 @@ def _start_controller(config: PlatformConfig) -> Any:
 
 
 def _start_gateways(config: PlatformConfig) -> None:
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
     serve.start(
         proxy_location=ProxyLocation.HeadOnly if config.ray.address == "local" else ProxyLocation.EveryNode,

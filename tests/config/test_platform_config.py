@@ -35,6 +35,8 @@ def test_parts_keep_their_defaults_and_derive_from_the_data_directory() -> None:
         ("base_models: [{id: a, model: m}, {id: a, model: m}]\n", "twice"),
         ("base_models: [{id: a, model: m, replicas: -1}]\n", "replicas"),
         ("base_models: [{id: a, model: m, num_cpus: 0}]\n", "num_cpus"),
+        ("base_models: [{id: a, model: m, engine: {max_running: 300}}]\n", "max_rows"),
+        ("base_models: [{id: a, model: m, executor: {max_step_tokens: 100}}]\n", "engine.max_step_tokens"),
         (GOOD + "demo: true\n", "demo"),
         (GOOD + "listen: {http_port: 70000}\n", "http_port"),
         (GOOD + "listen: {http_port: eight}\n", "http_port"),

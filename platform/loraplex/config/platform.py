@@ -151,6 +151,18 @@ def _check(config: PlatformConfig, source: str) -> None:
             raise BadConfig(f"{where}.replicas: must not be negative, got {base.replicas}", param="base_models")
         if base.num_cpus <= 0 and base.num_gpus <= 0:
             raise BadConfig(f"{where}: a replica needs num_cpus or num_gpus", param="base_models")
+        if base.engine.max_running > base.executor.max_rows:
+            raise BadConfig(
+                f"{where}: engine.max_running ({base.engine.max_running}) is more than executor.max_rows "
+                f"({base.executor.max_rows})",
+                param="base_models",
+            )
+        if base.engine.max_step_tokens > base.executor.max_step_tokens:
+            raise BadConfig(
+                f"{where}: engine.max_step_tokens ({base.engine.max_step_tokens}) is more than "
+                f"executor.max_step_tokens ({base.executor.max_step_tokens})",
+                param="base_models",
+            )
     if config.demo and not any(base.model == DEMO_MODEL for base in config.base_models):
         raise BadConfig(f"{source}: demo is true but no base model is `model: {DEMO_MODEL}`", param="demo")
     for name, port in (("http_port", config.listen.http_port), ("grpc_port", config.listen.grpc_port)):

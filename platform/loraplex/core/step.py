@@ -57,6 +57,7 @@ class StepPlan:
 
     step_id: int
     releases: tuple[int, ...]
+    """Slots to close. One that is not open is ignored: a failed step is planned again with the same releases."""
     starts: tuple[RowStart, ...]
     rows: tuple[Row, ...]
     """Sorted by adapter (base rows first), so that each adapter's tokens are one segment."""

@@ -11,8 +11,7 @@ Order of operations for one row, on fp32 logits:
   5. temperature; below ``MIN_TEMPERATURE`` the row is greedy;
   6. top_k, then top_p over what is left, then min_p (the order of transformers). Each is a lower bound on the
      probability, so that equally likely tokens stay or go together;
-  7. one uniform number, a function of (seed, index of the generated token) alone, picks the token by the inverse of
-     the cumulative distribution in order of token id.
+  7. an exponential race (``noise``) whose numbers depend on (seed, index of the generated token, token id) alone.
 
 Shape legend: B rows of the step, R rows of one group, V vocabulary, C window of most likely tokens, P table rows.
 """
@@ -26,6 +25,7 @@ import torch
 from loraplex.core.model import ModelSpec
 from loraplex.core.request import SamplingParams, TokenLogprob
 from loraplex.core.step import RowStart, SampledToken
+from loraplex.model_runner.noise import exponentials, row_key
 
 MIN_TEMPERATURE = 1e-5
 """Below this the quotient logit / temperature loses all meaning in fp32; such rows take the argmax."""
@@ -40,27 +40,12 @@ _Rows = slice | torch.Tensor
 """Rows of a group in the batch: ``slice(None)`` (no copy) when the group is the whole batch."""
 
 
-class UniformStream:
-    """Uniform numbers in [0, 1) of one request: the i-th depends on (seed, i) alone (Philox4x64, counter-based)."""
-
-    def __init__(self, seed: int, index: int) -> None:
-        """``index``: of the first number that ``next`` returns; 0 <= seed < 2**63."""
-        block, offset = divmod(index, 4)
-        self._bits = np.random.Philox(key=seed, counter=block)
-        if offset:
-            self._bits.random_raw(offset)
-
-    def next(self) -> float:
-        return float(self._bits.random_raw() >> 11) * 2.0**-53
-
-
 @dataclass(slots=True, kw_only=True)
 class _Slot:
-    """State of one running request. Only ``num_output`` and ``uniforms`` change."""
+    """State of one running request. Only ``num_output`` changes."""
 
     params: SamplingParams
     num_output: int
-    uniforms: UniformStream
     bias_ids: tuple[int, ...]
     bias_values: tuple[float, ...]
     stop_ids: tuple[int, ...]
@@ -191,7 +176,6 @@ class Sampler:
         self._slots[start.slot] = _Slot(
             params=params,
             num_output=len(output),
-            uniforms=UniformStream(params.seed, len(output)),
             bias_ids=tuple(token_id for token_id, _ in params.logit_bias),
             bias_values=tuple(value for _, value in params.logit_bias),
             stop_ids=tuple(sorted({*self._spec.eos_token_ids, *params.stop_token_ids})),
@@ -222,9 +206,10 @@ class Sampler:
         edited_BV = self._edit(logits_BV, batch, states)
         tokens_B = edited_BV.argmax(dim=-1)
         if batch.drawing is not None:
-            uniforms = [states[index].uniforms.next() for index in batch.drawing.indices]
-            uniform_R1 = self._column(uniforms, torch.float64)
-            tokens_B[batch.drawing.rows] = _draw(edited_BV[batch.drawing.rows], batch.drawing, uniform_R1)
+            drawn = [states[index] for index in batch.drawing.indices]
+            keys = [row_key(state.params.seed, state.num_output) for state in drawn]
+            noise_RV = exponentials(keys, self._spec.vocab_size, self._device)
+            tokens_B[batch.drawing.rows] = _draw(edited_BV[batch.drawing.rows], batch.drawing, noise_RV)
         if batch.penalties is not None:
             self._table.add(batch.penalties.table_rows, tokens_B[batch.penalties.rows])
         logprobs = self._logprobs(edited_BV, tokens_B, batch.logprobs, states)
@@ -353,25 +338,15 @@ def _penalise(logits_RV: torch.Tensor, penalties: _Penalties, table: _TokenTable
     return logits_RV - penalties.frequency * counts_RV - penalties.presence * output_RV
 
 
-def _draw(logits_RV: torch.Tensor, group: _Drawing, uniform_R1: torch.Tensor) -> torch.Tensor:
-    """Token ids (R). Weights are probabilities relative to the likeliest token's, which is 1.
-
-    Sums run over one row at a time, in fp64 and in order of token id, so that a row's outcome cannot depend on the
-    rows beside it.
-    """
+def _draw(logits_RV: torch.Tensor, group: _Drawing, noise_RV: torch.Tensor) -> torch.Tensor:
+    """Token ids (R). Weights are probabilities relative to the likeliest token's, which is 1."""
     weights_RV = ((logits_RV - logits_RV.amax(dim=-1, keepdim=True)) / group.temperature).exp_()
     cut = group.truncation
     if cut is not None:
         cut_RV = weights_RV[cut.rows]
         bound_R1 = _lower_bound(cut_RV, cut.top_k, cut.top_p, _WINDOW)
         weights_RV[cut.rows] = cut_RV.masked_fill(cut_RV < torch.maximum(bound_R1, cut.min_p), 0.0)
-    cdf_RV = weights_RV.cumsum(dim=-1, dtype=torch.float64)
-    total_R1 = cdf_RV[:, -1:]
-    # Rounding may lift u * total to total, which no entry exceeds.
-    target_R1 = torch.minimum(uniform_R1 * total_R1, total_R1.nextafter(torch.zeros_like(total_R1)))
-    tokens_R = torch.searchsorted(cdf_RV, target_R1, right=True).squeeze(1)
-    # Only for logits that are NaN is the index past the end; the id must be a valid one even then.
-    return tokens_R.clamp_(max=cdf_RV.shape[1] - 1)
+    return weights_RV.div_(noise_RV).argmax(dim=-1)
 
 
 def _lower_bound(weights_RV: torch.Tensor, top_k_R1: torch.Tensor, top_p_R1: torch.Tensor, window: int) -> torch.Tensor:
