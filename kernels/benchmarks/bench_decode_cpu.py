@@ -1,7 +1,7 @@
-"""Decode steps on the CPU: ours over the base, ours over three adapters, and transformers' cached forward.
+"""Decode steps on the CPU: ours with the base and with three adapters, transformers, PEFT's mixed batch.
 
-Random weights of SmolLM2-135M's shape in fp32, the same for both sides. The three run in turns, so that whatever else
-the machine does hits all of them alike; the medians are compared. Prints one JSON object.
+Random weights of SmolLM2-135M's shape in fp32, the same for all. They run in turns, so that whatever else the machine
+does hits all of them alike; the medians are compared. Prints one JSON object.
 
     python kernels/benchmarks/bench_decode_cpu.py --batches 8,32 --context 128 --steps 20 --threads 2
 """
@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import torch
 import transformers
 from loraplex.core.adapter import AdapterBlock, AdapterManifest
@@ -85,15 +86,17 @@ class OurBatch:
 class TransformersBatch:
     """The same prompts through ``LlamaForCausalLM`` with sdpa and a DynamicCache."""
 
-    def __init__(self, model: Any, prompts: list[list[int]]) -> None:
+    def __init__(self, model: Any, prompts: list[list[int]], **forward: Any) -> None:
+        """``forward``: further arguments of each call, such as PEFT's ``adapter_names``."""
         self._model = model
+        self._forward = forward
         self._cache = transformers.DynamicCache(config=model.config)
         self._ids = torch.tensor(prompts)
         self.step()
 
     def step(self) -> None:
         with torch.inference_mode():
-            out = self._model(self._ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
+            out = self._model(self._ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1, **self._forward)
             self._ids = out.logits[:, -1].argmax(-1, keepdim=True)
             self._ids.tolist()
 
@@ -118,29 +121,51 @@ def transformers_model(executor: TorchExecutor) -> Any:
     return model
 
 
-def load_adapters(executor: TorchExecutor, pages: list[int]) -> None:
-    """Random A and B, small enough to leave the activations in range; takes its pages from the end of ``pages``."""
+def write_adapters(executor: TorchExecutor, directory: Path) -> None:
+    """PEFT directories with random A and B, small enough to leave the activations in range."""
     spec = executor.model
-    with tempfile.TemporaryDirectory() as directory:
-        for name, (lora_rank, modules) in ADAPTERS.items():
-            tensors, blocks = {}, []
-            for layer in range(spec.num_layers):
-                for module in modules:
-                    in_features, out_features = spec.projection_shape(module)
-                    parent = "mlp" if module in ("gate_proj", "up_proj", "down_proj") else "self_attn"
-                    prefix = f"base_model.model.model.layers.{layer}.{parent}.{module}"
-                    tensors[f"{prefix}.lora_A.weight"] = torch.randn(lora_rank, in_features) * in_features**-0.5
-                    tensors[f"{prefix}.lora_B.weight"] = torch.randn(out_features, lora_rank) * 0.01
-                    blocks.append(AdapterBlock(layer=layer, module=module, lora_rank=lora_rank, scale=1.0))
-            path = Path(directory) / f"{name}.safetensors"
-            save_file(tensors, path)
-            manifest = AdapterManifest(
-                digest=Digest(name), base_model_id=spec.base_model_id, blocks=tuple(blocks), num_bytes=0
-            )
-            executor.stage_adapter(manifest, str(path))
-            own = tuple(pages.pop() for _ in range(executor.adapter_pages(manifest)))
-            executor.load_adapter(manifest.digest, own)
-            executor.unstage_adapter(manifest.digest)
+    for name, (lora_rank, modules) in ADAPTERS.items():
+        tensors = {}
+        for layer in range(spec.num_layers):
+            for module in modules:
+                in_features, out_features = spec.projection_shape(module)
+                parent = "mlp" if module in ("gate_proj", "up_proj", "down_proj") else "self_attn"
+                prefix = f"base_model.model.model.layers.{layer}.{parent}.{module}"
+                tensors[f"{prefix}.lora_A.weight"] = torch.randn(lora_rank, in_features) * in_features**-0.5
+                tensors[f"{prefix}.lora_B.weight"] = torch.randn(out_features, lora_rank) * 0.01
+        (directory / name).mkdir()
+        save_file(tensors, directory / name / "adapter_model.safetensors")
+        config = peft.LoraConfig(
+            r=lora_rank, lora_alpha=lora_rank, target_modules=list(modules), task_type="CAUSAL_LM", inference_mode=True
+        )
+        config.save_pretrained(directory / name)
+
+
+def load_adapters(executor: TorchExecutor, directory: Path, pages: list[int]) -> None:
+    """Takes their pages from the end of ``pages``."""
+    for name, (lora_rank, modules) in ADAPTERS.items():
+        blocks = tuple(
+            AdapterBlock(layer=layer, module=module, lora_rank=lora_rank, scale=1.0)
+            for layer in range(executor.model.num_layers)
+            for module in modules
+        )
+        manifest = AdapterManifest(
+            digest=Digest(name), base_model_id=executor.model.base_model_id, blocks=blocks, num_bytes=0
+        )
+        executor.stage_adapter(manifest, str(directory / name / "adapter_model.safetensors"))
+        own = tuple(pages.pop() for _ in range(executor.adapter_pages(manifest)))
+        executor.load_adapter(manifest.digest, own)
+        executor.unstage_adapter(manifest.digest)
+
+
+def peft_model(executor: TorchExecutor, directory: Path) -> Any:
+    first, *others = ADAPTERS
+    model: Any = peft.PeftModel.from_pretrained(
+        transformers_model(executor), directory / first, adapter_name=first
+    ).eval()
+    for name in others:
+        model.load_adapter(directory / name, adapter_name=name)
+    return model
 
 
 def measure(contenders: dict[str, Callable[[], None]], steps: int) -> dict[str, float]:
@@ -155,10 +180,12 @@ def measure(contenders: dict[str, Callable[[], None]], steps: int) -> dict[str, 
     return {name: statistics.median(values) for name, values in times_ms.items()}
 
 
-def bench_batch(executor: TorchExecutor, model: Any, *, batch: int, context: int, steps: int) -> dict[str, float]:
+def bench_batch(
+    executor: TorchExecutor, model: Any, with_peft: Any, directory: Path, *, batch: int, context: int, steps: int
+) -> dict[str, float]:
     pages = list(range(executor.arena.num_pages))
     random.Random(0).shuffle(pages)
-    load_adapters(executor, pages)
+    load_adapters(executor, directory, pages)
     draw = random.Random(1)
     prompts = [[draw.randrange(executor.model.vocab_size) for _ in range(context)] for _ in range(batch)]
     names = list(ADAPTERS)
@@ -167,7 +194,16 @@ def bench_batch(executor: TorchExecutor, model: Any, *, batch: int, context: int
     ours = OurBatch(executor, prompts, [None] * batch, pages[:half], slot=0)
     ours_mixed = OurBatch(executor, prompts, mixed, pages[half:], slot=batch)
     theirs = TransformersBatch(model, prompts)
-    medians = measure({"ours": ours.step, "transformers": theirs.step, "mixed": ours_mixed.step}, steps)
+    peft_mixed = TransformersBatch(with_peft, prompts, adapter_names=mixed)
+    medians = measure(
+        {
+            "ours": ours.step,
+            "transformers": theirs.step,
+            "mixed": ours_mixed.step,
+            "peft_mixed": peft_mixed.step,
+        },
+        steps,
+    )
     executor.execute(StepPlan(step_id=0, releases=tuple(range(2 * batch)), starts=(), rows=()))
     for name in names:
         executor.drop_adapter(Digest(name))
@@ -176,6 +212,7 @@ def bench_batch(executor: TorchExecutor, model: Any, *, batch: int, context: int
         **{f"{name}_ms": round(value, 2) for name, value in medians.items()},
         "ours_over_transformers": round(medians["transformers"] / medians["ours"], 3),
         "mixed_over_base": round(medians["ours"] / medians["mixed"], 3),
+        "mixed_over_peft_mixed": round(medians["peft_mixed"] / medians["mixed"], 3),
     }
 
 
@@ -191,9 +228,16 @@ def main() -> None:
     config = ExecutorConfig(num_threads=options.threads, num_pages=2 * max(batches) * row_pages + 200)
     executor = build_executor(config, model=f"random:{SHAPE}", base_model_id=BaseModelId(SHAPE))
     model = transformers_model(executor)
-    results = [
-        bench_batch(executor, model, batch=batch, context=options.context, steps=options.steps) for batch in batches
-    ]
+    with tempfile.TemporaryDirectory() as folder:
+        directory = Path(folder)
+        write_adapters(executor, directory)
+        with_peft = peft_model(executor, directory)
+        results = [
+            bench_batch(
+                executor, model, with_peft, directory, batch=batch, context=options.context, steps=options.steps
+            )
+            for batch in batches
+        ]
     sizes = {"shape": SHAPE, "context": options.context, "steps": options.steps, "threads": options.threads}
     print(json.dumps({**sizes, "torch": torch.__version__, "dtype": "float32", "results": results}))
 
