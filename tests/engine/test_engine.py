@@ -205,8 +205,9 @@ def test_online_takes_the_slot_of_offline() -> None:
     assert len(harness.tokens["off"]) == 20
 
 
-def test_tenants_share_the_engine_by_tokens_not_by_requests() -> None:
-    harness = Harness(max_running=1, max_step_tokens=16, overdue_s=1e9, prefix_cache=False)
+@pytest.mark.parametrize("overdue_s", [0.0, 2.0, 1e9])
+def test_tenants_share_the_engine_by_tokens_however_long_they_queue(overdue_s: float) -> None:
+    harness = Harness(max_running=1, max_step_tokens=16, overdue_s=overdue_s, prefix_cache=False)
     for i in range(30):
         harness.add(make(f"many{i}", tenant="many"))
     for i in range(3):
@@ -215,6 +216,31 @@ def test_tenants_share_the_engine_by_tokens_not_by_requests() -> None:
     done = [name for name, outputs in harness.outputs.items() if outputs[-1].finish_reason is not None]
     assert sum(name.startswith("few") for name in done) == 3
     assert len(done) == 6
+
+
+def test_what_is_free_at_once_is_shared_by_tenants() -> None:
+    harness = Harness(max_running=8, max_step_tokens=256, prefix_cache=False)
+    for tenant in ("many", "few"):
+        for i in range(12):
+            harness.add(make(f"{tenant}{i}", tenant=tenant, max_tokens=40))
+    harness.step()
+    assert sum(name.startswith("few") for name in harness.outputs) == 4
+
+
+def test_a_large_request_is_not_passed_for_ever_by_small_ones() -> None:
+    harness = Harness(num_pages=20, max_running=4, overdue_s=10.0, prefix_cache=False)
+    for i in range(3):
+        harness.add(make(f"first{i}", prompt=12, max_tokens=8, tenant=f"small{i}"))
+    harness.step()
+    harness.add(make("large", prompt=64, max_tokens=4, tenant="large"))
+    small = 0
+    while "large" not in harness.outputs and harness.now_s < 60:
+        while harness.engine.num_unfinished < 6:
+            harness.add(make(f"{small}", prompt=12, max_tokens=8, tenant=f"small{small % 3}", arrival_s=harness.now_s))
+            small += 1
+        harness.step()
+    assert small > 3
+    assert 11.0 <= harness.now_s <= 22.0
 
 
 def test_idleness_saves_nothing_up() -> None:

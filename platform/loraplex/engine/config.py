@@ -20,8 +20,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     prefix_cache: bool = True
     """Keep the KV of finished requests and share it with later ones of the same tenant, base and adapter."""
     overdue_s: _NotNegative = 2.0
-    """A request whose adapter is ready and that has waited this long goes before all others of its class, in order of
-    arrival, and nothing passes it. Bounds the wait of cold adapters and of large requests."""
+    """A request whose adapter is ready and that has waited this long pays no price for its adapter, and once it is its
+    tenant's turn nothing passes it. Bounds the wait of cold adapters and of large requests; the order among tenants
+    stays that of their counters, however long the queue is."""
     prefill_token_cost: _NotNegative = 1.0
     """What one prompt token adds to its tenant's counter (cached prefix tokens add nothing)."""
     decode_token_cost: _NotNegative = 2.0

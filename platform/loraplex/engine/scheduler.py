@@ -1,18 +1,19 @@
 """Decides which tokens the next step computes, who is admitted, and who gives way.
 
 A step holds one token of every decoding request, then prefill chunks of the running, then newly admitted requests, up
-to ``max_step_tokens``; online before offline. Among the waiting of a class the smallest (tenant counter + price of a
-new adapter) goes first, unless somebody is overdue. Admission takes pages for all known tokens, so only decoding can
-run short of pages; then the running request of greatest rank (offline, latest arrival) is preempted: its pages are
-released and it is recomputed later, mostly from the prefix cache.
+to ``max_step_tokens``; online before offline. Among the waiting of a class the preempted go first, then the smallest
+(tenant counter + price of a new adapter); an overdue request pays no price and is not passed. Admission takes pages
+for all known tokens, so only decoding can run short of pages; then the running request of greatest rank (offline,
+latest arrival) is preempted: its pages are released and it is recomputed later, mostly from the prefix cache.
 
 Knows nothing of tokens' values or outputs; called by ``engine``.
 """
 
 from bisect import insort
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from math import inf
 
+from loraplex.core.ids import Digest, TenantName
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.fairness import TenantCounters
 from loraplex.engine.memory import Memory
@@ -29,6 +30,7 @@ class Scheduler:
         self._shares: dict[Sequence, int] = {}
         self._budget = 0
         self._preempted = False
+        self._admitted_cost: defaultdict[TenantName, float] = defaultdict(float)
         self._quarantine: deque[frozenset[Sequence]] = deque()
         self.waiting = WaitingQueue()
         self.running: list[Sequence] = []
@@ -58,6 +60,7 @@ class Scheduler:
         self._shares = {}
         self._budget = self._config.max_step_tokens
         self._preempted = False
+        self._admitted_cost.clear()
         only = self._next_quarantined()
         self._share_decodes(only)
         admitting = only is None and not self._preempted
@@ -165,11 +168,10 @@ class Scheduler:
                 return not passed
             if self._budget <= 0:
                 return False
-            overdue = [head for head in heads if head.since_s + self._config.overdue_s <= now_s]
-            head = min(overdue, key=lambda s: s.rank) if overdue else min(heads, key=self._score)
+            head = min(heads, key=lambda sequence: self._turn(sequence, now_s))
             if self._make_way(head):
                 self._admit(head)
-            elif overdue:
+            elif self._is_overdue(head, now_s):
                 return False
             else:
                 passed.add(head)
@@ -177,11 +179,22 @@ class Scheduler:
     def _is_ready(self, sequence: Sequence) -> bool:
         return sequence.adapter is None or self._memory.adapters.is_ready(sequence.adapter)
 
-    def _score(self, sequence: Sequence) -> tuple[float, tuple[bool, float, int]]:
-        score = self.counters.value(sequence.tenant)
-        if sequence.adapter is not None and not self._memory.adapters.is_in_batch(sequence.adapter):
-            score += self._memory.adapters.num_pages(sequence.adapter) * self._config.adapter_page_price
+    def _is_overdue(self, sequence: Sequence, now_s: float) -> bool:
+        return sequence.since_s + self._config.overdue_s <= now_s
+
+    def _turn(self, sequence: Sequence, now_s: float) -> tuple[float, tuple[bool, float, int]]:
+        """Who is least goes next. What was admitted in this plan counts already, though its tokens are yet to be
+        computed: otherwise the tenant that is least at the start of a step would take all that is free."""
+        if sequence.since_s == -inf:
+            return -inf, sequence.rank
+        score = self.counters.value(sequence.tenant) + self._admitted_cost[sequence.tenant]
+        if sequence.adapter is not None and not self._is_overdue(sequence, now_s):
+            score += self._price(sequence.adapter)
         return score, sequence.rank
+
+    def _price(self, adapter: Digest) -> float:
+        adapters = self._memory.adapters
+        return 0.0 if adapters.is_in_batch(adapter) else adapters.num_pages(adapter) * self._config.adapter_page_price
 
     def _make_way(self, sequence: Sequence) -> bool:
         """True when it can be admitted now; an online request may preempt offline ones for that, if it helps."""
@@ -205,6 +218,10 @@ class Scheduler:
         sequence.slot = self._free_slots.pop()
         sequence.needs_start = True
         insort(self.running, sequence, key=lambda s: s.rank)
+        uncharged = len(sequence.token_ids) - max(sequence.num_computed, sequence.charged_tokens)
+        self._admitted_cost[sequence.tenant] += (
+            max(0, uncharged) * self._config.prefill_token_cost + self._config.decode_token_cost
+        )
         self._share_chunk(sequence)
 
     def _preempt(self, sequence: Sequence) -> None:
