@@ -165,6 +165,31 @@ def test_an_idle_loop_sleeps(harness: Harness) -> None:
     assert time.process_time() - cpu_s < 0.1
 
 
+def test_an_adapter_that_could_not_be_loaded_is_staged_again_for_the_next_request() -> None:
+    class FailsOnce(FakeExecutor):
+        """The next request comes while the load fails."""
+
+        failed = False
+
+        def load_adapter(self, digest: Digest, pages: tuple[int, ...]) -> None:
+            if not self.failed:
+                self.failed = True
+                world.loop.submit(1, (make("second", adapter=A),))
+                raise RuntimeError("the copy failed")
+            super().load_adapter(digest, pages)
+
+    world = Harness(FailsOnce())
+    world.loop.open_session(1)
+    world.loop.submit(1, (make("first", adapter=A),))
+    try:
+        reasons = world.wait_end(1, "first", "second")
+    finally:
+        world.loop.stop()
+        world.loop.join()
+    assert reasons == {"first": FinishReason.ERROR, "second": FinishReason.LENGTH}
+    assert world.tokens(1, "second") == expected_tokens(make("second", adapter=A), 20)
+
+
 def test_a_bug_in_the_loop_ends_it_and_is_told() -> None:
     harness = Harness(FakeExecutor())
     harness.loop._post(lambda: 1 // 0)  # type: ignore[arg-type]

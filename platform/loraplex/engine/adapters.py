@@ -144,9 +144,9 @@ class AdapterResidency:
             self._idle[digest] = stamp
             self._num_idle_pages += entry.num_pages
 
-    def oldest_idle(self, *, keep: Digest | None) -> tuple[Digest, int] | None:
-        """(digest, stamp) of the idle adapter that goes first, other than ``keep``."""
-        return next(((d, stamp) for d, stamp in self._idle.items() if d != keep), None)
+    def oldest_idle(self) -> tuple[Digest, int] | None:
+        """(digest, stamp) of the idle adapter that goes first."""
+        return next(iter(self._idle.items()), None)
 
     def drop(self, digest: Digest, *, stamp: int) -> None:
         """Takes the pages of an idle adapter; it stays in host memory. Changes state."""

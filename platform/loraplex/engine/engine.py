@@ -36,7 +36,6 @@ class Engine:
         self._plan: StepPlan | None = None
         self._in_step: dict[Sequence, int] = {}
         self._starting: list[Sequence] = []
-        self._unstages: list[Digest] = []
         self._order = 0
         self._step_id = 0
         self._num_generated = 0
@@ -123,10 +122,8 @@ class Engine:
         """What to do next. Changes state; a plan in the answer must be answered before the next call."""
         assert self._plan is None, "the step under way was not completed"
         shares = self._scheduler.plan(now_s)
-        self._unstages.extend(self._memory.adapters.trim_host())
+        unstages = self._memory.adapters.trim_host()
         drops, loads = self._memory.take_instructions()
-        unstages = tuple(self._unstages)
-        self._unstages.clear()
         if shares:
             self._plan = self._build_plan(shares)
         return Instructions(drops=drops, unstages=unstages, loads=loads, plan=self._plan)
@@ -144,6 +141,8 @@ class Engine:
     def loads_failed(self, failures: dict[Digest, str]) -> tuple[RequestOutput, ...]:
         """Some loads of the last instructions failed and the plan was therefore not executed: it is withdrawn, the
         requests of those adapters end with their message, the others are planned again. Changes state.
+
+        The adapters are missing from now on: the caller drops them from host memory before it reports another event.
         """
         assert self._plan is not None, "no step is under way"
         releases, starting = self._plan.releases, self._starting
@@ -158,7 +157,6 @@ class Engine:
         for digest, message in failures.items():
             outputs.extend(self._fail_waiting(digest, message))
             self._memory.undo_load(digest)
-            self._unstages.append(digest)
         return tuple(outputs)
 
     def step_failed(self, message: str) -> tuple[RequestOutput, ...]:

@@ -63,12 +63,12 @@ class Memory:
         if digest is not None:
             to_load = self.adapters.num_pages_to_load(digest)
             if to_load:
-                pages = self._take(to_load, keep=digest)
+                pages = self._take(to_load)
                 self.adapters.load(digest, pages, stamp=self._stamp)
                 self._loads[digest] = pages
             self.adapters.pin(digest)
         count = self.num_pages_for(len(sequence.token_ids)) - len(shared)
-        sequence.pages = shared + self._take(count, keep=None)
+        sequence.pages = shared + self._take(count)
         sequence.num_computed = len(shared) * self.page_size
         sequence.num_sealed = len(shared)
         if sequence.num_cached is None:
@@ -78,7 +78,7 @@ class Memory:
         """One more page for a running sequence; False when there is none to be had. Changes state."""
         if self.num_available < 1:
             return False
-        sequence.pages += self._take(1, keep=None)
+        sequence.pages += self._take(1)
         return True
 
     def release(self, sequence: Sequence) -> None:
@@ -112,10 +112,10 @@ class Memory:
         self._loads.clear()
         return drops, loads
 
-    def _take(self, count: int, *, keep: Digest | None) -> tuple[int, ...]:
+    def _take(self, count: int) -> tuple[int, ...]:
         while self.pool.num_free < count:
             cached = self.pool.oldest_cached_stamp
-            idle = self.adapters.oldest_idle(keep=keep)
+            idle = self.adapters.oldest_idle()
             if cached is not None and (idle is None or cached <= idle[1]):
                 self.pool.reclaim_oldest()
             else:

@@ -1,6 +1,6 @@
 """Carries out what the engine instructs on an executor, one step at a time, and turns failures into events.
 
-Knows no threads, no network and no clock but the one it is given. Called by ``loop`` and by ``loraplex.bench``.
+Knows no threads, no network and no clock but the one it is given. Called by ``engine_loop`` and by ``loraplex.bench``.
 """
 
 import logging
@@ -55,7 +55,11 @@ class StepDriver:
                 _log.exception("loading adapter %s failed", load.digest)
                 failures[load.digest] = error.message if isinstance(error, LoraplexError) else LOAD_FAILED
         if failures:
-            return StepOutcome(progressed=True, outputs=self._engine.loads_failed(failures))
+            outputs = self._engine.loads_failed(failures)
+            # At once: a request that comes next finds the adapter missing and has it staged again.
+            for digest in failures:
+                self._unstage(digest)
+            return StepOutcome(progressed=True, outputs=outputs)
         if instructions.plan is None:
             return StepOutcome(progressed=False)
         try:
