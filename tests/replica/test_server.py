@@ -117,6 +117,51 @@ async def test_a_slow_gateway_gets_fewer_frames_and_every_token(server: tuple[En
         assert num_frames < 1500
 
 
+async def test_a_gateway_that_reads_nothing_is_cut_off_and_its_requests_end() -> None:
+    executor = FakeExecutor(model=fake_model(max_context_tokens=1 << 20), num_pages=1 << 16)
+    loop = EngineLoop(
+        replica_id=ReplicaId("r"), executor=executor, engine_config=EngineConfig(max_running=4), source=Source()
+    )
+    loop.start()
+    server = ReplicaServer(loop, cluster_secret="secret", config=ReplicaConfig(stop_grace_s=0, max_unsent_tokens=500))
+    port = await server.start("127.0.0.1")
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=(("grpc.http2.bdp_probe", 0),)) as channel:
+        call = connect(channel)
+        await call.write(HELLO)
+        await call.write(encode(GatewayFrame(submits=(make("r", max_tokens=100_000),))))
+        await call.read()
+        async with asyncio.timeout(10):
+            while loop.num_unfinished:  # noqa: ASYNC110  (the engine tells nobody else)
+                await asyncio.sleep(0.02)
+        with pytest.raises(grpc.aio.AioRpcError) as broken:
+            await _read_to_the_end(call)
+        assert broken.value.code() == grpc.StatusCode.ABORTED
+    await server.stop()
+
+
+async def test_a_gateway_that_comes_back_takes_the_place_of_its_old_stream(
+    server: tuple[EngineLoop, int], caplog: pytest.LogCaptureFixture
+) -> None:
+    loop, port = server
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        old = connect(channel)
+        await old.write(HELLO)
+        await old.write(encode(GatewayFrame(submits=(make("r", max_tokens=5000),))))
+        await old.read()
+        new = connect(channel)
+        await new.write(HELLO)
+        await new.write(encode(GatewayFrame(submits=(make("r", max_tokens=3),))))
+        got: list[int] = []
+        while len(got) < 3:
+            got += [t.token_id for o in decode_replica_frame(await new.read()).outputs for t in o.tokens]
+        assert tuple(got) == expected_tokens(make("r", max_tokens=3), 3)
+        new.cancel()
+        with pytest.raises(grpc.aio.AioRpcError):
+            await _read_to_the_end(old)
+        assert loop.num_unfinished == 0
+    assert "KeyError" not in caplog.text
+
+
 async def test_a_taken_port_is_named(server: tuple[EngineLoop, int]) -> None:
     other = ReplicaServer(server[0], cluster_secret="s", config=ReplicaConfig(port=server[1]))
     with pytest.raises(BadConfig, match=str(server[1])):

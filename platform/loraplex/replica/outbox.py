@@ -15,6 +15,7 @@ class Outbox:
         self._frames: list[ReplicaFrame] = []
         self._num_tokens = 0
         self._ready = asyncio.Event()
+        self._closed = asyncio.Event()
         self._ended = False
 
     def put(self, frame: ReplicaFrame) -> None:
@@ -49,3 +50,12 @@ class Outbox:
         """Takes no more and drops what waits. Idempotent."""
         self.end()
         self._frames = []
+        self._closed.set()
+
+    @property
+    def closed(self) -> bool:
+        return self._closed.is_set()
+
+    async def wait_closed(self) -> None:
+        """Returns when ``close`` was called, also while a frame that was taken is stuck on its way."""
+        await self._closed.wait()

@@ -20,7 +20,6 @@ from loraplex.core.wire import (
     PROTOCOL_VERSION,
     SECRET_METADATA_KEY,
     STREAM_METHOD,
-    GatewayFrame,
     Hello,
     ReplicaFrame,
     decode_gateway_frame,
@@ -90,16 +89,27 @@ class ReplicaServer:
         hello = await self._read_hello(requests, context)
         session = self._open(hello.gateway_id)
         outbox = self._outboxes[session]
-        reader = asyncio.create_task(self._read_frames(requests, session, outbox))
+        parts = (
+            asyncio.create_task(self._read_frames(requests, session)),
+            asyncio.create_task(self._write_frames(outbox, context)),
+            # A gateway that reads nothing holds the writer up for ever: a closed outbox ends the stream by itself.
+            asyncio.create_task(outbox.wait_closed()),
+        )
         try:
-            while (frame := await outbox.take()) is not None:
-                await context.write(encode(frame))
+            await asyncio.wait(parts, return_when=asyncio.FIRST_COMPLETED)
         finally:
             self._close(session, hello.gateway_id)
-            reader.cancel()
-            (error,) = await asyncio.gather(reader, return_exceptions=True)
-        if isinstance(error, msgspec.MsgspecError):
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "not a gateway frame")
+            for part in parts:
+                part.cancel()
+            results = await asyncio.gather(*parts, return_exceptions=True)
+        for error in results:
+            if isinstance(error, msgspec.MsgspecError):
+                await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "not a gateway frame")
+            elif isinstance(error, Exception):
+                raise error
+        if outbox.closed:
+            context.set_code(grpc.StatusCode.ABORTED)
+            context.set_details("cut off: frames were not taken, or the gateway came back")
 
     async def _authenticate(self, context: _Context) -> None:
         given = dict(context.invocation_metadata() or ()).get(SECRET_METADATA_KEY, "")
@@ -121,18 +131,17 @@ class ReplicaServer:
         assert hello is not None, "abort ends the call"
         return hello
 
-    async def _read_frames(self, requests: _Requests, session: int, outbox: Outbox) -> None:
-        try:
-            async for data in requests:
-                self._take(decode_gateway_frame(data), session)
-        finally:
-            outbox.close()
+    async def _read_frames(self, requests: _Requests, session: int) -> None:
+        async for data in requests:
+            frame = decode_gateway_frame(data)
+            if frame.submits:
+                self._loop.submit(session, frame.submits)
+            if frame.aborts:
+                self._loop.abort(session, frame.aborts)
 
-    def _take(self, frame: GatewayFrame, session: int) -> None:
-        if frame.submits:
-            self._loop.submit(session, frame.submits)
-        if frame.aborts:
-            self._loop.abort(session, frame.aborts)
+    async def _write_frames(self, outbox: Outbox, context: _Context) -> None:
+        while (frame := await outbox.take()) is not None:
+            await context.write(encode(frame))
 
     def _open(self, gateway_id: GatewayId) -> int:
         before = self._session_of_gateway.get(gateway_id)
@@ -151,7 +160,7 @@ class ReplicaServer:
     def _close(self, session: int, gateway_id: GatewayId) -> None:
         self._loop.close_session(session)
         del self._outboxes[session]
-        if self._session_of_gateway[gateway_id] == session:
+        if self._session_of_gateway.get(gateway_id) == session:
             del self._session_of_gateway[gateway_id]
 
     def _deliver(self, frames: dict[int, ReplicaFrame]) -> None:
