@@ -11,14 +11,14 @@ from loraplex.core.adapter import AdapterManifest, AdapterRef
 from loraplex.core.control import ReplicaRoute
 from loraplex.core.errors import LoraplexError, Overloaded, ReplicaLost, Unavailable
 from loraplex.core.ids import BaseModelId, Digest, GatewayId, ReplicaId, RequestId, TenantName
-from loraplex.core.request import EngineRequest, FinishReason, SamplingParams
+from loraplex.core.request import EngineRequest, FinishReason, RequestOutput, SamplingParams
 from loraplex.engine import EngineConfig
 from loraplex.replica.config import ReplicaConfig
 from loraplex.replica.engine_loop import EngineLoop
 from loraplex.replica.server import ReplicaServer
 from loraplex.router.config import RouterConfig
 from loraplex.router.router import Router
-from loraplex.router.stream import RoutedStream
+from loraplex.router.stream import Generation, RoutedStream
 from loraplex.testing.fake_executor import FakeExecutor, expected_tokens, fake_manifest
 
 SECRET = "s" * 16
@@ -171,6 +171,23 @@ async def test_bad_adapters_end_their_own_requests_only(stack: AsyncExitStack) -
     assert replica.loop.alive
     assert not replica.executor.violations
     await check(router, make_request())
+
+
+async def test_a_bug_while_a_frame_is_read_costs_a_reconnection_not_the_replica(
+    stack: AsyncExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replica = await start_replica(stack, "replica-0")
+    router = start_router(stack, replica)
+    await check(router, make_request())
+    take, calls = Generation.take, itertools.count()
+
+    def buggy(generation: Generation, output: RequestOutput) -> RequestOutput:
+        if next(calls) == 3:
+            raise ZeroDivisionError
+        return take(generation, output)
+
+    monkeypatch.setattr(Generation, "take", buggy)
+    await check(router, make_request(max_tokens=30))
 
 
 async def test_a_strange_secret_is_refused(stack: AsyncExitStack, caplog: pytest.LogCaptureFixture) -> None:

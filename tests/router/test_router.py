@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from loraplex.core.control import ReplicaRoute
-from loraplex.core.errors import Unavailable
+from loraplex.core.errors import ReplicaLost, Unavailable
 from loraplex.core.ids import BaseModelId, GatewayId, ReplicaId, RequestId, TenantName
 from loraplex.core.request import EngineRequest, FinishReason, OutputToken, Priority, RequestOutput, SamplingParams
 from loraplex.core.wire import LoadReport, ReplicaFrame, ReplicaInfo, decode_replica_frame, encode
@@ -204,6 +204,20 @@ async def test_a_resumed_request_tells_cached_tokens_once(world: World) -> None:
     assert [output.num_cached_tokens for output in outputs] == [3, 0]
 
 
+async def test_a_request_under_which_replicas_die_one_after_another_is_given_up(world: World) -> None:
+    replica = world.replicas["a"]
+    replica.up()
+    deadly, other = world.router.dispatch((make("deadly"),)), world.router.dispatch((make("other"),))
+    for token in range(5):
+        replica.answer("other", tokens=(token,))
+        replica.down()
+        replica.up()
+    assert list(replica.submitted) == ["other"]
+    with pytest.raises(ReplicaLost):
+        await deadly.next_outputs()
+    assert len(await other.next_outputs()) == 5
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     st.lists(st.tuples(st.sampled_from(["answer", "down", "up", "report", "route"]), st.integers(0, 2)), max_size=60)
@@ -214,7 +228,7 @@ def test_no_token_is_lost_or_sent_twice_whatever_breaks(events: list[tuple[str, 
 
 async def _break_things(events: list[tuple[str, int]]) -> None:
     names = ("a", "b", "c")
-    world = World(*names)
+    world = World(*names, max_losses=1000)
     streams = [world.router.dispatch((make(f"x{i}"), make(f"y{i}"))) for i in range(4)]
     routed = set(names)
     for kind, index in events:

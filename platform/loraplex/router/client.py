@@ -114,6 +114,10 @@ class GrpcReplicaClient:
                 return f"{error.code().name}: {error.details()}"
             except msgspec.MsgspecError as error:
                 return f"not a replica frame: {error}"
+            except Exception as error:
+                # A bug of ours: without a new stream and a resubmission, what runs there would wait for ever.
+                _log.exception("the stream to replica at %s failed", self._address)
+                return f"{type(error).__name__}: {error}"
             finally:
                 call.cancel()
                 if writer is not None:

@@ -14,6 +14,9 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """A generation that no replica took for this long is refused."""
     resume_timeout_s: _Positive = 15.0
     """Generations of a lost replica are given up when none could take them over for this long."""
+    max_losses: Annotated[int, msgspec.Meta(ge=1)] = 3
+    """A request that loses this many replicas in a row without a token in between is given up: it may be what breaks
+    them."""
     load_slack: Annotated[int, msgspec.Meta(ge=0)] = 2
     """Replicas whose loads differ by no more than this are alike; then prefix and adapter affinity decide."""
     load_bound: Annotated[float, msgspec.Meta(ge=1)] = 1.25

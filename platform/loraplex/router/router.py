@@ -133,8 +133,12 @@ class Router:
         for generation in generations:
             self._queue.placed(generation.request.tenant, -1)
         for stream in {generation.stream: None for generation in generations}:
-            stream.resumed = True
-            self._wait(stream, self._config.resume_timeout_s)
+            stream.num_losses += 1
+            if stream.num_losses >= self._config.max_losses:
+                stream.fail(ReplicaLost(f"{stream.num_losses} replicas in a row were lost while they ran this request"))
+            else:
+                stream.resumed = True
+                self._wait(stream, self._config.resume_timeout_s)
         self._close_if_empty(link)
         self._pump(link.route.base_model_id)
 

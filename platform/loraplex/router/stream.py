@@ -53,6 +53,8 @@ class RoutedStream:
         """Where it runs, or ran last; None while it never left the router."""
         self.resumed = False
         """It was on a replica that was lost."""
+        self.num_losses = 0
+        """Replicas that were lost under it since its last output."""
         self.timer: asyncio.TimerHandle | None = None
         """Set while it waits in the router."""
         self._on_abort = on_abort
@@ -83,6 +85,7 @@ class RoutedStream:
     def push(self, generation: Generation, output: RequestOutput) -> None:
         """Adds to the buffer without waking anybody."""
         self._buffer.append(generation.take(output))
+        self.num_losses = 0
         if output.finish_reason is not None:
             del self.generations[output.request_id]
 
