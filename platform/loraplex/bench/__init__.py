@@ -1,1 +1,1 @@
-"""Yardsticks that need no cluster. Import torch, transformers, safetensors, msgspec and numpy alone."""
+"""Yardsticks that need no cluster: the engine alone, and one gateway over replayed steps."""

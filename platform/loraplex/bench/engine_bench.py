@@ -6,6 +6,7 @@ starts; loading them onto the accelerator counts. Called by ``loraplex bench eng
 """
 
 import random
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -131,7 +132,11 @@ class _Bench:
         self._executor = executor
         self._digests = tuple(adapters)
         config = EngineConfig(
-            max_running=options.max_running, max_step_tokens=options.max_step_tokens, max_waiting=options.requests
+            max_running=options.max_running,
+            max_step_tokens=options.max_step_tokens,
+            max_waiting=options.requests,
+            # All adapters stay staged: nobody would stage one again.
+            max_host_pages=sys.maxsize,
         )
         self._engine = Engine(config, model=executor.model, arena=executor.arena)
         self._driver = StepDriver(self._engine, executor, clock=SystemClock(), unstage=executor.unstage_adapter)
