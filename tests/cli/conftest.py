@@ -1,4 +1,4 @@
-"""The real gateway over fakes, listening on a port: two tenants, an administrator, one base, scripted answers."""
+"""The real gateway and controller, listening on a port: two tenants, an administrator, one base, scripted answers."""
 
 import asyncio
 import json
@@ -12,21 +12,20 @@ from pathlib import Path
 import pytest
 import uvicorn
 from loraplex.cli.main import app
-from loraplex.core.control import BaseModelView, ReplicaRoute
-from loraplex.core.ids import BaseModelId, GatewayId, ReplicaId
+from loraplex.core.ids import GatewayId
 from loraplex.core.request import EngineRequest, FinishReason, OutputToken
 from loraplex.core.tenant import Role
 from loraplex.gateway.config import GatewayConfig
 from loraplex.gateway.gateway import Gateway
 from loraplex.gateway.tokenizer import TextCodec
-from loraplex.testing.fake_control import FakeControl
 from loraplex.testing.fake_dispatcher import FakeDispatcher, Script
+from loraplex.testing.tiny_controller import TINY_BASE, start_tiny_controller
 from loraplex.testing.tiny_tokenizer import build_tiny_tokenizer
 from loraplex.traces.row import TraceRow
 from typer.testing import CliRunner, Result
 
 ANSWER = "Many tenants share one base model."
-BASE = "tiny-base"
+KEYS = {name: f"lpx_{name}_key_of_the_tests" for name in ("acme", "globex", "admin")}
 
 
 @dataclass
@@ -47,32 +46,14 @@ class Platform:
     requests: list[EngineRequest]
 
 
-def _make_control(tokenizer: Path) -> FakeControl:
-    base = BaseModelId(BASE)
-    control = FakeControl(
-        base_models=(
-            BaseModelView(base_model_id=base, directory=str(tokenizer), max_context_tokens=2048, created_s=1.0),
-        ),
-        routes=(ReplicaRoute(replica_id=ReplicaId("fake-0"), base_model_id=base, address="127.0.0.1:1"),),
-    )
-    control.add_tenant("acme")
-    control.add_tenant("globex")
-    control.add_key("acme", "lpx_acme", role=Role.TENANT_ADMIN)
-    control.add_key("globex", "lpx_globex", role=Role.TENANT_ADMIN)
-    control.add_key("", "lpx_admin", role=Role.ADMIN)
-    control.add_adapter("acme", "pirate")
-    control.add_adapter("acme", "pirate", b"newer weights")
-    control.add_adapter("globex", "lawyer")
-    return control
-
-
 class _Server:
     """Runs gateway and HTTP server on an event loop of their own thread."""
 
-    def __init__(self, tokenizer: Path) -> None:
+    def __init__(self, tokenizer: Path, data_dir: Path) -> None:
         self.requests: list[EngineRequest] = []
         self.port = 0
         self._tokenizer = tokenizer
+        self._data_dir = data_dir
         self._server: uvicorn.Server | None = None
         self._thread = threading.Thread(target=lambda: asyncio.run(self._run()))
 
@@ -99,10 +80,21 @@ class _Server:
             ids = answer if not request.sampling.ignore_eos else (answer * 50)[: request.sampling.max_tokens]
             return Script(tokens=tuple(OutputToken(token_id=i) for i in ids), finish_reason=FinishReason.STOP)
 
+        control = await start_tiny_controller(
+            self._data_dir,
+            tokenizer=self._tokenizer,
+            max_context_tokens=2048,
+            keys=[
+                ("acme", Role.TENANT_ADMIN, KEYS["acme"]),
+                ("globex", Role.TENANT_ADMIN, KEYS["globex"]),
+                ("operators", Role.ADMIN, KEYS["admin"]),
+            ],
+            adapters=[("acme", "pirate", 1), ("acme", "pirate", 2), ("globex", "lawyer", 3)],
+        )
         gateway = Gateway(
             GatewayConfig(),
             gateway_id=GatewayId("gw-1"),
-            control=_make_control(self._tokenizer),
+            control=control,
             dispatcher=FakeDispatcher(script, step_s=0.001),
             tracer=_Rows(),
         )
@@ -113,6 +105,7 @@ class _Server:
             self.port = listening.getsockname()[1]
             await self._server.serve(sockets=[listening])
         await gateway.stop()
+        await control.stop()
 
 
 @pytest.fixture(scope="session")
@@ -122,7 +115,7 @@ def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def platform(tokenizer_dir: Path, tmp_path: Path) -> Iterator[Platform]:
-    with _Server(tokenizer_dir) as server:
+    with _Server(tokenizer_dir, tmp_path / "data") as server:
         url = f"http://127.0.0.1:{server.port}"
         key_file = tmp_path / "demo.json"
         key_file.write_text(
@@ -130,10 +123,10 @@ def platform(tokenizer_dir: Path, tmp_path: Path) -> Iterator[Platform]:
                 {
                     "http": url,
                     "grpc": "127.0.0.1:1",
-                    "admin_key": "lpx_admin",
+                    "admin_key": KEYS["admin"],
                     "tenants": [
-                        {"name": "acme", "key": "lpx_acme", "models": [BASE, "pirate"]},
-                        {"name": "globex", "key": "lpx_globex", "models": [BASE, "lawyer"]},
+                        {"name": "acme", "key": KEYS["acme"], "models": [TINY_BASE, "pirate"]},
+                        {"name": "globex", "key": KEYS["globex"], "models": [TINY_BASE, "lawyer"]},
                     ],
                 }
             )

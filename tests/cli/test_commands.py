@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from loraplex.testing.tiny_adapter import tiny_adapter
 from typer.testing import Result
 
 ANSWER = "Many tenants share one base model."
+ACME_KEY, ADMIN_KEY = "lpx_acme_key_of_the_tests", "lpx_admin_key_of_the_tests"
 Run = Callable[..., Result]
 
 
@@ -16,12 +18,16 @@ def _json(result: Result) -> Any:
     return json.loads(result.stdout)
 
 
+def _write_adapter(directory: Path, *, seed: int) -> None:
+    for name, data in tiny_adapter(seed).items():
+        (directory / name).write_bytes(data)
+
+
 @pytest.fixture
 def peft_dir(tmp_path: Path) -> Path:
     directory = tmp_path / "peft"
     directory.mkdir()
-    (directory / "adapter_config.json").write_text("{}")
-    (directory / "adapter_model.safetensors").write_bytes(b"weights " * 100_000)
+    _write_adapter(directory, seed=11)
     return directory
 
 
@@ -76,7 +82,7 @@ def test_key_life(call: Run, run: Run, platform: Any) -> None:
 def test_adapter_life(call: Run, peft_dir: Path) -> None:
     first = _json(call("adapter", "register", "poet", peft_dir, "--json"))
     assert (first["name"], first["version"], first["current"]) == ("poet", 1, True)
-    (peft_dir / "adapter_model.safetensors").write_bytes(b"other weights")
+    _write_adapter(peft_dir, seed=12)
     assert "version 2" in call("adapter", "register", "poet", peft_dir).stdout
     versions = _json(call("adapter", "show", "poet", "--json"))
     assert sorted((v["version"], v["current"]) for v in versions) == [(1, False), (2, True)]
@@ -90,9 +96,9 @@ def test_adapter_life(call: Run, peft_dir: Path) -> None:
 
 def test_adapter_of_another_tenant(call: Run, run: Run, platform: Any) -> None:
     assert [a["name"] for a in _json(call("adapter", "list", "--tenant", "globex", "--json"))] == ["lawyer"]
-    names = run("adapter", "list", "--tenant", "globex", "--url", platform.url, "--key", "lpx_admin", "--json")
+    names = run("adapter", "list", "--tenant", "globex", "--url", platform.url, "--key", ADMIN_KEY, "--json")
     assert [a["name"] for a in _json(names)] == ["lawyer"]
-    foreign = run("adapter", "list", "--tenant", "globex", "--url", platform.url, "--key", "lpx_acme")
+    foreign = run("adapter", "list", "--tenant", "globex", "--url", platform.url, "--key", ACME_KEY)
     assert foreign.exit_code == 1
 
 
@@ -172,7 +178,7 @@ def test_bench_serve(call: Run, run: Run, platform: Any) -> None:
         "--url",
         platform.url,
         "--key",
-        "lpx_acme",
+        ACME_KEY,
         "--model",
         "pirate",
         "--endpoint",
@@ -185,7 +191,17 @@ def test_bench_serve(call: Run, run: Run, platform: Any) -> None:
 
 def test_bench_serve_without_an_answer_fails(run: Run, platform: Any) -> None:
     result = run(
-        "bench", "serve", "--requests", 3, "--url", platform.url, "--key", "lpx_acme", "--model", "nosuch", "--json"
+        "bench",
+        "serve",
+        "--requests",
+        3,
+        "--url",
+        platform.url,
+        "--key",
+        ACME_KEY,
+        "--model",
+        "nosuch",
+        "--json",
     )
     assert result.exit_code == 1
     assert _json(result)["errors"] == {"404": 3}

@@ -6,13 +6,14 @@ import os
 import sqlite3
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from loraplex.controller.config import ControllerOptions
 from loraplex.controller.controller import Controller
-from loraplex.core.control import AdapterView, ControlPlane, ControlSnapshot, ReplicaRoute, TenantDemand
+from loraplex.core.control import ControlPlane, ControlSnapshot, ReplicaRoute, TenantDemand
 from loraplex.core.errors import (
     BadAdapter,
     BadConfig,
@@ -29,6 +30,8 @@ from loraplex.core.errors import (
 from loraplex.core.ids import BaseModelId, Digest, GatewayId, ReplicaId, TenantName
 from loraplex.core.tenant import Role, TenantLimits, UsageRow
 from loraplex.tenancy.keys import hash_key
+from loraplex.testing.tiny_adapter import tiny_adapter
+from loraplex.testing.tiny_controller import upload_adapter
 
 ACME, GLOBEX = TenantName("acme"), TenantName("globex")
 GATEWAY = GatewayId("gateway-1")
@@ -40,12 +43,7 @@ def _implements(control: ControlPlane) -> ControlPlane:
     return control
 
 
-async def upload(control: ControlPlane, tenant: TenantName, name: str, files: Files) -> AdapterView:
-    upload_id = await control.begin_upload(tenant, name)
-    for filename, data in files.items():
-        for start in range(0, len(data), 500):
-            await control.append_upload(upload_id, filename, data[start : start + 500])
-    return await control.commit_upload(upload_id)
+upload = partial(upload_adapter, piece_bytes=500)
 
 
 async def newest(control: ControlPlane) -> ControlSnapshot:
@@ -106,11 +104,11 @@ async def test_long_poll(controller: Controller) -> None:
 
 
 async def test_upload_versions_rollback_delete(
-    controller: Controller, make_files: Callable[..., Files], make_options: Callable[..., ControllerOptions]
+    controller: Controller, make_options: Callable[..., ControllerOptions]
 ) -> None:
     await tenants(controller)
-    first = await upload(controller, ACME, "pirate", make_files(seed=1))
-    second = await upload(controller, ACME, "pirate", make_files(seed=2, rank=8))
+    first = await upload(controller, ACME, "pirate", tiny_adapter(seed=1))
+    second = await upload(controller, ACME, "pirate", tiny_adapter(seed=2, lora_rank=8))
     assert (first.ref.version, second.ref.version, second.max_lora_rank, second.current) == (1, 2, 8, True)
     snapshot = await newest(controller)
     assert [(view.ref.version, view.current) for view in snapshot.adapters] == [(1, False), (2, True)]
@@ -126,16 +124,14 @@ async def test_upload_versions_rollback_delete(
     assert info.url in map(str, stored_files(make_options())), "replicas may still need it"
 
 
-async def test_two_tenants_with_the_same_files_share_nothing_that_shows(
-    controller: Controller, make_files: Callable[..., Files]
-) -> None:
+async def test_two_tenants_with_the_same_files_share_nothing_that_shows(controller: Controller) -> None:
     await tenants(controller)
-    ours, theirs = [await upload(controller, name, "pirate", make_files()) for name in (ACME, GLOBEX)]
+    ours, theirs = [await upload(controller, name, "pirate", tiny_adapter()) for name in (ACME, GLOBEX)]
     assert ours.ref.digest != theirs.ref.digest
     assert (await controller.artifact(ours.ref.digest)).url != (await controller.artifact(theirs.ref.digest)).url
-    again = await upload(controller, ACME, "pirate", make_files())
+    again = await upload(controller, ACME, "pirate", tiny_adapter())
     assert again == ours
-    copy = await upload(controller, ACME, "copy", make_files())
+    copy = await upload(controller, ACME, "copy", tiny_adapter())
     assert copy.ref.digest == ours.ref.digest
     for call in (
         controller.delete_adapter(GLOBEX, "copy", None),
@@ -145,9 +141,9 @@ async def test_two_tenants_with_the_same_files_share_nothing_that_shows(
             await call
 
 
-async def test_artifact_pieces(controller: Controller, make_files: Callable[..., Files]) -> None:
+async def test_artifact_pieces(controller: Controller) -> None:
     await tenants(controller)
-    files = make_files()
+    files = tiny_adapter()
     digest = (await upload(controller, ACME, "pirate", files)).ref.digest
     got = b""
     while piece := await controller.read_artifact(digest, offset=len(got), max_bytes=100):
@@ -162,14 +158,14 @@ async def test_artifact_pieces(controller: Controller, make_files: Callable[...,
 
 
 async def test_a_refused_adapter_leaves_nothing(
-    controller: Controller, make_files: Callable[..., Files], make_options: Callable[..., ControllerOptions]
+    controller: Controller, make_options: Callable[..., ControllerOptions]
 ) -> None:
     await tenants(controller)
     before = await newest(controller)
-    files = make_files()
+    files = tiny_adapter()
     bad: list[tuple[Files, str]] = [
-        (make_files(rank=300), "r is 300"),
-        (make_files(hidden=32), "wrong base model"),
+        (tiny_adapter(lora_rank=300), "r is 300"),
+        (tiny_adapter(hidden_size=32), "wrong base model"),
         (files | {"adapter_model.safetensors": files["adapter_model.safetensors"][:-4]}, "truncated"),
         ({"adapter_config.json": files["adapter_config.json"]}, "missing"),
     ]
@@ -181,9 +177,7 @@ async def test_a_refused_adapter_leaves_nothing(
     assert list((make_options().data_dir / "uploads").iterdir()) == []
 
 
-async def test_upload_errors(
-    make_options: Callable[..., ControllerOptions], start: Any, make_files: Callable[..., Files]
-) -> None:
+async def test_upload_errors(make_options: Callable[..., ControllerOptions], start: Any) -> None:
     controller = await start(make_options(max_config_bytes=10, max_open_uploads=2))
     await tenants(controller)
     for name in ("../x", "", "tiny"):
@@ -221,32 +215,28 @@ async def test_uploads_that_begin_at_one_time_share_the_limit(
     await controller.stop()
 
 
-async def test_adapter_limits(
-    controller: Controller, make_files: Callable[..., Files], make_options: Callable[..., ControllerOptions]
-) -> None:
-    await tenants(controller, max_adapters=1, max_adapter_bytes=3 * len(make_files()["adapter_model.safetensors"]))
+async def test_adapter_limits(controller: Controller, make_options: Callable[..., ControllerOptions]) -> None:
+    await tenants(controller, max_adapters=1, max_adapter_bytes=3 * len(tiny_adapter()["adapter_model.safetensors"]))
     open_before = await controller.begin_upload(ACME, "late")
-    await upload(controller, ACME, "pirate", make_files())
+    await upload(controller, ACME, "pirate", tiny_adapter())
     with pytest.raises(RateLimited, match="limit of 1 adapters"):
         await controller.begin_upload(ACME, "other")
-    for filename, data in make_files(seed=5).items():
+    for filename, data in tiny_adapter(seed=5).items():
         await controller.append_upload(open_before, filename, data)
     with pytest.raises(RateLimited, match="limit of 1 adapters"):
         await controller.commit_upload(open_before)
     assert len(stored_files(make_options())) == 1, "the refused one is not kept"
     for seed in (1, 2):
-        await upload(controller, ACME, "pirate", make_files(seed=seed))
+        await upload(controller, ACME, "pirate", tiny_adapter(seed=seed))
     with pytest.raises(RateLimited, match="bytes"):
-        await upload(controller, ACME, "pirate", make_files(seed=3))
+        await upload(controller, ACME, "pirate", tiny_adapter(seed=3))
     assert len(stored_files(make_options())) == 3
 
 
-async def test_a_caller_who_gives_up_does_not_stop_a_commit(
-    controller: Controller, make_files: Callable[..., Files]
-) -> None:
+async def test_a_caller_who_gives_up_does_not_stop_a_commit(controller: Controller) -> None:
     await tenants(controller)
     upload_id = await controller.begin_upload(ACME, "pirate")
-    for filename, data in make_files().items():
+    for filename, data in tiny_adapter().items():
         await controller.append_upload(upload_id, filename, data)
     commit = asyncio.create_task(controller.commit_upload(upload_id))
     await asyncio.sleep(0)
@@ -260,7 +250,7 @@ async def test_a_caller_who_gives_up_does_not_stop_a_commit(
 
 
 async def test_a_full_disk_is_told_and_nothing_is_half_registered(
-    controller: Controller, make_files: Callable[..., Files], monkeypatch: pytest.MonkeyPatch
+    controller: Controller, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await tenants(controller)
 
@@ -270,17 +260,15 @@ async def test_a_full_disk_is_told_and_nothing_is_half_registered(
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
         with pytest.raises(StorageFull):
-            await upload(controller, ACME, "pirate", make_files())
+            await upload(controller, ACME, "pirate", tiny_adapter())
     assert (await newest(controller)).adapters == ()
-    await upload(controller, ACME, "pirate", make_files())
+    await upload(controller, ACME, "pirate", tiny_adapter())
 
 
-async def test_register_url(
-    make_options: Callable[..., ControllerOptions], start: Any, make_files: Callable[..., Files], tmp_path: Path
-) -> None:
+async def test_register_url(make_options: Callable[..., ControllerOptions], start: Any, tmp_path: Path) -> None:
     approved = tmp_path / "approved"
     (approved / "one").mkdir(parents=True)
-    for filename, data in make_files().items():
+    for filename, data in tiny_adapter().items():
         (approved / "one" / filename).write_bytes(data)
     controller = await start(make_options(approved_url_prefixes=(f"file://{approved}",)))
     await tenants(controller)
@@ -299,11 +287,11 @@ async def test_register_url(
 
 
 async def test_bootstrap_is_idempotent(
-    make_options: Callable[..., ControllerOptions], start: Any, make_files: Callable[..., Files], tmp_path: Path
+    make_options: Callable[..., ControllerOptions], start: Any, tmp_path: Path
 ) -> None:
     directory = tmp_path / "adapter"
     directory.mkdir()
-    for filename, data in make_files().items():
+    for filename, data in tiny_adapter().items():
         (directory / filename).write_bytes(data)
     key = "lpx_" + "k" * 40
     seen = []
@@ -325,12 +313,10 @@ async def test_bootstrap_is_idempotent(
     await controller.stop()
 
 
-async def test_deleting_a_tenant_removes_keys_adapters_uploads_usage(
-    controller: Controller, make_files: Callable[..., Files]
-) -> None:
+async def test_deleting_a_tenant_removes_keys_adapters_uploads_usage(controller: Controller) -> None:
     await tenants(controller)
     await controller.create_key(ACME, Role.MEMBER)
-    await upload(controller, ACME, "pirate", make_files())
+    await upload(controller, ACME, "pirate", tiny_adapter())
     upload_id = await controller.begin_upload(ACME, "open")
     await controller.delete_tenant(ACME)
     snapshot = await newest(controller)
@@ -342,13 +328,13 @@ async def test_deleting_a_tenant_removes_keys_adapters_uploads_usage(
 
 
 async def test_files_of_deleted_adapters_go_after_the_grace(
-    make_options: Callable[..., ControllerOptions], start: Any, make_files: Callable[..., Files]
+    make_options: Callable[..., ControllerOptions], start: Any
 ) -> None:
     options = make_options(deleted_grace_s=0.3, sweep_interval_s=0.05, upload_idle_s=0.1)
     controller = await start(options)
     await tenants(controller)
-    gone = await upload(controller, ACME, "gone", make_files(seed=1))
-    kept = await upload(controller, ACME, "kept", make_files(seed=2))
+    gone = await upload(controller, ACME, "gone", tiny_adapter(seed=1))
+    kept = await upload(controller, ACME, "kept", tiny_adapter(seed=2))
     idle = await controller.begin_upload(ACME, "idle")
     await controller.delete_adapter(ACME, "gone", None)
     await asyncio.sleep(0.1)
@@ -365,13 +351,11 @@ async def test_files_of_deleted_adapters_go_after_the_grace(
     await controller.stop()
 
 
-async def test_start_collects_files_without_a_row(
-    make_options: Callable[..., ControllerOptions], start: Any, make_files: Callable[..., Files]
-) -> None:
+async def test_start_collects_files_without_a_row(make_options: Callable[..., ControllerOptions], start: Any) -> None:
     options = make_options()
     controller = await start(options)
     await tenants(controller)
-    await upload(controller, ACME, "kept", make_files())
+    await upload(controller, ACME, "kept", tiny_adapter())
     await controller.stop()
     (orphan,) = [path.with_name(f"{'0' * 64}.safetensors") for path in stored_files(options)]
     orphan = options.data_dir / "artifacts" / "00" / orphan.name
@@ -384,11 +368,11 @@ async def test_start_collects_files_without_a_row(
 
 
 async def test_a_second_controller_fences_out_the_first(
-    make_options: Callable[..., ControllerOptions], start: Any, make_files: Callable[..., Files]
+    make_options: Callable[..., ControllerOptions], start: Any
 ) -> None:
     first = await start(make_options())
     await tenants(first)
-    view = await upload(first, ACME, "pirate", make_files())
+    view = await upload(first, ACME, "pirate", tiny_adapter())
     upload_id = await first.begin_upload(ACME, "late")
     second = await start(make_options())
     for call in (
@@ -396,7 +380,7 @@ async def test_a_second_controller_fences_out_the_first(
         first.create_key(ACME, Role.MEMBER),
         first.report_usage(GATEWAY, (UsageRow(tenant=ACME, requests=1, prompt_tokens=1, output_tokens=1),)),
         first.append_upload(upload_id, "adapter_config.json", b"{}"),
-        upload(first, ACME, "pirate", make_files(seed=9)),
+        upload(first, ACME, "pirate", tiny_adapter(seed=9)),
     ):
         with pytest.raises(Unavailable):
             await call
@@ -405,7 +389,7 @@ async def test_a_second_controller_fences_out_the_first(
     assert snapshot.adapters == (view,)
     assert (await second.usage(ACME)).requests == 0
     await first.stop()
-    await upload(second, ACME, "pirate", make_files(seed=9))
+    await upload(second, ACME, "pirate", tiny_adapter(seed=9))
     await second.stop()
 
 

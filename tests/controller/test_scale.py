@@ -16,6 +16,7 @@ from loraplex.database.database import Database
 from loraplex.registry.intake import CheckedAdapter
 from loraplex.registry.registry import Registry
 from loraplex.tenancy.accounts import Accounts
+from loraplex.testing.tiny_adapter import tiny_adapter
 
 ACME = TenantName("acme")
 BLOCKS = tuple(
@@ -41,7 +42,6 @@ def _fill(directory: Path, count: int) -> None:
 async def test_a_thousand_adapters(
     make_options: Callable[..., ControllerOptions],
     start: Any,
-    make_files: Callable[..., dict[str, bytes]],
 ) -> None:
     options = make_options()
     _fill(options.data_dir, 1000)
@@ -54,7 +54,7 @@ async def test_a_thousand_adapters(
 
     started = time.perf_counter()
     upload_id = await controller.begin_upload(ACME, "one-more")
-    for filename, data in make_files().items():
+    for filename, data in tiny_adapter().items():
         await controller.append_upload(upload_id, filename, data)
     await controller.commit_upload(upload_id)
     register_s = time.perf_counter() - started

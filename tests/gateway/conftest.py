@@ -1,32 +1,35 @@
-"""A gateway over fakes: two tenants, an administrator, one base with a real small tokenizer, scripted tokens."""
+"""A gateway over the real controller: two tenants, an administrator, one base with a real small tokenizer, and a
+dispatcher that answers scripted tokens."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import pytest
-from loraplex.core.control import BaseModelView, ReplicaRoute
-from loraplex.core.ids import BaseModelId, GatewayId, ReplicaId
+from loraplex.controller.controller import Controller
+from loraplex.core.control import ControlPlane
+from loraplex.core.errors import Unavailable
+from loraplex.core.ids import GatewayId
 from loraplex.core.request import EngineRequest, FinishReason, OutputToken, TokenLogprob
 from loraplex.core.tenant import Role
 from loraplex.gateway import tokenizer
 from loraplex.gateway.config import GatewayConfig
 from loraplex.gateway.gateway import Gateway
 from loraplex.gateway.tokenizer import TextCodec
+from loraplex.registry.config import RegistryConfig
 from loraplex.tenancy.config import TenancyConfig
-from loraplex.testing.fake_control import FakeControl
 from loraplex.testing.fake_dispatcher import FakeDispatcher, Script
+from loraplex.testing.tiny_controller import start_tiny_controller
 from loraplex.testing.tiny_tokenizer import build_tiny_tokenizer
 from loraplex.traces.row import TraceRow
 
-ACME_KEY = "lpx_acme_admin_key"
-ACME_MEMBER_KEY = "lpx_acme_member_key"
-GLOBEX_KEY = "lpx_globex_admin_key"
-ADMIN_KEY = "lpx_platform_admin_key"
-BASE = "tiny-base"
+ACME_KEY = "lpx_acme_admin_key_of_the_tests"
+ACME_MEMBER_KEY = "lpx_acme_member_key_of_the_tests"
+GLOBEX_KEY = "lpx_globex_admin_key_of_the_tests"
+ADMIN_KEY = "lpx_platform_admin_key_of_the_tests"
 CONTEXT = 256
 
 
@@ -68,10 +71,38 @@ def _token(token_id: int, count: int | None) -> OutputToken:
     return OutputToken(token_id=token_id, logprob=-0.5, top_logprobs=top)
 
 
+class Control:
+    """Passes every call on to the controller and notes it; while ``away``, every call fails as a dead one's would. An
+    attribute that a test sets under a method's name is called instead."""
+
+    def __init__(self, controller: Controller, data_dir: Path) -> None:
+        self.controller = controller
+        self.data_dir = data_dir
+        self.away = False
+        self.calls: list[tuple[str, tuple[Any, ...]]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        async def call(*args: Any, **options: Any) -> Any:
+            if self.away:
+                raise Unavailable("the controller is away; try again shortly")
+            self.calls.append((name, args))
+            return await getattr(self.controller, name)(*args, **options)
+
+        return call
+
+    def rows_of(self, name: str) -> list[Any]:
+        """What all calls of ``report_usage`` or ``lease_quota`` brought."""
+        return [row for called, args in self.calls if called == name for row in args[1]]
+
+    def uploads(self) -> list[Path]:
+        """The open ones."""
+        return list((self.data_dir / "uploads").iterdir())
+
+
 @dataclass
 class World:
     gateway: Gateway
-    control: FakeControl
+    control: Control
     dispatcher: FakeDispatcher
     tracer: Rows
     codec: TextCodec
@@ -105,37 +136,36 @@ class World:
                 await asyncio.sleep(0.02)
 
 
-def make_control(tokenizer_dir: Path) -> FakeControl:
-    base = BaseModelId(BASE)
-    control = FakeControl(
-        base_models=(
-            BaseModelView(base_model_id=base, directory=str(tokenizer_dir), max_context_tokens=CONTEXT, created_s=1.0),
-        ),
-        routes=(ReplicaRoute(replica_id=ReplicaId("fake-0"), base_model_id=base, address="127.0.0.1:1"),),
+async def start_control(tokenizer_dir: Path, directory: Path) -> Control:
+    controller = await start_tiny_controller(
+        directory / "data",
+        tokenizer=tokenizer_dir,
+        max_context_tokens=CONTEXT,
+        keys=[
+            ("acme", Role.TENANT_ADMIN, ACME_KEY),
+            ("acme", Role.MEMBER, ACME_MEMBER_KEY),
+            ("globex", Role.TENANT_ADMIN, GLOBEX_KEY),
+            ("operators", Role.ADMIN, ADMIN_KEY),
+        ],
+        adapters=[("acme", "pirate", 1), ("acme", "pirate", 2), ("globex", "lawyer", 3)],
+        registry=RegistryConfig(approved_url_prefixes=(f"file://{directory}/approved",)),
     )
-    control.add_tenant("acme")
-    control.add_tenant("globex")
-    control.add_key("acme", ACME_KEY, role=Role.TENANT_ADMIN)
-    control.add_key("acme", ACME_MEMBER_KEY, role=Role.MEMBER)
-    control.add_key("globex", GLOBEX_KEY, role=Role.TENANT_ADMIN)
-    control.add_key("", ADMIN_KEY, role=Role.ADMIN)
-    control.add_adapter("acme", "pirate")
-    control.add_adapter("acme", "pirate", b"newer weights")
-    control.add_adapter("globex", "lawyer")
-    return control
+    return Control(controller, directory / "data")
 
 
 @pytest.fixture
-async def world(tokenizer_dir: Path, codec: TextCodec, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[World]:
+async def world(
+    tokenizer_dir: Path, codec: TextCodec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[World]:
     monkeypatch.setattr(tokenizer, "TextCodec", lambda _directory: codec)
-    control = make_control(tokenizer_dir)
+    control = await start_control(tokenizer_dir, tmp_path)
     dispatcher = FakeDispatcher(script_of(codec, "Hello there.", finish_reason=FinishReason.STOP))
     tracer = Rows()
-    config = GatewayConfig(visibility_wait_s=1.0, snapshot_poll_s=5.0)
+    config = GatewayConfig(visibility_wait_s=1.0, snapshot_poll_s=5.0, upload_chunk_bytes=16 * 1024)
     gateway = Gateway(
         config,
         gateway_id=GatewayId("gw-1"),
-        control=control,
+        control=cast(ControlPlane, control),
         dispatcher=dispatcher,
         tracer=tracer,
         tenancy=TenancyConfig(slice_s=0.05),
@@ -147,3 +177,4 @@ async def world(tokenizer_dir: Path, codec: TextCodec, monkeypatch: pytest.Monke
     finally:
         await made.http.aclose()
         await gateway.stop()
+        await control.controller.stop()

@@ -1,28 +1,33 @@
 """/v1/adapters over the ASGI transport."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+from loraplex.testing.tiny_adapter import tiny_adapter
 
-MEMBER_KEY, GLOBEX_KEY, ADMIN_KEY = "lpx_acme_member_key", "lpx_globex_admin_key", "lpx_platform_admin_key"
+MEMBER_KEY, GLOBEX_KEY, ADMIN_KEY = (
+    "lpx_acme_member_key_of_the_tests",
+    "lpx_globex_admin_key_of_the_tests",
+    "lpx_platform_admin_key_of_the_tests",
+)
 
 
-def files(weights: bytes = b"w" * 10) -> dict[str, Any]:
-    return {
-        "adapter_config.json": ("adapter_config.json", b"{}", "application/json"),
-        "adapter_model.safetensors": ("adapter_model.safetensors", weights, "application/octet-stream"),
-    }
+def files(seed: int = 0, **shape: int) -> dict[str, Any]:
+    return {name: (name, data, "application/octet-stream") for name, data in tiny_adapter(seed, **shape).items()}
 
 
 async def test_upload_is_streamed_and_usable_at_once(world: Any) -> None:
-    weights = bytes(range(256)) * 10_000
-    reply = await world.http.post("/v1/adapters", data={"name": "poet"}, files=files(weights))
+    parts = files(lora_rank=256)
+    world.control.calls.clear()
+    reply = await world.http.post("/v1/adapters", data={"name": "poet"}, files=parts)
     assert reply.status_code == 201, reply.text
     data = reply.json()
     assert (data["id"], data["object"], data["version"], data["current"]) == ("poet", "adapter", 1, True)
-    assert data["bytes"] == len(weights)
-    assert max(size for _, size in world.control.appended) <= 1024 * 1024
-    assert len(world.control.appended) == 4
+    assert data["bytes"] == len(parts["adapter_model.safetensors"][1])
+    sizes = [len(args[2]) for name, args in world.control.calls if name == "append_upload"]
+    assert max(sizes) <= 16 * 1024
+    assert len(sizes) == 4
     listed = (await world.http.get("/v1/models")).json()["data"]
     assert "poet" in [model["id"] for model in listed]
     body = {"model": "poet", "messages": [{"role": "user", "content": "Hi"}]}
@@ -39,14 +44,14 @@ async def test_refused_uploads_leave_nothing(world: Any) -> None:
     cases: list[tuple[dict[str, Any], dict[str, str], str]] = [
         ({"adapter_config.json": files()["adapter_config.json"]}, {"name": "poet"}, "adapter_model.safetensors"),
         (files(), {}, "name"),
-        (files(b"bad"), {"name": "poet"}, "adapter_model.safetensors"),
+        (files(hidden_size=12), {"name": "poet"}, "adapter_model.safetensors"),
         ({**files(), "other.bin": ("other.bin", b"x")}, {"name": "poet"}, "file"),
     ]
     for parts, data, param in cases:
         reply = await world.http.post("/v1/adapters", data=data, files=parts)
         assert reply.status_code == 400, reply.text
         assert reply.json()["error"]["param"] == param
-    assert not world.control.uploads
+    assert not world.control.uploads()
     assert (await world.http.get("/v1/adapters/poet")).status_code == 404
 
 
@@ -67,12 +72,16 @@ async def test_malformed_registrations(world: Any, content_type: str, content: b
     reply = await world.http.post("/v1/adapters", content=content, headers={"content-type": content_type})
     assert reply.status_code == 400, reply.text
     assert reply.json()["error"]["type"] == "invalid_request_error"
-    assert not world.control.uploads
+    assert not world.control.uploads()
 
 
-async def test_register_url(world: Any) -> None:
-    good = await world.http.post("/v1/adapters", json={"name": "poet", "url": "memory://approved/poet"})
-    assert good.status_code == 201
+async def test_register_url(world: Any, tmp_path: Path) -> None:
+    directory = tmp_path / "approved" / "poet"
+    directory.mkdir(parents=True)
+    for name, data in tiny_adapter().items():
+        (directory / name).write_bytes(data)
+    good = await world.http.post("/v1/adapters", json={"name": "poet", "url": f"file://{directory}"})
+    assert good.status_code == 201, good.text
     bad = await world.http.post("/v1/adapters", json={"name": "poet", "url": "file:///etc"})
     assert bad.status_code == 403
 

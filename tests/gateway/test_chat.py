@@ -32,7 +32,8 @@ async def test_whole_reply(world: Any) -> None:
     assert data["usage"]["completion_tokens"] == len(world.codec.backend.encode("Hello there.").ids)
     assert request.adapter.name == "pirate"
     assert request.adapter.version == 2
-    assert request.cache_salt == "salt-of-acme"
+    tenants = {tenant.name: tenant for tenant in world.gateway._view.snapshot.tenants}
+    assert request.cache_salt == tenants["acme"].cache_salt != tenants["globex"].cache_salt
     assert request.sampling.seed == 3
     expected = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
     assert world.codec.backend.decode(list(request.prompt_token_ids), skip_special_tokens=False) == expected
@@ -161,7 +162,7 @@ async def test_what_we_refuse_costs_the_tenant_no_tokens(world: Any) -> None:
     assert (await world.http.post("/v1/chat/completions", json=body())).status_code == 429
     assert 'kind="prompt"' not in (await world.http.get("/metrics")).text
     await world.gateway.stop()
-    (usage,) = world.control.usage_rows
+    (usage,) = world.control.rows_of("report_usage")
     assert (usage.requests, usage.prompt_tokens, usage.output_tokens) == (1, 0, 0)
 
 
@@ -214,5 +215,5 @@ async def test_trace_row_and_usage(world: Any) -> None:
     assert 0 < row.ttft_s <= row.e2e_s
     assert world.dispatcher.requests[0].deadline_s is None
     await world.gateway.stop()
-    (usage,) = world.control.usage_rows
+    (usage,) = world.control.rows_of("report_usage")
     assert (usage.tenant, usage.requests, usage.output_tokens) == ("acme", 1, row.output_tokens)

@@ -164,7 +164,7 @@ async def test_neutral_values_of_unsupported_fields_are_accepted(world: Any) -> 
 
 
 async def test_long_prompts_are_tokenized_off_the_loop_with_the_same_result(world: Any) -> None:
-    object.__setattr__(world.control.state.base_models[0], "max_context_tokens", 100_000)
+    object.__setattr__(world.gateway._view.snapshot.base_models[0], "max_context_tokens", 100_000)
     text = "The quick brown fox. " * 500
     assert (await post(world, prompt=text)).status_code == 200
     assert world.dispatcher.requests[0].prompt_token_ids == world.codec.encode(text)

@@ -3,8 +3,13 @@
 from typing import Any
 
 import pytest
+from loraplex.core.ids import ReplicaId
 
-ACME_KEY, GLOBEX_KEY, ADMIN_KEY = "lpx_acme_admin_key", "lpx_globex_admin_key", "lpx_platform_admin_key"
+ACME_KEY, GLOBEX_KEY, ADMIN_KEY = (
+    "lpx_acme_admin_key_of_the_tests",
+    "lpx_globex_admin_key_of_the_tests",
+    "lpx_platform_admin_key_of_the_tests",
+)
 CHAT = {"model": "pirate", "messages": [{"role": "user", "content": "Hi"}]}
 
 
@@ -172,7 +177,7 @@ async def test_system_routes(world: Any) -> None:
         assert (await client.get("/health")).json() == {"status": "ok"}
         await world.eventually(lambda: world.gateway.not_ready() is None)
         assert (await client.get("/ready")).json() == {"status": "ok"}
-        world.control.set_routes(())
+        await world.control.remove_route(ReplicaId("fake-0"))
         assert await world.gateway._view.wait_for(lambda d: not d.snapshot.routes, timeout_s=2)
         reply = await client.get("/ready")
         check_error(reply, 503, "not_ready")

@@ -1,11 +1,12 @@
 """The gateway follows the controller, refuses an older one, and goes on while it is away."""
 
 import asyncio
+from dataclasses import replace
 from typing import Any
 
 from loraplex.core.control import ReplicaRoute
 from loraplex.core.ids import BaseModelId, GatewayId, ReplicaId
-from loraplex.core.tenant import TenantLimits
+from loraplex.core.tenant import Role, TenantLimits
 from loraplex.core.wire import LoadReport
 from loraplex.gateway.config import GatewayConfig
 from loraplex.gateway.gateway import Gateway
@@ -16,13 +17,22 @@ CHAT = {"model": "pirate", "messages": [{"role": "user", "content": "Hi"}]}
 
 async def test_older_epoch_is_refused(world: Any) -> None:
     view = world.gateway._view
-    world.control.set_epoch(5)
+    offered: asyncio.Queue[Any] = asyncio.Queue()
+
+    async def snapshot(**_seen: Any) -> Any:
+        return await offered.get()
+
+    world.control.snapshot = snapshot
+    await world.control.ensure_tenant("initech", TenantLimits())  # ends the long poll that runs
+    held = view.snapshot
+    offered.put_nowait(replace(held, epoch=5))
     await world.eventually(lambda: view.snapshot.epoch == 5)
-    world.control.set_epoch(4, version=99)
-    await asyncio.sleep(0.2)
+    offered.put_nowait(replace(held, epoch=4, version=99))
+    await world.eventually(offered.empty)
+    await asyncio.sleep(0.1)
     assert view.snapshot.epoch == 5
     assert b"loraplex_gateway_stale_snapshots_total 0.0" not in world.gateway.metrics.render()
-    world.control.set_epoch(6)
+    offered.put_nowait(replace(held, epoch=6))
     await world.eventually(lambda: view.snapshot.epoch == 6)
 
 
@@ -31,24 +41,23 @@ async def test_serves_and_keeps_usage_while_the_controller_is_away(world: Any) -
     await asyncio.sleep(0.1)
     assert (await world.http.post("/v1/chat/completions", json=CHAT)).status_code == 200
     await asyncio.sleep(0.1)
-    assert not world.control.usage_rows
+    assert not world.control.rows_of("report_usage")
     world.control.away = False
-    await world.eventually(lambda: world.control.usage_rows)
-    assert sum(row.requests for row in world.control.usage_rows) == 1
+    await world.eventually(lambda: world.control.rows_of("report_usage"))
+    assert sum(row.requests for row in world.control.rows_of("report_usage")) == 1
 
 
 async def test_limits_and_demand(world: Any) -> None:
-    tenant = world.control.state.tenants[0].name
-    await world.control.update_tenant(tenant, TenantLimits(requests_per_minute=1))
+    await world.control.update_tenant("acme", TenantLimits(requests_per_minute=1))
     await world.eventually(lambda: world.gateway._view.directory.tenant("acme").limits.requests_per_minute == 1)
     statuses = [(await world.http.post("/v1/chat/completions", json=CHAT)).status_code for _ in range(3)]
     assert statuses == [200, 429, 429]
     reply = await world.http.post("/v1/chat/completions", json=CHAT)
     assert reply.json()["error"]["code"] == "rate_limit_exceeded"
     assert int(reply.headers["retry-after"]) >= 1
-    await world.eventually(lambda: sum(row.requests for row in world.control.demand) == 4)
+    await world.eventually(lambda: sum(row.requests for row in world.control.rows_of("lease_quota")) == 4)
     assert [row.status for row in world.tracer.rows] == [200, 429, 429, 429]
-    async with world.client("lpx_globex_admin_key") as other:
+    async with world.client("lpx_globex_admin_key_of_the_tests") as other:
         assert (await other.post("/v1/chat/completions", json={**CHAT, "model": "lawyer"})).status_code == 200
 
 
@@ -66,14 +75,14 @@ async def test_routes_are_handed_on_and_loads_shown(world: Any) -> None:
     )
     await gateway.start()
     try:
-        assert seen == [(world.control.state.routes, "fake-secret")]
+        assert seen == [(world.gateway._view.snapshot.routes, world.control.controller.cluster_secret)]
         await world.eventually(lambda: gateway.not_ready() == "No replica is up.")
         loads[ReplicaId("fake-0")] = LoadReport(num_running=3)
         assert gateway.not_ready() is None
         route = ReplicaRoute(replica_id=ReplicaId("r2"), base_model_id=BaseModelId("tiny-base"), address="h:2")
-        world.control.set_routes((route,))
+        await world.control.set_route(route)
         await world.eventually(lambda: len(seen) == 2)
-        world.control.add_key("acme", "another")
+        await world.control.create_key("acme", Role.MEMBER)
         await asyncio.sleep(0.1)
         assert len(seen) == 2
     finally:

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -12,8 +13,9 @@ from loraplex.core.errors import LoraplexError, Overloaded
 from loraplex.gateway.grpc_server import SERVICE, GrpcServer
 from loraplex.gateway.proto import loraplex_v1_pb2 as pb
 from loraplex.gateway.proto import loraplex_v1_pb2_grpc
+from loraplex.testing.tiny_adapter import tiny_adapter
 
-KEY = (("authorization", "Bearer lpx_acme_admin_key"),)
+KEY = (("authorization", "Bearer lpx_acme_admin_key_of_the_tests"),)
 
 
 @pytest.fixture
@@ -86,7 +88,7 @@ async def test_prompt_forms_and_options(world: Any, stub: Any) -> None:
     [
         (chat(), (), grpc.StatusCode.UNAUTHENTICATED, ""),
         (chat(), (("x-api-key", "nope"),), grpc.StatusCode.UNAUTHENTICATED, ""),
-        (chat(), (("x-api-key", "lpx_platform_admin_key"),), grpc.StatusCode.PERMISSION_DENIED, ""),
+        (chat(), (("x-api-key", "lpx_platform_admin_key_of_the_tests"),), grpc.StatusCode.PERMISSION_DENIED, ""),
         (chat(), (*KEY, ("x-loraplex-tenant", "globex")), grpc.StatusCode.NOT_FOUND, "tenant"),
         (pb.GenerateRequest(model="lawyer", text="x"), KEY, grpc.StatusCode.NOT_FOUND, "model"),
         (pb.GenerateRequest(model="pirate"), KEY, grpc.StatusCode.INVALID_ARGUMENT, "prompt"),
@@ -143,20 +145,24 @@ async def test_cancel_aborts(world: Any, stub: Any) -> None:
     assert world.tracer.rows[-1].status == 499
 
 
-async def test_models_and_adapters(world: Any, stub: Any) -> None:
+async def test_models_and_adapters(stub: Any, tmp_path: Path) -> None:
     models = (await stub.ListModels(pb.ListModelsRequest(), metadata=KEY)).models
     assert [model.id for model in models] == ["tiny-base", "pirate"]
     assert models[1].version == 2
 
     def upload() -> Any:
         yield pb.RegisterAdapterRequest(name="poet")
-        for filename in ("adapter_config.json", "adapter_model.safetensors"):
-            for piece in (b"a" * 10, b"b" * 10):
+        for filename, data in tiny_adapter(1).items():
+            for piece in (data[:50], data[50:]):
                 yield pb.RegisterAdapterRequest(chunk=pb.FileChunk(filename=filename, data=piece))
 
     made = await stub.RegisterAdapter(upload(), metadata=KEY)
-    assert (made.name, made.version, made.num_bytes, made.current) == ("poet", 1, 20, True)
-    url = [pb.RegisterAdapterRequest(name="poet"), pb.RegisterAdapterRequest(url="memory://approved/poet")]
+    assert (made.name, made.version, made.lora_rank, made.current) == ("poet", 1, 4, True)
+    directory = tmp_path / "approved" / "poet"
+    directory.mkdir(parents=True)
+    for filename, data in tiny_adapter(2).items():
+        (directory / filename).write_bytes(data)
+    url = [pb.RegisterAdapterRequest(name="poet"), pb.RegisterAdapterRequest(url=f"file://{directory}")]
     assert (await stub.RegisterAdapter(iter(url), metadata=KEY)).version == 2
     back = await stub.RollbackAdapter(pb.RollbackAdapterRequest(name="poet", version=1), metadata=KEY)
     assert back.version == 1
@@ -185,7 +191,7 @@ async def test_broken_uploads(world: Any, stub: Any, parts: list[Any]) -> None:
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await stub.RegisterAdapter(iter(parts), metadata=KEY)
     assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
-    assert not world.control.uploads
+    assert not world.control.uploads()
 
 
 async def test_health_and_reflection(channel: grpc.aio.Channel) -> None:
@@ -228,7 +234,7 @@ class ProxyContext:
 
 async def test_called_as_by_a_proxy(world: Any) -> None:
     servicer = world.gateway.grpc_servicer
-    context = ProxyContext([("x-api-key", "lpx_acme_admin_key")])
+    context = ProxyContext([("x-api-key", "lpx_acme_admin_key_of_the_tests")])
     text = "".join([m.deltas[0].text async for m in servicer.Generate(chat(), context)])
     assert text == "Hello there."
     assert dict(context.trailing)["x-request-id"]

@@ -4,24 +4,24 @@ import asyncio
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import pytest
 import schemathesis
 import uvicorn
 from hypothesis import HealthCheck, settings
-from loraplex.core.control import BaseModelView, ReplicaRoute
-from loraplex.core.ids import BaseModelId, GatewayId, ReplicaId
+from loraplex.core.control import ControlPlane
+from loraplex.core.ids import GatewayId
 from loraplex.core.request import EngineRequest, OutputToken
 from loraplex.core.tenant import Role
 from loraplex.gateway.config import GatewayConfig
 from loraplex.gateway.gateway import Gateway
-from loraplex.testing.fake_control import FakeControl
 from loraplex.testing.fake_dispatcher import FakeDispatcher, Script
+from loraplex.testing.tiny_controller import start_tiny_controller
 from schemathesis.specs.openapi.checks import ignored_auth, positive_data_acceptance
 
-KEYS = {"tenant": "lpx_fuzz_tenant_admin_key", "admin": "lpx_fuzz_admin_key"}
+KEYS = {"tenant": "lpx_fuzz_tenant_admin_key_of_the_tests", "admin": "lpx_fuzz_admin_key_of_the_tests"}
 
 
 class NoTracer:
@@ -33,16 +33,16 @@ def _script(_request: EngineRequest) -> Script:
     return Script(tokens=tuple(OutputToken(token_id=50 + i, logprob=-1.0) for i in range(4)))
 
 
-async def _serve(tokenizer_dir: Path, started: threading.Event, ending: threading.Event, port: list[int]) -> None:
-    base = BaseModelId("tiny-base")
-    view = BaseModelView(base_model_id=base, directory=str(tokenizer_dir), max_context_tokens=256, created_s=1.0)
-    route = ReplicaRoute(replica_id=ReplicaId("fake-0"), base_model_id=base, address="127.0.0.1:1")
-    control = FakeControl(base_models=(view,), routes=(route,))
-    control.add_tenant("fuzz")
-    control.add_key("fuzz", KEYS["tenant"], role=Role.TENANT_ADMIN)
-    control.add_key("", KEYS["admin"], role=Role.ADMIN)
-    control.add_adapter("fuzz", "pirate")
-
+async def _serve(
+    tokenizer_dir: Path, data_dir: Path, started: threading.Event, ending: threading.Event, port: list[int]
+) -> None:
+    control = await start_tiny_controller(
+        data_dir,
+        tokenizer=tokenizer_dir,
+        max_context_tokens=256,
+        keys=[("fuzz", Role.TENANT_ADMIN, KEYS["tenant"]), ("operators", Role.ADMIN, KEYS["admin"])],
+        adapters=[("fuzz", "pirate", 1)],
+    )
     gateway = Gateway(
         GatewayConfig(visibility_wait_s=0.2),
         gateway_id=GatewayId("fuzzed"),
@@ -62,13 +62,15 @@ async def _serve(tokenizer_dir: Path, started: threading.Event, ending: threadin
     server.should_exit = True
     await serving
     await gateway.stop()
+    await control.stop()
 
 
 @pytest.fixture(scope="module")
-def url(tokenizer_dir: Path) -> Iterator[str]:
+def url(tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     started, ending = threading.Event(), threading.Event()
     port: list[int] = []
-    thread = threading.Thread(target=lambda: asyncio.run(_serve(tokenizer_dir, started, ending, port)))
+    data_dir = tmp_path_factory.mktemp("fuzzed")
+    thread = threading.Thread(target=lambda: asyncio.run(_serve(tokenizer_dir, data_dir, started, ending, port)))
     thread.start()
     assert started.wait(60)
     yield f"http://127.0.0.1:{port[0]}"
@@ -80,7 +82,7 @@ async def _document() -> Any:
     gateway = Gateway(
         GatewayConfig(),
         gateway_id=GatewayId("documented"),
-        control=FakeControl(base_models=()),
+        control=cast(ControlPlane, None),  # never started: only its document is read
         dispatcher=FakeDispatcher(_script),
         tracer=NoTracer(),
     )

@@ -24,7 +24,7 @@ async def port(world: Any) -> AsyncIterator[int]:
 @pytest.fixture
 async def client(port: int) -> AsyncIterator[openai.AsyncOpenAI]:
     async with openai.AsyncOpenAI(
-        api_key="lpx_acme_admin_key", base_url=f"http://127.0.0.1:{port}/t/acme/v1", max_retries=0
+        api_key="lpx_acme_admin_key_of_the_tests", base_url=f"http://127.0.0.1:{port}/t/acme/v1", max_retries=0
     ) as made:
         yield made
 
@@ -81,7 +81,7 @@ async def test_disconnect_aborts_at_once(world: Any, port: int, stream: bool) ->
     body = json.dumps({"model": "pirate", "prompt": "x", "max_tokens": 200, "stream": stream}).encode()
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     writer.write(
-        b"POST /v1/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer lpx_acme_admin_key\r\n"
+        b"POST /v1/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer lpx_acme_admin_key_of_the_tests\r\n"
         b"content-type: application/json\r\ncontent-length: " + str(len(body)).encode() + b"\r\n\r\n" + body
     )
     if stream:
@@ -101,7 +101,7 @@ async def test_keep_alive_serves_several_streams_on_one_connection(world: Any, p
     body = json.dumps({"model": "pirate", "prompt": "x", "stream": True}).encode()
     for _ in range(3):
         writer.write(
-            b"POST /v1/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer lpx_acme_admin_key\r\n"
+            b"POST /v1/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer lpx_acme_admin_key_of_the_tests\r\n"
             b"content-type: application/json\r\ncontent-length: " + str(len(body)).encode() + b"\r\n\r\n" + body
         )
         async with asyncio.timeout(5):
@@ -115,14 +115,14 @@ async def test_upload_that_breaks_off_leaves_nothing(world: Any, port: int) -> N
     _reader, writer = await asyncio.open_connection("127.0.0.1", port)
     part = b'--b\r\ncontent-disposition: form-data; name="%s"\r\n\r\n'
     writer.write(
-        b"POST /v1/adapters HTTP/1.1\r\nhost: x\r\nauthorization: Bearer lpx_acme_admin_key\r\n"
+        b"POST /v1/adapters HTTP/1.1\r\nhost: x\r\nauthorization: Bearer lpx_acme_admin_key_of_the_tests\r\n"
         b"content-type: multipart/form-data; boundary=b\r\ncontent-length: 100000\r\n\r\n"
         + part % b"name"
         + b"poet\r\n"
         + part % b"adapter_config.json"
         + b"{}"
     )
-    await world.eventually(lambda: world.control.uploads)
+    await world.eventually(world.control.uploads)
     writer.close()
-    await world.eventually(lambda: not world.control.uploads)
+    await world.eventually(lambda: not world.control.uploads())
     assert (await world.http.get("/v1/adapters/poet")).status_code == 404

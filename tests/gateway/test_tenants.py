@@ -2,7 +2,7 @@
 
 from typing import Any
 
-ADMIN_KEY = "lpx_platform_admin_key"
+ADMIN_KEY = "lpx_platform_admin_key_of_the_tests"
 NO_LIMITS = dict.fromkeys(
     ("requests_per_minute", "tokens_per_minute", "max_concurrent_requests", "max_adapters", "max_adapter_bytes")
 )
@@ -19,7 +19,7 @@ async def test_life_of_a_tenant(world: Any) -> None:
         lifted = await admin.patch("/v1/tenants/initech", json={"limits": {"requests_per_minute": None}})
         assert lifted.json()["limits"] == {**NO_LIMITS, "max_adapters": 2}
         names = [tenant["name"] for tenant in (await admin.get("/v1/tenants")).json()["data"]]
-        assert names == ["acme", "globex", "initech"]
+        assert names == ["acme", "globex", "initech", "operators"]
         key = (await admin.post("/v1/tenants/initech/keys", json={"role": "tenant_admin"})).json()
         async with world.client(key["key"]) as client:
             assert (await client.get("/v1/models")).status_code == 200
@@ -50,6 +50,7 @@ async def test_bad_bodies(world: Any) -> None:
         for body in (
             {},
             {"name": ""},
+            {"name": "../x"},
             {"name": 3},
             {"name": "a", "limits": {"requests_per_minute": -1}},
             {"name": "a", "limits": {"unknown": 1}},
@@ -63,8 +64,40 @@ async def test_status(world: Any) -> None:
     async with world.client(ADMIN_KEY) as admin:
         status = (await admin.get("/v1/status")).json()
     assert status["gateway"] == "gw-1"
-    assert status["num_tenants"] == 2
+    assert status["num_tenants"] == 3
     assert (status["num_adapters"], status["num_adapter_versions"]) == (2, 3)
     assert status["replicas"] == [
         {"id": "fake-0", "base_model": "tiny-base", "address": "127.0.0.1:1", "connected": True, "load": None}
     ]
+
+
+async def test_limits_hold_through_the_lease(world: Any) -> None:
+    async with world.client(ADMIN_KEY) as admin:
+        await admin.post("/v1/tenants", json={"name": "initech", "limits": {"requests_per_minute": 2}})
+        key = (await admin.post("/v1/tenants/initech/keys", json={})).json()["key"]
+    async with world.client(key) as client:
+        statuses = [
+            (await client.post("/v1/completions", json={"model": "tiny-base", "prompt": "Hi"})).status_code
+            for _ in range(4)
+        ]
+    assert statuses == [200, 200, 429, 429]
+
+
+async def test_usage_is_reported_and_a_deleted_tenants_key_is_unknown(world: Any) -> None:
+    async with world.client(ADMIN_KEY) as admin:
+        await admin.post("/v1/tenants", json={"name": "initech"})
+        key = (await admin.post("/v1/tenants/initech/keys", json={})).json()["key"]
+        async with world.client(key) as client:
+            assert (
+                await client.post("/v1/completions", json={"model": "tiny-base", "prompt": "Hi"})
+            ).status_code == 200
+        used = len(world.codec.encode("Hi")) + len(world.codec.encode("Hello there."))
+        await world.eventually_async(lambda: _used_tokens(admin), used)
+        assert (await admin.delete("/v1/tenants/initech")).status_code == 200
+        async with world.client(key) as client:
+            assert (await client.get("/v1/models")).status_code == 401
+
+
+async def _used_tokens(admin: Any) -> int:
+    usage = (await admin.get("/v1/tenants/initech/usage")).json()
+    return int(usage["prompt_tokens"] + usage["output_tokens"])

@@ -19,21 +19,21 @@ import msgspec
 import uvicorn
 from grpc import aio
 
-from loraplex.core.control import BaseModelView, ReplicaRoute
-from loraplex.core.ids import BaseModelId, GatewayId, ReplicaId
+from loraplex.controller.controller import Controller
+from loraplex.core.ids import GatewayId
 from loraplex.core.request import EngineRequest, FinishReason, OutputToken
+from loraplex.core.tenant import Role
 from loraplex.gateway.config import GatewayConfig
 from loraplex.gateway.gateway import Gateway
 from loraplex.gateway.grpc_server import GrpcServer
 from loraplex.gateway.proto import loraplex_v1_pb2 as pb
 from loraplex.gateway.proto import loraplex_v1_pb2_grpc
 from loraplex.gateway.tokenizer import TextCodec
-from loraplex.testing.fake_control import FakeControl
 from loraplex.testing.fake_dispatcher import FakeDispatcher, Script
+from loraplex.testing.tiny_controller import TINY_BASE, start_tiny_controller
 from loraplex.testing.tiny_tokenizer import build_tiny_tokenizer
 from loraplex.traces.row import TraceRow
 
-_BASE = "capacity-base"
 _KEY = "lpx_capacity_key_of_the_measurement"
 _TEXT = "Many tenants share one base model, and each of them streams tokens as soon as a step has made them. "
 _H100_TOKENS_PER_S = 10_267
@@ -78,21 +78,24 @@ async def _serve_async(pipe: Connection, tokenizer: str, streams: int) -> None:
         tokens = tuple(OutputToken(token_id=ids[i % len(ids)]) for i in range(request.sampling.max_tokens))
         return Script(tokens=tokens, finish_reason=FinishReason.LENGTH)
 
-    base = BaseModelId(_BASE)
-    control = FakeControl(
-        base_models=(
-            BaseModelView(base_model_id=base, directory=tokenizer, max_context_tokens=1 << 20, created_s=0.0),
-        ),
-        routes=(ReplicaRoute(replica_id=ReplicaId("replay-0"), base_model_id=base, address="127.0.0.1:1"),),
-    )
-    control.add_tenant("capacity")
-    control.add_key("capacity", _KEY)
+    with tempfile.TemporaryDirectory() as directory:
+        control = await start_tiny_controller(
+            Path(directory),
+            tokenizer=Path(tokenizer),
+            max_context_tokens=1 << 20,
+            keys=[("capacity", Role.MEMBER, _KEY)],
+        )
+        await _serve_with(pipe, control, FakeDispatcher(script, lockstep=True), streams)
+        await control.stop()
+
+
+async def _serve_with(pipe: Connection, control: Controller, dispatcher: FakeDispatcher, streams: int) -> None:
     tracer = _CountingTracer()
     gateway = Gateway(
         GatewayConfig(),
         gateway_id=GatewayId("capacity"),
         control=control,
-        dispatcher=FakeDispatcher(script, lockstep=True),
+        dispatcher=dispatcher,
         tracer=tracer,
     )
     await gateway.start()
@@ -125,7 +128,7 @@ async def _http_stream(port: int, tokens: int) -> int:
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     body = msgspec.json.encode(
         {
-            "model": _BASE,
+            "model": TINY_BASE,
             "messages": [{"role": "user", "content": _TEXT}],
             "max_tokens": tokens,
             "stream": True,
@@ -149,7 +152,7 @@ async def _http_stream(port: int, tokens: int) -> int:
 
 async def _grpc_stream(stub: loraplex_v1_pb2_grpc.LoraplexStub, tokens: int) -> int:
     request = pb.GenerateRequest(
-        model=_BASE,
+        model=TINY_BASE,
         chat=pb.ChatPrompt(messages=[pb.ChatMessage(role="user", content=_TEXT)]),
         sampling=pb.SamplingOptions(max_tokens=tokens, ignore_eos=True),
     )
