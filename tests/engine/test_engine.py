@@ -194,6 +194,33 @@ def test_online_goes_first_and_takes_pages_from_offline() -> None:
     harness.check(*offline, online)
 
 
+def test_offline_is_not_preempted_in_vain() -> None:
+    harness = Harness(num_pages=30, max_step_tokens=256)
+    harness.add(make("on0", prompt=tuple(range(500, 548)), max_tokens=30, tenant="z"))
+    harness.step()
+    for i in range(4):
+        harness.add(make(f"off{i}", prompt=41, max_tokens=30, offline=True))
+        harness.step()
+    # Their page tables have 44 entries, of 14 pages: ten are shared.
+    assert harness.running_rows() == 5
+    harness.add(make("on1", prompt=tuple(range(600, 690)), max_tokens=4, tenant="x"))
+    harness.step()
+    assert harness.engine.num_preemptions == 0
+    harness.run()
+
+
+def test_online_takes_the_pages_of_adapters_that_only_offline_uses() -> None:
+    harness = Harness(num_pages=16)
+    harness.stage(A, lora_rank=64)
+    offline = harness.add(make("off", adapter=A, max_tokens=20, offline=True))
+    harness.step()
+    online = harness.add(make("on", prompt=44, tenant="x"))
+    harness.step()
+    assert "on" in harness.outputs
+    harness.run()
+    harness.check(offline, online)
+
+
 def test_online_takes_the_slot_of_offline() -> None:
     harness = Harness(max_running=1)
     harness.add(make("off", max_tokens=20, offline=True))

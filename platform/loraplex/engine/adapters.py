@@ -55,9 +55,10 @@ class AdapterResidency:
         """True when it can be used in the next step: in host memory or resident."""
         return self.state(digest) in (AdapterState.HOST, AdapterState.RESIDENT)
 
-    def is_in_batch(self, digest: Digest) -> bool:
+    def num_users(self, digest: Digest) -> int:
+        """Running requests of it."""
         entry = self._entries.get(digest)
-        return entry is not None and entry.num_users > 0
+        return 0 if entry is None else entry.num_users
 
     def num_pages(self, digest: Digest) -> int:
         """Pages it takes when resident; 0 while it was never staged."""

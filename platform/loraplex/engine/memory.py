@@ -5,6 +5,7 @@ nothing of queues or budgets; called by ``scheduler``.
 """
 
 from collections import Counter
+from collections.abc import Collection
 
 from loraplex.core.ids import Digest
 from loraplex.core.model import ModelSpec
@@ -41,15 +42,30 @@ class Memory:
         """A new step: what is used from now on is younger. Changes state."""
         self._stamp += 1
 
-    def shortage(self, sequence: Sequence, *, reserve: int) -> int:
-        """Pages that are missing to admit ``sequence`` and leave ``reserve`` over; 0 or less when it fits."""
+    def shortage(self, sequence: Sequence, *, reserve: int, without: Collection[Sequence] = ()) -> int:
+        """Pages that are missing to admit ``sequence`` and leave ``reserve`` over; 0 or less when it fits.
+
+        ``without``: running ones that are thought away.
+        """
         shared = self.prefix.match(sequence)
         needed = self.num_pages_for(len(sequence.token_ids)) - len(shared) + reserve
         available = self.num_available - sum(1 for page in shared if self.pool.is_cached(page))
         if sequence.adapter is not None:
             needed += self.adapters.num_pages_to_load(sequence.adapter)
             available -= self.adapters.idle_pages_of(sequence.adapter)
-        return needed - available
+        return (
+            needed - available - self._num_freed(without, keep_pages=frozenset(shared), keep_adapter=sequence.adapter)
+        )
+
+    def _num_freed(
+        self, sequences: Collection[Sequence], *, keep_pages: frozenset[int], keep_adapter: Digest | None
+    ) -> int:
+        """Pages that nobody else uses: shared prefixes and adapters come free with their last user only."""
+        held = Counter(page for sequence in sequences for page in sequence.pages)
+        users = Counter(sequence.adapter for sequence in sequences if sequence.adapter not in (None, keep_adapter))
+        pages = sum(self.pool.num_references(page) == count for page, count in held.items() if page not in keep_pages)
+        idle = (d for d, count in users.items() if d is not None and self.adapters.num_users(d) == count)
+        return pages + sum(map(self.adapters.num_pages, idle))
 
     def admit(self, sequence: Sequence) -> None:
         """Gives pages for all known tokens, makes the adapter resident and pins it. Changes state.

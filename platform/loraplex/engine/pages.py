@@ -79,6 +79,9 @@ class PagePool:
         """The page whose sealed content has this key."""
         return self._page_of_key.get(key)
 
+    def num_references(self, page: int) -> int:
+        return self._references[page]
+
     def is_cached(self, page: int) -> bool:
         return page in self._cached
 

@@ -11,6 +11,7 @@ Knows nothing of tokens' values or outputs; called by ``engine``.
 
 from bisect import insort
 from collections import Counter, defaultdict, deque
+from collections.abc import Collection
 from math import inf
 
 from loraplex.core.ids import Digest, TenantName
@@ -194,22 +195,26 @@ class Scheduler:
 
     def _price(self, adapter: Digest) -> float:
         adapters = self._memory.adapters
-        return 0.0 if adapters.is_in_batch(adapter) else adapters.num_pages(adapter) * self._config.adapter_page_price
+        return 0.0 if adapters.num_users(adapter) else adapters.num_pages(adapter) * self._config.adapter_page_price
 
     def _make_way(self, sequence: Sequence) -> bool:
         """True when it can be admitted now; an online request may preempt offline ones for that, if it helps."""
+        if self._fits(sequence):
+            return True
         victims = [] if sequence.offline else [running for running in self.running if running.offline]
-        shortage = self._memory.shortage(sequence, reserve=self._reserve())
-        if shortage > sum(len(victim.pages) for victim in victims):
+        if not victims or self._shortage(sequence, without=victims) > 0:
             return False
-        while victims and (shortage > 0 or not self._free_slots):
+        while not self._fits(sequence):
             self._preempt(victims.pop())
-            shortage = self._memory.shortage(sequence, reserve=self._reserve())
-        return shortage <= 0 and bool(self._free_slots)
+        return True
 
-    def _reserve(self) -> int:
-        """Pages left over at an admission, so that the running can grow a while before anybody is preempted."""
-        return -(-len(self.running) // 4)
+    def _fits(self, sequence: Sequence) -> bool:
+        return bool(self._free_slots) and self._shortage(sequence) <= 0
+
+    def _shortage(self, sequence: Sequence, *, without: Collection[Sequence] = ()) -> int:
+        # Some pages are left over at an admission, so that the running can grow a while before anybody is preempted.
+        reserve = -(-(len(self.running) - len(without)) // 4)
+        return self._memory.shortage(sequence, reserve=reserve, without=without)
 
     def _admit(self, sequence: Sequence) -> None:
         # Pages and pin first: while it counts as a waiter its adapter cannot leave host memory.
