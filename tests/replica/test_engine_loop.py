@@ -7,8 +7,10 @@ from collections.abc import Iterator
 
 import pytest
 from loraplex.core.adapter import AdapterManifest, AdapterRef
+from loraplex.core.errors import LoraplexError
 from loraplex.core.ids import BaseModelId, Digest, ReplicaId, RequestId, TenantName
 from loraplex.core.request import EngineRequest, FinishReason, SamplingParams
+from loraplex.core.step import StepPlan, StepResult
 from loraplex.core.wire import ReplicaFrame
 from loraplex.engine import EngineConfig
 from loraplex.replica.config import ReplicaConfig
@@ -70,13 +72,15 @@ def harness() -> Iterator[Harness]:
     assert harness.ended.is_set()
 
 
-def make(name: str, *, max_tokens: int = 20, adapter: str | None = None, prompt: int = 6) -> EngineRequest:
+def make(
+    name: str, *, max_tokens: int = 20, adapter: str | None = None, prompt: int = 6, tenant: str = "t"
+) -> EngineRequest:
     ref = None
     if adapter is not None:
-        ref = AdapterRef(tenant=TenantName("t"), name="a", version=1, digest=Digest(adapter))
+        ref = AdapterRef(tenant=TenantName(tenant), name="a", version=1, digest=Digest(adapter))
     return EngineRequest(
         request_id=RequestId(name),
-        tenant=TenantName("t"),
+        tenant=TenantName(tenant),
         base_model_id=BaseModelId("fake-base"),
         adapter=ref,
         prompt_token_ids=tuple(range(prompt)),
@@ -188,6 +192,28 @@ def test_an_adapter_that_could_not_be_loaded_is_staged_again_for_the_next_reques
         world.loop.join()
     assert reasons == {"first": FinishReason.ERROR, "second": FinishReason.LENGTH}
     assert world.tokens(1, "second") == expected_tokens(make("second", adapter=A), 20)
+
+
+@pytest.mark.parametrize(("tenants", "broken"), [("ab", True), ("a", False)])
+def test_a_replica_whose_device_is_broken_ends_but_no_tenant_alone_can_end_it(tenants: str, broken: bool) -> None:
+    class Broken(FakeExecutor):
+        def execute(self, plan: StepPlan) -> StepResult:
+            raise RuntimeError("illegal memory access")
+
+    running = Harness(Broken())
+    running.loop.open_session(1)
+    requests = tuple(make(f"r{i}", tenant=tenants[i % len(tenants)]) for i in range(12))
+    running.loop.submit(1, requests)
+    if broken:
+        assert running.ended.wait(10)
+        with pytest.raises(LoraplexError, match="fails whatever"):
+            running.loop.join()
+    else:
+        reasons = running.wait_end(1, *(request.request_id for request in requests))
+        assert set(reasons.values()) == {FinishReason.ERROR}
+        assert running.loop.alive
+        running.loop.stop()
+        running.loop.join()
 
 
 def test_a_bug_in_the_loop_ends_it_and_is_told() -> None:

@@ -4,8 +4,10 @@ Holds the request ids and the one step under way; the decisions are the schedule
 reads no clock. Called by ``replica.driver`` and the simulator.
 """
 
+from collections import deque
+
 from loraplex.core.errors import BadConfig, Conflict, ContextTooLong, InvalidInput
-from loraplex.core.ids import Digest, RequestId
+from loraplex.core.ids import Digest, RequestId, TenantName
 from loraplex.core.model import ModelSpec
 from loraplex.core.request import EngineRequest, FinishReason, OutputToken, RequestOutput
 from loraplex.core.step import ArenaSpec, Row, RowStart, SampledToken, StepPlan, StepResult
@@ -15,6 +17,8 @@ from loraplex.engine.instructions import Instructions
 from loraplex.engine.memory import Memory
 from loraplex.engine.scheduler import Scheduler
 from loraplex.engine.sequence import Sequence
+
+_FAILURES_OF_A_BROKEN_EXECUTOR = 8
 
 
 class Engine:
@@ -36,6 +40,7 @@ class Engine:
         self._plan: StepPlan | None = None
         self._in_step: dict[Sequence, int] = {}
         self._starting: list[Sequence] = []
+        self._failed_alone: deque[TenantName] = deque(maxlen=_FAILURES_OF_A_BROKEN_EXECUTOR)
         self._order = 0
         self._step_id = 0
         self._num_generated = 0
@@ -47,6 +52,13 @@ class Engine:
     @property
     def num_preemptions(self) -> int:
         return self._scheduler.num_preemptions
+
+    @property
+    def executor_broken(self) -> bool:
+        """True when request after request failed although it was alone in its step, none succeeded in between, and they
+        were of several tenants, so that no tenant can bring this about with a bad adapter."""
+        failed = self._failed_alone
+        return len(failed) == failed.maxlen and len(set(failed)) > 1
 
     @property
     def residency_version(self) -> int:
@@ -135,6 +147,7 @@ class Engine:
         sampled = {token.slot: token for token in result.tokens}
         in_step = self._take_step()
         self._scheduler.step_done()
+        self._failed_alone.clear()
         outputs = (self._advance(sequence, count, sampled) for sequence, count in in_step.items())
         return tuple(output for output in outputs if output is not None)
 
@@ -173,6 +186,7 @@ class Engine:
         outputs = [self._end(s, FinishReason.ABORT) for s in sequences if s.aborted]
         suspects = [sequence for sequence in sequences if not sequence.aborted]
         if len(suspects) == 1:
+            self._failed_alone.append(suspects[0].tenant)
             outputs.append(self._end(suspects[0], FinishReason.ERROR, error=message))
         elif suspects:
             self._scheduler.isolate(suspects)

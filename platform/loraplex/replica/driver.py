@@ -34,8 +34,6 @@ class StepDriver:
         self._executor = executor
         self._clock = clock
         self._unstage = unstage
-        self.num_failed_in_a_row = 0
-        """Steps that raised since the last that did not."""
         self.num_steps = 0
         self.busy_s = 0.0
         """Time that the executor has spent in steps that did not raise."""
@@ -66,10 +64,8 @@ class StepDriver:
             result = self._executor.execute(instructions.plan)
         except Exception as error:
             _log.exception("step %d failed", instructions.plan.step_id)
-            self.num_failed_in_a_row += 1
             message = error.message if isinstance(error, LoraplexError) else STEP_FAILED
             return StepOutcome(progressed=True, outputs=self._engine.step_failed(message))
-        self.num_failed_in_a_row = 0
         self.num_steps += 1
         self.busy_s += result.duration_s
         return StepOutcome(progressed=True, outputs=self._engine.complete(result, self._clock.monotonic_s()))

@@ -97,7 +97,7 @@ class EngineLoop:
         self._thread.start()
 
     def join(self) -> None:
-        """Blocks until the loop has ended. Raises what broke it, if anything did."""
+        """Blocks until the loop has ended. Raises what broke it: a bug, or an executor that fails every request."""
         self._thread.join()
         if self._failure is not None:
             raise self._failure
@@ -143,7 +143,7 @@ class EngineLoop:
         try:
             self._loop()
         except BaseException as error:
-            # Only a bug of ours comes here: executor failures end in outputs. Better a dead replica than a wrong one.
+            # A bug of ours or a broken device: other executor failures end in outputs. Better dead than wrong.
             _log.critical("the engine loop of %s broke", self.info.replica_id, exc_info=True)
             self._failure = error
         finally:
@@ -166,6 +166,9 @@ class EngineLoop:
             self._serial += 1
             self._collect(outcome.outputs)
             self._send_frames(idle=not progressed)
+            if self._engine.executor_broken:
+                # Routers resubmit what is left to other replicas; the supervisor starts a new one.
+                raise LoraplexError("the executor fails whatever it is given")
             if self._draining and not self._session_of:
                 return
 
