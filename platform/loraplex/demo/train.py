@@ -136,7 +136,7 @@ def _publish(source: Path, target: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m loraplex.demo.train", description="Trains the demo adapters.")
     parser.add_argument("name", choices=[*RECIPES, "all"])
-    parser.add_argument("--cache-dir", type=Path, default=Path(".loraplex/cache"), help="where the demo base lies")
+    parser.add_argument("--cache-dir", type=Path, default=Path(".loraplex/models"), help="where the demo base lies")
     parser.add_argument("--output-dir", type=Path, default=ADAPTERS_DIR, help="where the adapters are written")
     arguments = parser.parse_args()
     base_dir = prepare_demo_base(arguments.cache_dir, print)
