@@ -206,3 +206,9 @@ def test_bench_serve_without_an_answer_fails(run: Run, platform: Any) -> None:
     assert result.exit_code == 1
     assert _json(result)["errors"] == {"404": 3}
     assert "nosuch" in result.stderr
+
+
+def test_a_tenants_name_cannot_lead_to_another_path(run: Run, platform: Any) -> None:
+    odd = run("adapter", "list", "--tenant", "acme/v1/models?", "--url", platform.url, "--key", ACME_KEY)
+    assert odd.exit_code == 1
+    assert "404" in odd.stderr

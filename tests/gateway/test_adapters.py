@@ -75,6 +75,20 @@ async def test_malformed_registrations(world: Any, content_type: str, content: b
     assert not world.control.uploads()
 
 
+async def test_an_upload_that_the_server_dropped_is_503_not_404(world: Any) -> None:
+    begin = world.control.controller.begin_upload
+
+    async def begin_and_drop(tenant: Any, name: str) -> Any:
+        upload_id = await begin(tenant, name)
+        await world.control.abort_upload(upload_id)  # as a controller does that starts again
+        return upload_id
+
+    world.control.begin_upload = begin_and_drop
+    reply = await world.http.post("/v1/adapters", data={"name": "poet"}, files=files())
+    assert (reply.status_code, reply.json()["error"]["code"]) == (503, "upload_dropped")
+    assert reply.headers["retry-after"]
+
+
 async def test_register_url(world: Any, tmp_path: Path) -> None:
     directory = tmp_path / "approved" / "poet"
     directory.mkdir(parents=True)

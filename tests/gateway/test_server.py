@@ -52,6 +52,39 @@ async def test_openai_client(world: Any, client: openai.AsyncOpenAI) -> None:
     assert [choice.text for choice in completion.choices] == ["Hello there."] * 2
 
 
+async def test_openai_client_reads_choices_stops_and_logprobs(world: Any, client: openai.AsyncOpenAI) -> None:
+    world.says("One two three four.", num_cached_tokens=2)
+    stream = await client.chat.completions.create(
+        model="pirate",
+        messages=[{"role": "user", "content": "Hi"}],
+        n=2,
+        stop=[" four"],
+        logprobs=True,
+        top_logprobs=1,
+        stream=True,
+        stream_options={"include_usage": True},
+    )
+    chunks = [chunk async for chunk in stream]
+    for index in (0, 1):
+        own = [choice for chunk in chunks for choice in chunk.choices if choice.index == index]
+        assert [choice.delta.role for choice in own] == ["assistant"] + [None] * (len(own) - 1)
+        assert "".join(choice.delta.content or "" for choice in own) == "One two three"
+        assert [choice.finish_reason for choice in own] == [None] * (len(own) - 1) + ["stop"]
+        entries = [entry for choice in own for entry in (choice.logprobs.content if choice.logprobs else None) or []]
+        assert "".join(entry.token for entry in entries).startswith("One two three")
+        assert all(len(entry.top_logprobs) == 1 for entry in entries)
+    assert all(chunk.usage is None for chunk in chunks[:-1])
+    assert chunks[-1].choices == []
+    usage = chunks[-1].usage
+    assert usage is not None
+    assert usage.prompt_tokens_details is not None
+    assert usage.prompt_tokens_details.cached_tokens == 2
+    whole = await client.completions.create(model="pirate", prompt=["a", "b"], n=2, logprobs=1, max_tokens=3)
+    assert [choice.index for choice in whole.choices] == [0, 1, 2, 3]
+    assert all(choice.finish_reason == "length" for choice in whole.choices)
+    assert all(choice.logprobs and len(choice.logprobs.tokens or []) == 3 for choice in whole.choices)
+
+
 async def test_openai_client_reads_errors(world: Any, client: openai.AsyncOpenAI) -> None:
     with pytest.raises(openai.NotFoundError) as caught:
         await client.completions.create(model="lawyer", prompt="x")

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
+from urllib.parse import quote
 
 import typer
 
@@ -57,7 +58,7 @@ def tenant_connection(url: str | None, key: str | None, key_file: Path, tenant: 
 
     Raises BadConfig when there is no address or key to be found.
     """
-    prefix = "" if tenant is None else f"/t/{tenant}"
+    prefix = "" if tenant is None else f"/t/{quote(tenant, safe='')}"
     if url is not None and key is not None:
         return Connection(url=url, key=key, prefix=prefix)
     found = _read(key_file)

@@ -1,6 +1,5 @@
 """``loraplex key ...``: for administrators."""
 
-from enum import StrEnum
 from typing import Annotated
 from urllib.parse import quote
 
@@ -16,24 +15,19 @@ from loraplex.cli.connection import (
     admin_connection,
 )
 from loraplex.cli.output import print_json, print_table, shown_time
+from loraplex.core.tenant import Role
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="API keys of a tenant.")
 
 TenantArgument = Annotated[str, typer.Argument(metavar="TENANT")]
 
 
-class KeyRole(StrEnum):
-    MEMBER = "member"
-    TENANT_ADMIN = "tenant_admin"
-    ADMIN = "admin"
-
-
 @app.command("create")
 def create(
     tenant: TenantArgument,
     role: Annotated[
-        KeyRole, typer.Option(help="member generates; tenant_admin also registers adapters; admin manages tenants.")
-    ] = KeyRole.MEMBER,
+        Role, typer.Option(help="member generates; tenant_admin also registers adapters; admin manages tenants.")
+    ] = Role.MEMBER,
     url: UrlOption = None,
     key: KeyOption = None,
     demo_file: KeyFileOption = DEFAULT_KEY_FILE,

@@ -214,7 +214,11 @@ class AdapterDesk:
     def _upload(self, upload_id: str) -> _Upload:
         upload = self._uploads.get(upload_id)
         if upload is None:
-            raise NotFound("no such upload: it was finished, aborted, or idle for too long", param="upload_id")
+            raise NotFound(
+                "no such upload: it was finished, aborted, or idle for too long",
+                param="upload_id",
+                code="upload_not_found",
+            )
         return upload
 
     async def _to_the_end(self, work: Coroutine[Any, Any, R]) -> R:

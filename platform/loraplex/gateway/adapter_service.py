@@ -8,7 +8,7 @@ import logging
 from collections.abc import AsyncIterator
 
 from loraplex.core.control import AdapterView, ControlPlane
-from loraplex.core.errors import InvalidInput, LoraplexError, NotFound, PayloadTooLarge
+from loraplex.core.errors import InvalidInput, LoraplexError, NotFound, PayloadTooLarge, Unavailable
 from loraplex.core.tenant import TenantView
 from loraplex.gateway.checks import check_text
 from loraplex.gateway.cluster_view import ClusterView
@@ -46,8 +46,11 @@ class AdapterService:
         try:
             await self._append(upload_id, pieces)
             adapter = await self._control.commit_upload(upload_id)
-        except BaseException:
+        except BaseException as error:
             await self._discard(upload_id)
+            if isinstance(error, NotFound) and error.code == "upload_not_found":
+                # The caller knows of no upload id: it is the controller that lost it, by a restart or as idle.
+                raise Unavailable("The upload was dropped half-way; send it again.", code="upload_dropped") from error
             raise
         return await self._visible(tenant, adapter)
 
