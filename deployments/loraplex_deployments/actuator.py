@@ -4,7 +4,7 @@ Called by the controller actor only. Replicas are detached and found again by na
 adopts what runs instead of starting it twice.
 """
 
-import logging
+import contextlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +17,6 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from loraplex_deployments.control_client import NAMESPACE
 from loraplex_deployments.replica_actor import ReplicaActor
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,10 +47,11 @@ class RayActuator:
         handle = self._find(replica_id)
         if handle is not None:
             ray.kill(handle)
-        try:
+        self._remove_group(replica_id)
+
+    def _remove_group(self, replica_id: ReplicaId) -> None:
+        with contextlib.suppress(ValueError):  # there is none
             remove_placement_group(get_placement_group(_group_name(replica_id)))
-        except ValueError:
-            logger.debug("replica %s had no placement group", replica_id)
 
     def _find(self, replica_id: ReplicaId) -> Any | None:
         try:
@@ -61,6 +60,8 @@ class RayActuator:
             return None
 
     async def _start(self, spec: ReplicaSpec) -> Any:
+        # A group without its actor is what a controller left that died between the two.
+        self._remove_group(spec.replica_id)
         base = spec.base
         bundle = {"CPU": base.num_cpus, "GPU": base.num_gpus}
         group = placement_group(

@@ -14,7 +14,7 @@ from loraplex.controller.controller import Controller
 from loraplex.core.ids import ReplicaId
 from loraplex.telemetry.logs import configure_logging
 from loraplex.traces.writer import TraceWriter
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayTaskError
 
 from loraplex_deployments.actuator import RayActuator, ReplicaSpec
 from loraplex_deployments.base_models import base_model_views
@@ -84,8 +84,9 @@ class ControllerActor:
                 logger.info("replica %s is ready at %s", spec.replica_id, route.address)
                 await handle.wait_stopped.remote()
                 reason = "stopped"
-            except (RayActorError, RayTaskError) as error:
-                reason = str(error.cause if isinstance(error, RayTaskError) else error).strip().splitlines()[-1]
+            except Exception as error:  # whatever it was, the next attempt must come
+                cause = error.cause if isinstance(error, RayTaskError) else error
+                reason = (str(cause).strip() or type(cause).__name__).splitlines()[-1]
             self._failures[spec.replica_id] = reason
             logger.error("replica %s is down: %s", spec.replica_id, reason)
             await self._controller.remove_route(spec.replica_id)

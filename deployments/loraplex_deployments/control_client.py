@@ -18,10 +18,11 @@ from loraplex.core.control import (
 from loraplex.core.errors import LoraplexError, Unavailable
 from loraplex.core.ids import Digest, GatewayId, TenantName
 from loraplex.core.tenant import Role, TenantLimits, TenantView, UsageRow
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 NAMESPACE = "loraplex"
 CONTROLLER_NAME = "loraplex-controller"
+_READ_TIMEOUT_S = 30.0
 
 
 def controller_handle() -> Any:
@@ -120,7 +121,9 @@ class RayArtifactReader:
 
     def _call(self, method: str, *args: Any, **kwargs: Any) -> Any:
         try:
-            return ray.get(self._handle.call.remote(method, args, kwargs))
+            return ray.get(self._handle.call.remote(method, args, kwargs), timeout=_READ_TIMEOUT_S)
+        except GetTimeoutError:
+            raise Unavailable("the controller did not answer in time") from None
         except (RayTaskError, RayActorError) as error:
             raise unwrap(error) from None
 

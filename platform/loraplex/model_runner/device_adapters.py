@@ -55,8 +55,10 @@ class DeviceAdapters:
         self._resident[digest] = _Resident(sites=self._views(staged.layout, pages), copied=copied)
 
     def drop(self, digest: Digest) -> None:
-        """Idempotent."""
-        self._resident.pop(digest, None)
+        """Idempotent. What is queued from now on may overwrite the pages: it waits for a copy still under way."""
+        resident = self._resident.pop(digest, None)
+        if resident is not None and resident.copied is not None:
+            torch.cuda.current_stream(self._arena.pages.device).wait_event(resident.copied)
 
     def sites(self, digest: Digest) -> Sequence[LoraSite | None]:
         """By site number; work queued from now on sees the copied bytes. Conflict when not loaded."""
