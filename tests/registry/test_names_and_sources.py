@@ -15,6 +15,7 @@ from loraplex.core.errors import (
     PermissionDenied,
     Unavailable,
 )
+from loraplex.core.ids import TenantName
 from loraplex.registry.config import RegistryConfig
 from loraplex.registry.names import check_adapter_name
 from loraplex.registry.sources import fetch_adapter, parse_prefixes
@@ -70,19 +71,27 @@ def approved(tmp_path: Path) -> Path:
     return root
 
 
-def _fetch(url: str, prefix: str) -> dict[str, bytes]:
+def _fetch(url: str, prefix: str, tenant: str = "acme") -> dict[str, bytes]:
     got: dict[str, bytes] = {}
 
     def append(filename: str, piece: bytes) -> None:
         got[filename] = got.get(filename, b"") + piece
 
-    fetch_adapter(url, parse_prefixes((prefix,)), append)
+    fetch_adapter(url, parse_prefixes((prefix,)), TenantName(tenant), append)
     return got
 
 
 def test_a_directory_below_the_approved_one(approved: Path) -> None:
     assert _fetch(f"file://{approved}/team/one", f"file://{approved}") == FILES
     assert _fetch(f"file://{approved}/team/one/", f"file://{approved}/team/one/") == FILES
+
+
+def test_a_tenants_own_directory_is_closed_to_the_others(approved: Path) -> None:
+    prefix = f"file://{approved}/{{tenant}}"
+    assert _fetch(f"file://{approved}/team/one", prefix, "team") == FILES
+    for path in ("team/one", "{tenant}/one", "acme/../team/one"):
+        with pytest.raises((PermissionDenied, InvalidInput)):
+            _fetch(f"file://{approved}/{path}", prefix, "acme")
 
 
 @pytest.mark.parametrize(

@@ -124,7 +124,7 @@ class AdapterDesk:
 
     async def register_url(self, tenant: TenantName, name: str, url: str) -> AdapterView:
         def copy(append: Callable[[str, bytes], None]) -> None:
-            fetch_adapter(url, self._prefixes, append)
+            fetch_adapter(url, self._prefixes, tenant, append)
 
         return await self._to_the_end(self._register(tenant, name, copy))
 

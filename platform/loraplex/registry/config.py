@@ -10,8 +10,10 @@ class RegistryConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """Where checked adapters are stored: a local path or any ``pyarrow.fs`` URL (s3://, gs://, hdfs://); by default
     ``artifacts`` in the data directory."""
     approved_url_prefixes: tuple[str, ...] = ()
-    """URLs below which ``register by URL`` may read. ``file:///srv/adapters`` approves that directory alone: symbolic
-    links below it are not followed. Options such as ``?region=`` belong here, tenants cannot give any."""
+    """URLs below which ``register by URL`` may read: any tenant, unless a part of the path is ``{tenant}``, as in
+    ``s3://bucket/{tenant}/``, which stands for the name of the tenant that registers. ``file:///srv/adapters`` approves
+    that directory alone: symbolic links below it are not followed. Options such as ``?region=`` belong here, tenants
+    cannot give any."""
     max_lora_rank: int = 256
     """Largest r that an adapter may have in any module."""
     max_adapter_bytes: int = 1024 * MIB

@@ -1,7 +1,8 @@
 """Copies an adapter's two files from a URL that the operator approved into a staging directory.
 
 Owns what "below an approved prefix" means: same scheme and host, path below the prefix by whole segments, nothing
-percent-encoded, no ``..``; local directories are walked from the approved one without following a single symbolic link.
+percent-encoded, no ``..``; a part ``{tenant}`` of a prefix is the tenant's own name; local directories are walked from
+the approved one without following a single symbolic link.
 Knows nothing of the files' meaning. Blocking; called by the controller in a worker thread.
 """
 
@@ -9,7 +10,7 @@ import os
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 from urllib.parse import urlsplit
@@ -17,9 +18,11 @@ from urllib.parse import urlsplit
 import pyarrow.fs
 
 from loraplex.core.errors import BadConfig, InvalidInput, NotFound, PermissionDenied, Unavailable
+from loraplex.core.ids import TenantName
 from loraplex.registry.lora_config import CONFIG_FILE
 from loraplex.registry.tensors_file import TENSORS_FILE
 
+_TENANT_PART = "{tenant}"
 _PIECE_BYTES = 4 * 1024 * 1024
 
 
@@ -30,6 +33,10 @@ class ApprovedPrefix:
     segments: tuple[str, ...]
     options: str
     """``?...`` for pyarrow.fs, or empty."""
+
+    def of_tenant(self, tenant: TenantName) -> "ApprovedPrefix":
+        """With the tenant's name, which is a plain word, in the place of ``{tenant}``."""
+        return replace(self, segments=tuple(tenant if part == _TENANT_PART else part for part in self.segments))
 
 
 def parse_prefixes(prefixes: tuple[str, ...]) -> tuple[ApprovedPrefix, ...]:
@@ -53,14 +60,16 @@ def parse_prefixes(prefixes: tuple[str, ...]) -> tuple[ApprovedPrefix, ...]:
     return tuple(parsed)
 
 
-def fetch_adapter(url: str, prefixes: tuple[ApprovedPrefix, ...], append: Callable[[str, bytes], None]) -> None:
+def fetch_adapter(
+    url: str, prefixes: tuple[ApprovedPrefix, ...], tenant: TenantName, append: Callable[[str, bytes], None]
+) -> None:
     """Hands both files to ``append(filename, piece)`` in order.
 
     Raises InvalidInput for a URL that is none, PermissionDenied for one that is not approved, NotFound when a file is
     missing, Unavailable when the source does not answer, and what ``append`` raises.
     """
     scheme, host, segments = _split(url)
-    for prefix in prefixes:
+    for prefix in (approved.of_tenant(tenant) for approved in prefixes):
         depth = len(prefix.segments)
         if (prefix.scheme, prefix.host) == (scheme, host) and segments[:depth] == prefix.segments:
             break
