@@ -86,6 +86,23 @@ def test_a_full_disk_leaves_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     store.publish(_source(tmp_path, b"data"), A)
 
 
+def test_a_store_that_fails_to_remove_is_unavailable(
+    store: ArtifactStore, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "source").write_bytes(b"x")
+    store.publish(tmp_path / "source", A)
+
+    def broken(*_args: object, **_options: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(Path, "unlink", broken)
+    if isinstance(store, RemoteStore):
+        monkeypatch.setattr(store, "_filesystem", SimpleNamespace(get_file_info=broken))
+    for call in (lambda: store.remove(A), lambda: store.collect(())):
+        with pytest.raises(Unavailable):
+            call()
+
+
 def test_another_filesystem_is_copied_to(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def across(_source: str, _target: str) -> None:
         raise OSError(errno.EXDEV, "Invalid cross-device link")

@@ -191,7 +191,7 @@ class Controller:
             await asyncio.sleep(self._options.registry.sweep_interval_s)
             try:
                 await self._adapters.sweep()
-            except (LoraplexError, OSError) as error:
+            except LoraplexError as error:
                 logger.warning("sweeping deleted adapters failed, will be tried again: %s", error)
 
     async def _release(self) -> None:

@@ -39,10 +39,13 @@ class ArtifactStore(Protocol):
         """A piece; empty at the end. Raises NotFound, Unavailable."""
 
     def remove(self, digest: Digest) -> None:
-        """Idempotent."""
+        """Idempotent. Raises Unavailable."""
 
     def collect(self, referenced: Collection[Digest]) -> int:
-        """Removes all that is not referenced, temporary files too; returns the number. Only while nothing publishes."""
+        """Removes all that is not referenced, temporary files too; returns the number. Only while nothing publishes.
+
+        Raises Unavailable.
+        """
 
 
 def open_store(url: str) -> ArtifactStore:
@@ -110,17 +113,19 @@ class LocalStore:
             raise Unavailable(f"cannot read artifact {digest}: {error.strerror}") from error
 
     def remove(self, digest: Digest) -> None:
-        self._path(digest).unlink(missing_ok=True)
+        with translated_disk_errors("the artifact store"):
+            self._path(digest).unlink(missing_ok=True)
 
     def collect(self, referenced: Collection[Digest]) -> int:
         removed = 0
-        for path in self._root.glob("[0-9a-f][0-9a-f]/*"):
-            match = _FILE_NAME.match(path.name)
-            if match is None and not path.name.startswith(".tmp-"):
-                continue
-            if match is None or match[1] not in referenced:
-                path.unlink(missing_ok=True)
-                removed += 1
+        with translated_disk_errors("the artifact store"):
+            for path in self._root.glob("[0-9a-f][0-9a-f]/*"):
+                match = _FILE_NAME.match(path.name)
+                if match is None and not path.name.startswith(".tmp-"):
+                    continue
+                if match is None or match[1] not in referenced:
+                    path.unlink(missing_ok=True)
+                    removed += 1
         return removed
 
     def _path(self, digest: Digest) -> Path:
@@ -160,17 +165,19 @@ class RemoteStore:
             raise Unavailable(f"cannot read artifact {digest} from the store") from error
 
     def remove(self, digest: Digest) -> None:
-        if self._exists(digest):
-            self._filesystem.delete_file(self._path(digest))
+        with translated_disk_errors("the artifact store"):
+            if self._exists(digest):
+                self._filesystem.delete_file(self._path(digest))
 
     def collect(self, referenced: Collection[Digest]) -> int:
         selector = pyarrow.fs.FileSelector(self._root, allow_not_found=True)
         removed = 0
-        for info in self._filesystem.get_file_info(selector):
-            match = _FILE_NAME.match(info.base_name)
-            if info.base_name.startswith("tmp-") or (match is not None and match[1] not in referenced):
-                self._filesystem.delete_file(info.path)
-                removed += 1
+        with translated_disk_errors("the artifact store"):
+            for info in self._filesystem.get_file_info(selector):
+                match = _FILE_NAME.match(info.base_name)
+                if info.base_name.startswith("tmp-") or (match is not None and match[1] not in referenced):
+                    self._filesystem.delete_file(info.path)
+                    removed += 1
         return removed
 
     def _path(self, digest: Digest) -> str:
