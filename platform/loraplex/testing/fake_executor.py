@@ -126,10 +126,6 @@ class FakeExecutor:
     def loaded(self) -> frozenset[Digest]:
         return frozenset(self._loaded)
 
-    @property
-    def num_slots(self) -> int:
-        return len(self._slots)
-
     def adapter_pages(self, manifest: AdapterManifest) -> int:
         return -(-manifest.max_lora_rank // 8)
 
