@@ -145,6 +145,25 @@ def test_a_refused_request_does_not_disturb(harness: Harness) -> None:
     assert harness.wait_end(1, "dup") == {"dup": FinishReason.ABORT}
 
 
+def test_reports_count_the_requests_of_their_session(harness: Harness) -> None:
+    harness.loop.open_session(1)
+    harness.loop.open_session(2)
+    harness.loop.submit(1, (make("r0"), make("big", prompt=2000), make("r1", max_tokens=400)))
+    harness.wait_end(1, "r0", "big")
+    harness.loop.submit(1, (make("r2"),))
+    harness.loop.abort(1, (RequestId("r1"),))
+    harness.wait_end(1, "r1", "r2")
+    counts = {s: [f.load.num_received for f in frames if f.load is not None] for s, frames in harness.frames.items()}
+    assert counts[1][-1] == 4
+    assert set(counts[2]) == {0}
+    harness.loop.close_session(1)
+    harness.loop.open_session(3)
+    with harness.arrived:
+        assert harness.arrived.wait_for(lambda: bool(harness.frames[3]), 5)
+    assert harness.frames[3][0].load is not None
+    assert harness.frames[3][0].load.num_received == 0
+
+
 def test_a_closed_session_aborts_its_requests_and_its_ids_are_free(harness: Harness) -> None:
     harness.loop.open_session(1)
     harness.loop.submit(1, (make("r", max_tokens=400),))

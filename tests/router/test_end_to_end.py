@@ -297,6 +297,35 @@ async def test_queued_requests_run_when_credits_come(stack: AsyncExitStack) -> N
     assert router.num_queued() == 0
 
 
+async def test_no_more_is_sent_than_the_replica_gave_credits_for(
+    stack: AsyncExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replica = await start_replica(stack, "replica-0", engine=EngineConfig(max_running=2, max_waiting=2))
+    router = start_router(stack, replica)
+    await eventually(lambda: bool(router.loads()))
+    submit, most = replica.loop.submit, 0
+
+    def late(session: int, requests: tuple[EngineRequest, ...]) -> None:
+        asyncio.get_running_loop().call_later(0.05, arrive, session, requests)
+
+    def arrive(session: int, requests: tuple[EngineRequest, ...]) -> None:
+        nonlocal most
+        submit(session, requests)
+        most = max(most, replica.loop.num_unfinished + len(requests))
+
+    async def dispatch(delay_s: float) -> None:
+        await asyncio.sleep(delay_s)
+        await check(router, make_request(max_tokens=30))
+
+    # While the first one runs, a frame comes after every step, whatever else is on its way.
+    running = asyncio.create_task(check(router, make_request(max_tokens=400)))
+    await eventually(lambda: replica.loop.num_unfinished == 1)
+    monkeypatch.setattr(replica.loop, "submit", late)
+    await asyncio.gather(*(dispatch(i * 0.005) for i in range(12)))
+    await running
+    assert most == 4
+
+
 async def test_unknown_base_and_removed_route(stack: AsyncExitStack) -> None:
     first, second = [await start_replica(stack, f"replica-{i}", step_s=0.005) for i in range(2)]
     router = start_router(stack)

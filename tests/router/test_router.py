@@ -39,14 +39,15 @@ class ScriptedReplica:
     async def close(self) -> None:
         self.closed = True
 
-    def up(self, credits: int = 100) -> None:
+    def up(self, credits: int = 100, num_received: int | None = None) -> None:
         info = ReplicaInfo(
             replica_id=self.route.replica_id, base_model_id=BASE, max_context_tokens=100, num_pages=10, page_size=4
         )
-        self.listener.on_frame(ReplicaFrame(replica=info, load=LoadReport(credits=credits, resident_adapters=())))
+        load = LoadReport(credits=credits, num_received=num_received, resident_adapters=())
+        self.listener.on_frame(ReplicaFrame(replica=info, load=load))
 
-    def report(self, credits: int) -> None:
-        self.listener.on_frame(ReplicaFrame(load=LoadReport(credits=credits)))
+    def report(self, credits: int, num_received: int | None = None) -> None:
+        self.listener.on_frame(ReplicaFrame(load=LoadReport(credits=credits, num_received=num_received)))
 
     def answer(self, *names: str, tokens: tuple[int, ...] = (), end: bool = False) -> None:
         outputs = tuple(
@@ -127,6 +128,37 @@ async def test_credits_bound_what_is_sent_and_reports_bring_new_ones(world: Worl
     assert list(replica.submitted) == ["x0", "x1", "x2"]
     replica.report(credits=0)
     assert world.router.num_queued() == 2
+
+
+async def test_a_report_from_before_the_submits_brings_no_credits(world: World) -> None:
+    replica = world.replicas["a"]
+    replica.up(credits=4, num_received=0)
+    for i in range(12):
+        world.router.dispatch((make(f"x{i}"),))
+    for _ in range(3):
+        replica.report(credits=4, num_received=0)
+    assert len(replica.submitted) == 4
+    replica.report(credits=2, num_received=3)
+    assert len(replica.submitted) == 5
+    replica.report(credits=0, num_received=5)
+    assert len(replica.submitted) == 5
+    # Three ended at once there.
+    replica.report(credits=3, num_received=5)
+    assert len(replica.submitted) == 8
+
+
+async def test_a_new_stream_counts_from_nothing(world: World) -> None:
+    replica = world.replicas["a"]
+    replica.up(credits=4, num_received=0)
+    for i in range(12):
+        world.router.dispatch((make(f"x{i}"),))
+    replica.report(credits=1, num_received=4)
+    replica.down()
+    replica.up(credits=4, num_received=0)
+    assert len(replica.submitted) == 4
+    replica.report(credits=0, num_received=4)
+    replica.report(credits=2, num_received=4)
+    assert len(replica.submitted) == 6
 
 
 async def test_the_queue_is_online_first_then_the_tenant_with_least() -> None:

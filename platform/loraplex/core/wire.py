@@ -51,7 +51,11 @@ class LoadReport:
     num_queued_tokens: int = 0
     """Prompt tokens not yet prefilled."""
     credits: int = 0
-    """Requests that the replica is ready to take from this gateway now."""
+    """Requests that the replica is ready to take from this gateway now, beyond the ``num_received`` that it has got."""
+    num_received: int | None = None
+    """Requests of this stream that the replica had seen when it counted ``credits``, refused ones too; what was sent
+    beyond it is still on its way and takes a credit each. None from a replica that does not count: the router then
+    takes a report for the answer to all that it sent before."""
     steps: int = 0
     generated_tokens: int = 0
     resident_adapters: tuple[Digest, ...] | None = None

@@ -34,6 +34,8 @@ class _Session:
     """What the loop keeps of one gateway's stream."""
 
     requests: set[RequestId] = field(default_factory=set)
+    num_received: int = 0
+    """Requests that came, refused ones too."""
     outputs: list[RequestOutput] = field(default_factory=list)
     residency_version: int = -1
     reported_serial: int = -1
@@ -203,6 +205,7 @@ class EngineLoop:
 
     def _frame(self, session: _Session, report: LoadReport, now_s: float) -> ReplicaFrame:
         version = self._engine.residency_version
+        report = replace(report, num_received=session.num_received)
         if session.residency_version != version:
             report = replace(report, resident_adapters=self._engine.resident_adapters())
         info = self.info if session.residency_version == -1 else None
@@ -233,6 +236,7 @@ class EngineLoop:
         session = self._sessions.get(session_id)
         if session is None:
             return
+        session.num_received += len(requests)
         for request in requests:
             try:
                 self._engine.add(request, self._clock.monotonic_s())

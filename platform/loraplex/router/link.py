@@ -37,7 +37,10 @@ class Link:
         """Its route is gone: what runs there ends there, nothing new is sent."""
         self._owner = owner
         self._resident: frozenset[Digest] = frozenset()
-        self._sent_since_report = 0
+        self._num_sent = 0
+        """Requests sent on the stream that is up now."""
+        self._num_received = 0
+        """Those that the last report has counted."""
 
     def view(self, digest: Digest | None) -> ReplicaView:
         return ReplicaView(
@@ -45,14 +48,14 @@ class Link:
             resident=digest is None or digest in self._resident,
             # The report may be older than what was sent since; what runs there by our own count is a lower bound.
             load=max(self.load.num_running + self.load.num_waiting, len(self.generations)),
-            credits=self.load.credits - self._sent_since_report,
+            credits=self.load.credits - (self._num_sent - self._num_received),
         )
 
     def place(self, stream: RoutedStream) -> None:
         """Sends all unfinished generations of the stream."""
         assert self.client is not None, "the link has no client"
         self.generations.update(stream.generations)
-        self._sent_since_report += len(stream.generations)
+        self._num_sent += len(stream.generations)
         stream.replica_id = self.route.replica_id
         self.client.send(tuple(g.resumed_request() for g in stream.generations.values()), ())
 
@@ -70,7 +73,8 @@ class Link:
             self.up = True
         if frame.load is not None:
             self.load = frame.load
-            self._sent_since_report = 0
+            received = frame.load.num_received
+            self._num_received = self._num_sent if received is None else received
             if frame.load.resident_adapters is not None:
                 self._resident = frozenset(frame.load.resident_adapters)
         touched: dict[RoutedStream, None] = {}
@@ -91,6 +95,6 @@ class Link:
         self.up = False
         self.load = LoadReport()
         self._resident = frozenset()
-        self._sent_since_report = 0
+        self._num_sent = self._num_received = 0
         lost, self.generations = list(self.generations.values()), {}
         self._owner.link_lost(self, lost)
