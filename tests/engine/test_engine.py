@@ -4,7 +4,17 @@ from dataclasses import replace
 
 import pytest
 from loraplex.core.adapter import AdapterRef
-from loraplex.core.errors import BadConfig, Conflict, ContextTooLong, InvalidInput
+from loraplex.core.errors import (
+    BadConfig,
+    Conflict,
+    ContextTooLong,
+    InvalidInput,
+    LoraplexError,
+    NotFound,
+    StorageFull,
+    Unavailable,
+    error_from_code,
+)
 from loraplex.core.ids import BaseModelId, Digest, RequestId, TenantName
 from loraplex.core.request import EngineRequest, FinishReason, Priority, RequestOutput, SamplingParams
 from loraplex.core.step import StepPlan
@@ -416,8 +426,35 @@ def test_a_request_that_cannot_fit_beside_its_adapter_ends_when_that_is_known() 
     (output,) = harness.outputs["x"]
     assert output.finish_reason is FinishReason.ERROR
     assert "needs" in str(output.error) or "need" in str(output.error)
+    assert output.error_code == ContextTooLong.code
     with pytest.raises(ContextTooLong):
         harness.add(make("y", prompt=20, max_tokens=8, adapter=A))
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (NotFound("deleted", code="artifact_not_found"), NotFound.code),
+        (Unavailable("away"), Unavailable.code),
+        (StorageFull("full"), StorageFull.code),
+        (LoraplexError("broken", code="generation_failed"), "generation_failed"),
+    ],
+)
+def test_a_failure_keeps_its_kind(error: LoraplexError, code: str) -> None:
+    harness = Harness()
+    harness.add(make("waits", adapter=A))
+    (output,) = harness.engine.adapter_failed(A, error)
+    assert (output.error, output.error_code) == (error.message, code)
+    harness.add(make("loads", adapter=B))
+    harness.stage(B)
+    harness.engine.schedule(1.0)
+    (output,) = harness.engine.loads_failed({B: error})
+    assert (output.error, output.error_code) == (error.message, code)
+    harness.add(make("runs"))
+    harness.engine.schedule(2.0)
+    (output,) = harness.engine.step_failed(error)
+    assert (output.error, output.error_code) == (error.message, code)
+    assert error_from_code(code, error.message).class_code == code
 
 
 def test_a_step_must_hold_one_token_of_each_running_request() -> None:

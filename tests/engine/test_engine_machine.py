@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, event, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from loraplex.core.adapter import AdapterRef
-from loraplex.core.errors import ContextTooLong
+from loraplex.core.errors import ContextTooLong, NotFound
 from loraplex.core.ids import BaseModelId, Digest, RequestId, TenantName
 from loraplex.core.request import EngineRequest, FinishReason, Priority, RequestOutput, SamplingParams
 from loraplex.engine import Engine, EngineConfig
@@ -160,7 +160,7 @@ class EngineMachine(RuleBasedStateMachine):
     def stage(self, fails: int) -> None:
         digest = self.staging.pop(0)
         if fails == 0:
-            self.take(self.engine.adapter_failed(digest, "no file"))
+            self.take(self.engine.adapter_failed(digest, NotFound("no file")))
             return
         manifest = fake_manifest(digest, lora_rank=ADAPTERS[digest])
         self.executor.stage_adapter(manifest, "")
@@ -222,6 +222,12 @@ class EngineMachine(RuleBasedStateMachine):
                 if digest == UNLOADABLE:
                     expected.add("the adapter could not be loaded onto the accelerator")
                 assert last.error in expected or "pages of memory" in last.error
+                if last.error == "no file":
+                    assert last.error_code == "not_found"
+                elif last.error in expected:
+                    assert last.error_code == "generation_failed"
+                else:
+                    assert last.error_code == "context_length_exceeded"
             case FinishReason.STOP:
                 assert tokens == reference
                 assert tokens[-1] in (EOS, 11)

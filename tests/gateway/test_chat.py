@@ -3,6 +3,7 @@
 import json
 from typing import Any
 
+import pytest
 from loraplex.core.errors import Overloaded, ReplicaLost
 from loraplex.core.request import FinishReason
 
@@ -200,6 +201,45 @@ async def test_engine_error_is_500_with_its_sentence(world: Any) -> None:
     reply = await world.http.post("/v1/chat/completions", json=body())
     assert reply.status_code == 500
     assert reply.json()["error"]["message"] == "The adapter cannot be loaded."
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("code", "status", "kind"),
+    [
+        ("context_length_exceeded", 400, "invalid_request_error"),
+        ("invalid_value", 400, "invalid_request_error"),
+        ("invalid_adapter", 400, "invalid_request_error"),
+        ("not_found", 404, "invalid_request_error"),
+        ("overloaded", 429, "overloaded_error"),
+        ("unavailable", 503, "server_error"),
+        ("storage_full", 507, "server_error"),
+        ("generation_failed", 500, "server_error"),
+        ("of_a_newer_replica", 500, "server_error"),
+        (None, 500, "server_error"),
+    ],
+)
+async def test_engine_error_has_the_status_of_its_kind(
+    world: Any, code: str | None, status: int, kind: str, stream: bool
+) -> None:
+    world.says("", finish_reason=FinishReason.ERROR, error="A sentence.", error_code=code)
+    reply = await world.http.post("/v1/chat/completions", json=body(stream=stream))
+    assert reply.status_code == status
+    error = reply.json()["error"]
+    assert (error["message"], error["type"], error["code"]) == ("A sentence.", kind, code or "generation_failed")
+    (row,) = world.tracer.rows
+    assert (row.status, row.finish_reason, row.output_tokens) == (status, "error", 0)
+
+
+async def test_engine_error_in_the_middle_is_an_event_of_its_kind(world: Any) -> None:
+    world.says("The quick brown fox", finish_reason=FinishReason.ERROR, error="Away.", error_code="unavailable")
+    reply = await world.http.post("/v1/chat/completions", json=body(stream=True))
+    assert reply.status_code == 200
+    sent = events(reply.text)
+    assert len(sent) > 1
+    assert (sent[-1]["error"]["code"], sent[-1]["error"]["type"]) == ("unavailable", "server_error")
+    assert (world.tracer.rows[-1].status, world.tracer.rows[-1].finish_reason) == (503, "error")
+    assert world.tracer.rows[-1].output_tokens > 0
 
 
 async def test_trace_row_and_usage(world: Any) -> None:

@@ -10,6 +10,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from loraplex.core.errors import LoraplexError, Overloaded
+from loraplex.core.request import FinishReason
 from loraplex.gateway.grpc_server import SERVICE, GrpcServer
 from loraplex.gateway.proto import loraplex_v1_pb2 as pb
 from loraplex.gateway.proto import loraplex_v1_pb2_grpc
@@ -120,6 +121,15 @@ async def test_overload_says_when_to_retry(world: Any, stub: Any) -> None:
             pass
     assert caught.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
     assert detail(caught.value).retry_after_s == 2.5
+
+
+async def test_engine_error_has_the_status_of_its_kind(world: Any, stub: Any) -> None:
+    world.says("", finish_reason=FinishReason.ERROR, error="Away.", error_code="unavailable")
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        async for _ in stub.Generate(chat(), metadata=KEY):
+            pass
+    assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
+    assert (detail(caught.value).code, caught.value.details()) == ("unavailable", "Away.")
 
 
 async def test_bugs_are_internal_without_detail(world: Any, stub: Any) -> None:

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from loraplex.core.adapter import AdapterBlock, AdapterManifest
-from loraplex.core.errors import BadAdapter, BadConfig, Conflict
+from loraplex.core.errors import BadAdapter, BadConfig, Conflict, NotFound
 from loraplex.core.ids import BaseModelId, Digest
 from loraplex.core.model import LORA_MODULES, ModelSpec
 from loraplex.core.request import SamplingParams
@@ -140,6 +140,13 @@ def test_staging_from_many_threads(executor: TorchExecutor, tmp_path: Path) -> N
         executor.load_adapter(manifest.digest, (page,))
 
 
+def test_a_file_that_was_deleted_is_not_a_bad_one(executor: TorchExecutor, tmp_path: Path) -> None:
+    manifest, path = make_adapter(executor.model, tmp_path, "gone", {(0, "q_proj"): 8})
+    Path(path).unlink()
+    with pytest.raises(NotFound, match="deleted"):
+        executor.stage_adapter(manifest, path)
+
+
 def test_every_bad_adapter_file_is_refused_by_name(executor: TorchExecutor, tmp_path: Path) -> None:
     ranks = {(0, "q_proj"): 8, (1, "down_proj"): 8}
     manifest, path = make_adapter(executor.model, tmp_path, "good", ranks)
@@ -155,7 +162,6 @@ def test_every_bad_adapter_file_is_refused_by_name(executor: TorchExecutor, tmp_
     refused(replace(manifest, blocks=(other_rank, manifest.blocks[1])), path, "q_proj.* expected")
     refused(replace(manifest, base_model_id=BaseModelId("other")), path, "other")
     refused(replace(manifest, blocks=(replace(more, layer=9),)), path, "layer 9")
-    refused(manifest, str(tmp_path / "absent.safetensors"), "absent")
     torn = tmp_path / "torn.safetensors"
     torn.write_bytes(Path(path).read_bytes()[:-10])
     refused(manifest, str(torn), "torn")

@@ -187,7 +187,7 @@ def test_a_url_is_read_directly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert reader.calls == 1
     (tmp_path / "object").unlink()
     (tmp_path / "cache" / Path(path).name).unlink()
-    with pytest.raises(Unavailable):
+    with pytest.raises(NotFound):
         _cache(tmp_path / "cache", reader).fetch(digest)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 from loraplex.core.adapter import AdapterManifest, AdapterRef
-from loraplex.core.errors import LoraplexError
+from loraplex.core.errors import BadAdapter, Conflict, ContextTooLong, LoraplexError, NotFound, StorageFull, Unavailable
 from loraplex.core.ids import BaseModelId, Digest, ReplicaId, RequestId, TenantName
 from loraplex.core.request import EngineRequest, FinishReason, SamplingParams
 from loraplex.core.step import StepPlan, StepResult
@@ -21,18 +21,24 @@ A = "a" * 64
 
 
 class Source:
+    def __init__(self) -> None:
+        self.errors: dict[str, Exception] = {}
+
     def fetch(self, digest: Digest) -> tuple[AdapterManifest, str]:
+        if digest in self.errors:
+            raise self.errors[digest]
         return fake_manifest(digest), "path"
 
 
 class Harness:
     def __init__(self, executor: FakeExecutor, engine: EngineConfig | None = None) -> None:
         self.executor = executor
+        self.source = Source()
         self.loop = EngineLoop(
             replica_id=ReplicaId("r"),
             executor=executor,
             engine_config=engine or EngineConfig(),
-            source=Source(),
+            source=self.source,
             config=ReplicaConfig(load_report_interval_s=0.02),
         )
         self.frames: defaultdict[int, list[ReplicaFrame]] = defaultdict(list)
@@ -143,6 +149,33 @@ def test_a_refused_request_does_not_disturb(harness: Harness) -> None:
     harness.loop.abort(2, (RequestId("dup"),))
     harness.loop.abort(1, (RequestId("dup"), RequestId("unknown")))
     assert harness.wait_end(1, "dup") == {"dup": FinishReason.ABORT}
+
+
+def test_what_ends_a_request_is_told_by_its_kind(harness: Harness) -> None:
+    harness.executor.unstageable = frozenset({Digest("e" * 64)})
+    harness.executor.unloadable = frozenset({Digest("f" * 64)})
+    harness.source.errors = {
+        "a" * 64: NotFound("deleted"),
+        "b" * 64: Unavailable("the controller is away"),
+        "c" * 64: StorageFull("no space left"),
+        "d" * 64: OSError("/secret"),
+        "g" * 64: Conflict("a bug of ours"),
+    }
+    harness.loop.open_session(1)
+    harness.loop.submit(1, tuple(make(letter, adapter=letter * 64) for letter in "abcdefg"))
+    harness.loop.submit(1, (make("big", prompt=600),))
+    harness.wait_end(1, *"abcdefg", "big")
+    outputs = [o for f in harness.frames[1] for o in f.outputs if o.finish_reason is FinishReason.ERROR]
+    assert {output.request_id: output.error_code for output in outputs} == {
+        "a": NotFound.code,
+        "b": Unavailable.code,
+        "c": StorageFull.code,
+        "d": "generation_failed",
+        "e": BadAdapter.code,
+        "f": "generation_failed",
+        "big": ContextTooLong.code,
+        "g": "generation_failed",
+    }
 
 
 def test_reports_count_the_requests_of_their_session(harness: Harness) -> None:

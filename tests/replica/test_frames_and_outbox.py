@@ -1,4 +1,5 @@
 import asyncio
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -90,3 +91,9 @@ def test_load_reports_do_not_pile_up() -> None:
     for i in range(100):
         outbox.put(frame(running=i))
     assert len(outbox._frames) == 1
+
+
+def test_an_error_that_is_merged_with_tokens_keeps_its_kind() -> None:
+    failed = replace(output("a"), finish_reason=FinishReason.ERROR, error="away", error_code="unavailable")
+    (merged,) = merge_frames([frame(output("a", 1)), frame(failed)]).outputs
+    assert (merged.error, merged.error_code, len(merged.tokens)) == ("away", "unavailable", 1)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 from loraplex.core.adapter import AdapterManifest
-from loraplex.core.errors import NotFound
+from loraplex.core.errors import BadAdapter, LoraplexError, NotFound
 from loraplex.core.ids import Digest
 from loraplex.replica.staging import AdapterStager
 from loraplex.testing.fake_executor import FakeExecutor, fake_manifest
@@ -33,7 +33,7 @@ class Staging:
         self.source = Source()
         self.executor = FakeExecutor()
         self.staged: list[tuple[Digest, int]] = []
-        self.failed: dict[Digest, str] = {}
+        self.failed: dict[Digest, LoraplexError] = {}
         self.stager = AdapterStager(
             self.executor,
             self.source,
@@ -75,10 +75,11 @@ def test_failures_tell_the_tenant_no_more_than_they_should(staging: Staging) -> 
     for digest in (STRANGE, GONE, BROKEN):
         staging.stager.request(digest)
     wait(lambda: len(staging.failed) == 3)
-    assert staging.failed == {
-        STRANGE: "the adapter is of base other, this replica serves fake-base",
-        GONE: "no such adapter",
-        BROKEN: "the adapter could not be read",
+    told = {digest: (error.message, error.class_code) for digest, error in staging.failed.items()}
+    assert told == {
+        STRANGE: ("the adapter is of base other, this replica serves fake-base", BadAdapter.code),
+        GONE: ("no such adapter", NotFound.code),
+        BROKEN: ("the adapter could not be read", "generation_failed"),
     }
     staging.stager.request(GONE)
     wait(lambda: staging.source.fetched.count(GONE) == 2)

@@ -326,6 +326,17 @@ async def test_no_more_is_sent_than_the_replica_gave_credits_for(
     assert most == 4
 
 
+async def test_an_error_keeps_its_kind_on_the_wire(stack: AsyncExitStack) -> None:
+    replica = await start_replica(stack, "replica-0")
+    router = start_router(stack, replica)
+    codes = []
+    for request in (make_request(length=600), make_request(adapter=UNSTAGEABLE), make_request(adapter=POISONED)):
+        stream = router.dispatch((request,))
+        (output,) = await stream.next_outputs()
+        codes.append(output.error_code)
+    assert codes == ["context_length_exceeded", "invalid_adapter", "generation_failed"]
+
+
 async def test_unknown_base_and_removed_route(stack: AsyncExitStack) -> None:
     first, second = [await start_replica(stack, f"replica-{i}", step_s=0.005) for i in range(2)]
     router = start_router(stack)

@@ -30,6 +30,11 @@ class LoraplexError(Exception):
         if code is not None:
             self.code = code
 
+    @property
+    def class_code(self) -> str:
+        """The code by which ``error_from_code`` finds the class again, also where ``code`` names a special case."""
+        return self.code if type(self) is LoraplexError else type(self).code
+
 
 class InvalidInput(LoraplexError):
     code = "invalid_value"
@@ -100,3 +105,31 @@ class Unavailable(_Retryable):
 
 class ReplicaLost(_Retryable):
     code = "replica_lost"
+
+
+_BY_CODE: dict[str, type[LoraplexError]] = {
+    cls.code: cls
+    for cls in (
+        LoraplexError,
+        InvalidInput,
+        ContextTooLong,
+        BadAdapter,
+        BadConfig,
+        Unauthenticated,
+        PermissionDenied,
+        NotFound,
+        Conflict,
+        PayloadTooLarge,
+        RateLimited,
+        Overloaded,
+        StorageFull,
+        Unavailable,
+        ReplicaLost,
+    )
+}
+
+
+def error_from_code(code: str, message: str) -> LoraplexError:
+    """The error that another process told by its ``class_code``; a plain LoraplexError when the code is unknown."""
+    cls = _BY_CODE.get(code)
+    return LoraplexError(message, code=code) if cls is None else cls(message)

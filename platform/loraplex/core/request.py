@@ -99,3 +99,6 @@ class RequestOutput:
     """Prompt tokens that came from the prefix cache; set on the first output."""
     error: str | None = None
     """With FinishReason.ERROR: a sentence that the tenant may read."""
+    error_code: str | None = None
+    """With ``error``: the ``class_code`` of the LoraplexError, for ``errors.error_from_code``; None from a replica that
+    does not tell."""

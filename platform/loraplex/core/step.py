@@ -100,7 +100,7 @@ class Executor(Protocol):
     def stage_adapter(self, manifest: AdapterManifest, path: str) -> None:
         """Read the safetensors file at ``path`` into the host tier, in arena layout (slow, any thread). Idempotent.
 
-        Raises BadAdapter when the file does not match the manifest.
+        Raises BadAdapter when the file does not match the manifest, NotFound when it is gone.
         """
 
     def unstage_adapter(self, digest: Digest) -> None:

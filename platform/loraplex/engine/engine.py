@@ -6,7 +6,7 @@ reads no clock. Called by ``replica.driver`` and the simulator.
 
 from collections import deque
 
-from loraplex.core.errors import BadConfig, Conflict, ContextTooLong, InvalidInput
+from loraplex.core.errors import BadConfig, Conflict, ContextTooLong, InvalidInput, LoraplexError
 from loraplex.core.ids import Digest, RequestId, TenantName
 from loraplex.core.model import ModelSpec
 from loraplex.core.request import EngineRequest, FinishReason, OutputToken, RequestOutput
@@ -116,17 +116,17 @@ class Engine:
             try:
                 self._check_fits(sequence, num_pages)
             except ContextTooLong as error:
-                outputs.append(self._end(sequence, FinishReason.ERROR, error=error.message))
+                outputs.append(self._end(sequence, FinishReason.ERROR, error=error))
         return tuple(outputs)
 
-    def adapter_failed(self, digest: Digest, message: str) -> tuple[RequestOutput, ...]:
-        """Staging failed: the requests that wait for it end with ``message``; a later request tries again.
+    def adapter_failed(self, digest: Digest, error: LoraplexError) -> tuple[RequestOutput, ...]:
+        """Staging failed: the requests that wait for it end with ``error``; a later request tries again.
 
         Changes state.
         """
         if self._memory.adapters.is_ready(digest):
             return ()
-        outputs = self._fail_waiting(digest, message)
+        outputs = self._fail_waiting(digest, error)
         self._memory.adapters.failed(digest)
         return outputs
 
@@ -151,9 +151,9 @@ class Engine:
         outputs = (self._advance(sequence, count, sampled) for sequence, count in in_step.items())
         return tuple(output for output in outputs if output is not None)
 
-    def loads_failed(self, failures: dict[Digest, str]) -> tuple[RequestOutput, ...]:
+    def loads_failed(self, failures: dict[Digest, LoraplexError]) -> tuple[RequestOutput, ...]:
         """Some loads of the last instructions failed and the plan was therefore not executed: it is withdrawn, the
-        requests of those adapters end with their message, the others are planned again. Changes state.
+        requests of those adapters end with their error, the others are planned again. Changes state.
 
         The adapters are missing from now on: the caller drops them from host memory before it reports another event.
         """
@@ -167,15 +167,15 @@ class Engine:
                 outputs.append(self._end(sequence, FinishReason.ABORT))
             elif sequence.adapter in failures:
                 outputs.append(self._end(sequence, FinishReason.ERROR, error=failures[sequence.adapter]))
-        for digest, message in failures.items():
-            outputs.extend(self._fail_waiting(digest, message))
+        for digest, error in failures.items():
+            outputs.extend(self._fail_waiting(digest, error))
             self._memory.undo_load(digest)
         return tuple(outputs)
 
-    def step_failed(self, message: str) -> tuple[RequestOutput, ...]:
+    def step_failed(self, error: LoraplexError) -> tuple[RequestOutput, ...]:
         """The executor raised within the step. Changes state.
 
-        Of one request it ends that with ``message``; of several nobody ends yet: smaller steps find the culprit.
+        Of one request it ends that with ``error``; of several nobody ends yet: smaller steps find the culprit.
         """
         assert self._plan is not None, "no step is under way"
         releases = self._plan.releases
@@ -187,7 +187,7 @@ class Engine:
         suspects = [sequence for sequence in sequences if not sequence.aborted]
         if len(suspects) == 1:
             self._failed_alone.append(suspects[0].tenant)
-            outputs.append(self._end(suspects[0], FinishReason.ERROR, error=message))
+            outputs.append(self._end(suspects[0], FinishReason.ERROR, error=error))
         elif suspects:
             self._scheduler.isolate(suspects)
         return tuple(outputs)
@@ -323,9 +323,9 @@ class Engine:
                 return FinishReason.STOP
         return FinishReason.LENGTH if len(sequence.token_ids) >= sequence.max_tokens_total else None
 
-    def _fail_waiting(self, digest: Digest, message: str) -> tuple[RequestOutput, ...]:
+    def _fail_waiting(self, digest: Digest, error: LoraplexError) -> tuple[RequestOutput, ...]:
         waiting = self._scheduler.waiting.of_adapter(digest)
-        return tuple(self._end(sequence, FinishReason.ERROR, error=message) for sequence in waiting)
+        return tuple(self._end(sequence, FinishReason.ERROR, error=error) for sequence in waiting)
 
     def _end(
         self,
@@ -333,7 +333,7 @@ class Engine:
         reason: FinishReason,
         *,
         tokens: tuple[OutputToken, ...] = (),
-        error: str | None = None,
+        error: LoraplexError | None = None,
     ) -> RequestOutput:
         self._scheduler.remove(sequence)
         del self._sequences[sequence.request_id]
@@ -345,7 +345,7 @@ class Engine:
         *,
         tokens: tuple[OutputToken, ...],
         reason: FinishReason | None = None,
-        error: str | None = None,
+        error: LoraplexError | None = None,
     ) -> RequestOutput:
         first, sequence.emitted = not sequence.emitted, True
         return RequestOutput(
@@ -353,5 +353,6 @@ class Engine:
             tokens=tokens,
             finish_reason=reason,
             num_cached_tokens=(sequence.num_cached or 0) if first else 0,
-            error=error,
+            error=None if error is None else error.message,
+            error_code=None if error is None else error.class_code,
         )

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from loraplex.core.errors import LoraplexError
+from loraplex.core.errors import LoraplexError, error_from_code
 from loraplex.core.generation import TokenStream
 from loraplex.core.ids import ReplicaId, RequestId
 from loraplex.core.request import FinishReason, RequestOutput
@@ -130,7 +130,9 @@ class Generation:
                 continue
             reason = output.finish_reason
             if reason is FinishReason.ERROR:
-                raise LoraplexError(output.error or "The generation failed.", code="generation_failed")
+                raise error_from_code(
+                    output.error_code or "generation_failed", output.error or "The generation failed."
+                )
             if reason is FinishReason.ABORT:
                 raise LoraplexError("The generation was stopped by the server.", code="generation_aborted")
             if not self._saw_token and output.tokens:

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from loraplex.core.adapter import AdapterBlock, AdapterManifest
-from loraplex.core.errors import BadAdapter, Conflict
+from loraplex.core.errors import BadAdapter, Conflict, NotFound
 from loraplex.core.ids import Digest
 from loraplex.core.model import ModelSpec
 from loraplex.model_runner.adapter_layout import AdapterLayout, AdapterPart, PlacedBlock, plan_adapter_layout
@@ -45,7 +45,8 @@ class HostAdapters:
         )
 
     def stage(self, manifest: AdapterManifest, path: str) -> None:
-        """Idempotent. Raises BadAdapter when the file is not what the manifest says, or overflows the dtype."""
+        """Idempotent. Raises BadAdapter when the file is not what the manifest says, or overflows the dtype, NotFound
+        when it is gone."""
         with self._lock:
             if manifest.digest in self._staged:
                 return
@@ -99,6 +100,8 @@ def _open(path: str) -> Iterator[Any]:
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             yield file
+    except FileNotFoundError as error:
+        raise NotFound("the file of the adapter is gone: it was deleted") from error
     except (OSError, SafetensorError) as error:
         raise BadAdapter(f"{path}: not a readable safetensors file: {error}") from error
 

@@ -21,7 +21,7 @@ import pyarrow.fs
 
 from loraplex.core.adapter import AdapterManifest
 from loraplex.core.control import ArtifactInfo
-from loraplex.core.errors import BadAdapter, Unavailable
+from loraplex.core.errors import BadAdapter, NotFound, Unavailable
 from loraplex.core.ids import Digest
 from loraplex.registry.config import RegistryConfig
 from loraplex.registry.store import translated_disk_errors
@@ -142,6 +142,8 @@ class NodeCache:
             with filesystem.open_input_stream(path) as stream:
                 while piece := stream.read(self._config.piece_bytes):
                     yield bytes(piece)
+        except FileNotFoundError as error:
+            raise NotFound("the file of the adapter is not in the artifact store: it was deleted") from error
         except (OSError, ValueError) as error:
             raise Unavailable("the artifact store does not answer") from error
 

@@ -13,6 +13,7 @@ from loraplex.core.ids import Digest
 from loraplex.core.request import RequestOutput
 from loraplex.core.step import Executor
 from loraplex.engine import Engine
+from loraplex.replica.failures import request_failure
 
 STEP_FAILED = "the model failed while it computed this request"
 LOAD_FAILED = "the adapter could not be loaded onto the accelerator"
@@ -45,13 +46,13 @@ class StepDriver:
             self._executor.drop_adapter(digest)
         for digest in instructions.unstages:
             self._unstage(digest)
-        failures: dict[Digest, str] = {}
+        failures: dict[Digest, LoraplexError] = {}
         for load in instructions.loads:
             try:
                 self._executor.load_adapter(load.digest, load.pages)
             except Exception as error:
                 _log.exception("loading adapter %s failed", load.digest)
-                failures[load.digest] = error.message if isinstance(error, LoraplexError) else LOAD_FAILED
+                failures[load.digest] = request_failure(error, LOAD_FAILED)
         if failures:
             outputs = self._engine.loads_failed(failures)
             # At once: a request that comes next finds the adapter missing and has it staged again.
@@ -64,8 +65,8 @@ class StepDriver:
             result = self._executor.execute(instructions.plan)
         except Exception as error:
             _log.exception("step %d failed", instructions.plan.step_id)
-            message = error.message if isinstance(error, LoraplexError) else STEP_FAILED
-            return StepOutcome(progressed=True, outputs=self._engine.step_failed(message))
+            failure = request_failure(error, STEP_FAILED)
+            return StepOutcome(progressed=True, outputs=self._engine.step_failed(failure))
         self.num_steps += 1
         self.busy_s += result.duration_s
         return StepOutcome(progressed=True, outputs=self._engine.complete(result, self._clock.monotonic_s()))

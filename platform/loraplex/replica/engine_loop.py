@@ -20,6 +20,7 @@ from loraplex.core.wire import LoadReport, ReplicaFrame, ReplicaInfo
 from loraplex.engine import Engine, EngineConfig
 from loraplex.replica.config import ReplicaConfig
 from loraplex.replica.driver import StepDriver
+from loraplex.replica.failures import request_failure
 from loraplex.replica.frames import merge_outputs
 from loraplex.replica.staging import AdapterStager, ArtifactSource
 
@@ -64,7 +65,7 @@ class EngineLoop:
             source,
             num_threads=config.staging_threads,
             on_staged=lambda digest, pages: self._post(partial(self._on_staged, digest, pages)),
-            on_failed=lambda digest, message: self._post(partial(self._on_stage_failed, digest, message)),
+            on_failed=lambda digest, error: self._post(partial(self._on_stage_failed, digest, error)),
         )
         self._driver = StepDriver(self._engine, executor, clock=self._clock, unstage=self._stager.unstage)
         self._deliver: Deliver | None = None
@@ -241,8 +242,14 @@ class EngineLoop:
             try:
                 self._engine.add(request, self._clock.monotonic_s())
             except LoraplexError as error:
+                refusal = request_failure(error, error.message)
                 session.outputs.append(
-                    RequestOutput(request_id=request.request_id, finish_reason=FinishReason.ERROR, error=error.message)
+                    RequestOutput(
+                        request_id=request.request_id,
+                        finish_reason=FinishReason.ERROR,
+                        error=refusal.message,
+                        error_code=refusal.class_code,
+                    )
                 )
             else:
                 session.requests.add(request.request_id)
@@ -256,8 +263,8 @@ class EngineLoop:
     def _on_staged(self, digest: Digest, num_pages: int) -> None:
         self._collect(self._engine.adapter_staged(digest, num_pages, self._clock.monotonic_s()))
 
-    def _on_stage_failed(self, digest: Digest, message: str) -> None:
-        self._collect(self._engine.adapter_failed(digest, message))
+    def _on_stage_failed(self, digest: Digest, error: LoraplexError) -> None:
+        self._collect(self._engine.adapter_failed(digest, error))
 
     def _on_drain(self) -> None:
         self._draining = True

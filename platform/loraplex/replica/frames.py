@@ -44,4 +44,5 @@ def _join(parts: list[RequestOutput]) -> RequestOutput:
         finish_reason=parts[-1].finish_reason,
         num_cached_tokens=parts[0].num_cached_tokens,
         error=parts[-1].error,
+        error_code=parts[-1].error_code,
     )

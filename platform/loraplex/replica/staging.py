@@ -14,6 +14,7 @@ from loraplex.core.adapter import AdapterManifest
 from loraplex.core.errors import BadAdapter, LoraplexError
 from loraplex.core.ids import Digest
 from loraplex.core.step import Executor
+from loraplex.replica.failures import request_failure
 
 STAGING_FAILED = "the adapter could not be read"
 
@@ -24,7 +25,7 @@ class ArtifactSource(Protocol):
     def fetch(self, digest: Digest) -> tuple[AdapterManifest, str]:
         """Manifest and local path of the safetensors file; blocks, any thread.
 
-        Raises a LoraplexError: NotFound, Unavailable, StorageFull.
+        Raises a LoraplexError: NotFound, Unavailable, StorageFull, BadAdapter.
         """
 
 
@@ -36,9 +37,9 @@ class AdapterStager:
         *,
         num_threads: int,
         on_staged: Callable[[Digest, int], None],
-        on_failed: Callable[[Digest, str], None],
+        on_failed: Callable[[Digest, LoraplexError], None],
     ) -> None:
-        """``on_staged`` (digest, pages that it takes) and ``on_failed`` (digest, message) are called on a staging
+        """``on_staged`` (digest, pages that it takes) and ``on_failed`` (digest, error) are called on a staging
         thread; each ``request`` that finds the adapter neither staged nor under way ends in exactly one of them."""
         self._executor = executor
         self._source = source
@@ -80,6 +81,6 @@ class AdapterStager:
             _log.warning("staging adapter %s failed", digest, exc_info=not isinstance(error, LoraplexError))
             with self._lock:
                 self._known.discard(digest)
-            self._on_failed(digest, error.message if isinstance(error, LoraplexError) else STAGING_FAILED)
+            self._on_failed(digest, request_failure(error, STAGING_FAILED))
         else:
             self._on_staged(digest, num_pages)

@@ -20,6 +20,7 @@ class Script:
     finish_reason: FinishReason = FinishReason.STOP
     num_cached_tokens: int = 0
     error: str | None = None
+    error_code: str | None = None
     lost_after: int | None = None
     """Tokens after which ``next_outputs`` raises ``loss`` of the dispatcher."""
 
@@ -160,6 +161,7 @@ class FakeDispatcher:
                 finish_reason=finish,
                 num_cached_tokens=script.num_cached_tokens if position == 0 else 0,
                 error=script.error if finish is FinishReason.ERROR else None,
+                error_code=script.error_code if finish is FinishReason.ERROR else None,
             )
         )
         if finish is not None:
