@@ -1,6 +1,6 @@
 """What the platform adds to its engine, and what a thousand adapters cost: figures of a running Ray on this machine.
 
-The engine alone and the same load through HTTP, one after the other in one run, both with one torch thread and the
+The engine alone and the same load through HTTP, in turns in one run, both with one torch thread and the
 demo base; then the start of the platform with 3 and with 1,003 adapters (the faster of some starts each). Prints one
 JSON object:
 
@@ -34,6 +34,7 @@ from loraplex.loadgen.http_client import HttpClient
 from loraplex.loadgen.prompts import TokenizerPrompts
 from loraplex.loadgen.report import LoadReport, summarize
 from loraplex.loadgen.targets import Target
+from loraplex.tenancy.keys import new_key
 
 from loraplex_deployments.demo_setup import ensure_demo
 from loraplex_deployments.launch import RunningPlatform, start_platform
@@ -51,12 +52,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cache", type=Path, default=Path(".loraplex/models"))
     parser.add_argument("--adapters", type=int, default=1000, help="registered copies with different weights")
+    parser.add_argument("--parts", default="overhead,adapters")
     options = parser.parse_args()
     base = prepare_demo_base(options.cache, _say)
     with tempfile.TemporaryDirectory(prefix="loraplex-bench-") as folder:
         root = Path(folder)
         (root / "models").symlink_to(options.cache.resolve())
-        figures = {"overhead": bench_overhead(base, root), "adapters": bench_adapters(root, options.adapters)}
+        parts = {
+            "overhead": lambda: bench_overhead(base, root),
+            "adapters": lambda: bench_adapters(root, options.adapters),
+        }
+        figures = {name: parts[name]() for name in options.parts.split(",")}
     machine = {"cpus": psutil.cpu_count(), "python": sys.version.split()[0], "torch": torch.__version__}
     print(json.dumps({"machine": machine, **figures}, indent=2))
 
@@ -66,7 +72,7 @@ def bench_overhead(base: Path, root: Path) -> dict[str, Any]:
     platform is up, so that whatever else the machine does hits both alike. Medians over the rounds."""
     platform = start_platform(_config(root), _say)
     try:
-        demo = ensure_demo(platform, root / "demo.json", DEMO_BASE_ID)
+        demo = ensure_demo(platform, root / "demo.json", DEMO_BASE_ID, new_key())
         platform.wait_ready()
         tenant = demo["tenants"][0]
         target = Target(tenant=tenant["name"], model=DEMO_BASE_ID, key=tenant["key"])
@@ -113,7 +119,7 @@ def bench_adapters(root: Path, count: int) -> dict[str, Any]:
     few_s = min(_start_and_stop(config, root) for _ in range(_STARTS))
     platform = start_platform(config, _say)
     try:
-        demo = ensure_demo(platform, root / "demo.json", DEMO_BASE_ID)
+        demo = ensure_demo(platform, root / "demo.json", DEMO_BASE_ID, new_key())
         platform.wait_ready()
         tenant = demo["tenants"][0]
         registering_s = _register_copies(platform, TenantName(tenant["name"]), root, count)
@@ -231,7 +237,7 @@ def _start_and_stop(config: PlatformConfig, root: Path) -> float:
     started_s = time.perf_counter()
     platform = start_platform(config, _say)
     try:
-        ensure_demo(platform, root / "demo.json", DEMO_BASE_ID)
+        ensure_demo(platform, root / "demo.json", DEMO_BASE_ID, new_key())
         platform.wait_ready()
         return time.perf_counter() - started_s
     finally:

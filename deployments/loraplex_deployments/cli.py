@@ -10,11 +10,11 @@ from typing import Annotated, Any
 
 import typer
 from loraplex.config.platform import DEMO_MODEL, PlatformConfig, load_platform_config
-from loraplex.core.errors import LoraplexError
 from loraplex.demo import DEMO_ADAPTERS
 from loraplex.demo.base import prepare_demo_base
 from rich.console import Console
 
+from loraplex_deployments.bootstrap import ensure_admin_key, ensure_tenants
 from loraplex_deployments.demo_setup import ensure_demo
 from loraplex_deployments.launch import RunningPlatform, data_dir_lock, start_platform
 
@@ -28,13 +28,9 @@ def serve_command(
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda _number, _frame: stop.set())
-    try:
-        settings = load_platform_config(config)
-        with data_dir_lock(settings.root):
-            _serve(settings, stop)
-    except LoraplexError as error:
-        print(f"error: {error.message}", file=sys.stderr)
-        raise typer.Exit(1) from None
+    settings = load_platform_config(config)
+    with data_dir_lock(settings.root):
+        _serve(settings, stop)
 
 
 def _serve(config: PlatformConfig, stop: threading.Event) -> None:
@@ -50,10 +46,12 @@ def _serve(config: PlatformConfig, stop: threading.Event) -> None:
         platform = start_platform(config, progress)
     try:
         demo = None
+        admin_key = ensure_admin_key(platform, config)
+        ensure_tenants(platform, config)
         if config.demo:
             progress("registering the demo tenants and adapters")
             base = next(base for base in config.base_models if base.model == DEMO_MODEL)
-            demo = ensure_demo(platform, config.root / "demo.json", base.id)
+            demo = ensure_demo(platform, config.root / "demo.json", base.id, admin_key)
         progress("waiting for the base model to load")
         platform.wait_ready(stop.is_set)
         if stop.is_set():
@@ -70,6 +68,7 @@ def _serve(config: PlatformConfig, stop: threading.Event) -> None:
 
 def _print_addresses(platform: RunningPlatform, demo: dict[str, Any] | None, config: PlatformConfig) -> None:
     console.print(f"\nHTTP  {platform.http_url}/v1    gRPC  {platform.grpc_address}")
+    console.print(f"admin key in {config.admin_key_path}")
     if demo is None:
         return
     for tenant in demo["tenants"]:

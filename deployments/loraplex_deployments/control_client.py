@@ -18,7 +18,7 @@ from loraplex.core.control import (
 from loraplex.core.errors import LoraplexError, Unavailable
 from loraplex.core.ids import Digest, GatewayId, TenantName
 from loraplex.core.tenant import Role, TenantLimits, TenantView, UsageRow
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
 NAMESPACE = "loraplex"
 CONTROLLER_NAME = "loraplex-controller"
@@ -35,11 +35,10 @@ def controller_handle() -> Any:
 
 def unwrap(error: Exception) -> Exception:
     """Ray's envelope -> the error that the remote side raised, or Unavailable when the actor is away."""
-    if isinstance(error, RayTaskError) and isinstance(error.cause, LoraplexError):
-        return error.cause
-    if isinstance(error, RayActorError):
+    if not isinstance(error, RayTaskError):
         return Unavailable("the controller is away; try again shortly")
-    return error
+    cause: object = error.cause
+    return cause if isinstance(cause, LoraplexError) else error
 
 
 class RayControlPlane:
@@ -51,7 +50,7 @@ class RayControlPlane:
     async def _call(self, method: str, *args: Any, **kwargs: Any) -> Any:
         try:
             return await self._handle.call.remote(method, args, kwargs)
-        except (RayTaskError, RayActorError) as error:
+        except RayError as error:
             raise unwrap(error) from None
 
     async def snapshot(self, *, after_epoch: int, after_version: int, timeout_s: float) -> ControlSnapshot | None:
@@ -124,7 +123,7 @@ class RayArtifactReader:
             return ray.get(self._handle.call.remote(method, args, kwargs), timeout=_READ_TIMEOUT_S)
         except GetTimeoutError:
             raise Unavailable("the controller did not answer in time") from None
-        except (RayTaskError, RayActorError) as error:
+        except RayError as error:
             raise unwrap(error) from None
 
     def info(self, digest: Digest) -> ArtifactInfo:

@@ -4,7 +4,6 @@ Idempotent: a second start keeps tenants, keys and adapters. Called by ``loraple
 """
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +12,14 @@ from loraplex.core.tenant import Role, TenantLimits
 from loraplex.demo import DEMO_TENANTS
 from loraplex.tenancy.keys import new_key
 
+from loraplex_deployments.bootstrap import write_private
 from loraplex_deployments.launch import RunningPlatform
 
-ADMIN_TENANT = "admin"
 
-
-def ensure_demo(platform: RunningPlatform, path: Path, base_model_id: str) -> dict[str, Any]:
+def ensure_demo(platform: RunningPlatform, path: Path, base_model_id: str, admin_key: str) -> dict[str, Any]:
     """Registers what is missing and writes ``path`` (mode 0600); returns its content."""
     old = _read(path)
     keys = {tenant["name"]: tenant["key"] for tenant in old.get("tenants", [])}
-    admin_key = old.get("admin_key") or new_key()
-    platform.call("ensure_tenant", ADMIN_TENANT, TenantLimits())
-    platform.call("ensure_key", TenantName(ADMIN_TENANT), Role.ADMIN, admin_key)
     tenants = []
     for demo in DEMO_TENANTS:
         tenant = TenantName(demo.name)
@@ -41,7 +36,7 @@ def ensure_demo(platform: RunningPlatform, path: Path, base_model_id: str) -> di
         "tenants": tenants,
         "admin_key": admin_key,
     }
-    _write(path, content)
+    write_private(path, json.dumps(content, indent=2) + "\n")
     return content
 
 
@@ -51,14 +46,3 @@ def _read(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
-
-
-def _write(path: Path, content: dict[str, Any]) -> None:
-    temporary = path.with_suffix(".tmp")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=2)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)

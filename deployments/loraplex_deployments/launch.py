@@ -89,8 +89,8 @@ def start_platform(config: PlatformConfig, progress: Progress) -> RunningPlatfor
     listen = config.listen
     owns_ray = config.ray.address == "local"
     if owns_ray:
-        for name, port in (("http_port", listen.http_port), ("grpc_port", listen.grpc_port)):
-            _check_port(listen.host, port, name)
+        _check_port(listen.host, listen.http_port, "http_port")
+        _check_port("0.0.0.0", listen.grpc_port, "grpc_port")
     start_ray(config, progress)
     running: RunningPlatform | None = None
     try:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from loraplex.config.platform import PlatformConfig, parse_platform_config
 from loraplex.demo.base import prepare_demo_base
+from loraplex_deployments.bootstrap import ensure_admin_key, ensure_tenants
 from loraplex_deployments.demo_setup import ensure_demo
 from loraplex_deployments.launch import RunningPlatform, start_platform
 
@@ -41,6 +42,7 @@ class Demo:
 def demo_config(root: Path) -> PlatformConfig:
     text = f"""
 demo: true
+tenants: [{{name: initech, limits: {{requests_per_minute: 3}}}}]
 data_dir: {root}
 listen: {{http_port: {free_port()}, grpc_port: {free_port()}}}
 base_models:
@@ -67,7 +69,9 @@ def demo(demo_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     (config.root / "models").symlink_to(demo_models)
     platform = start_platform(config, print)
     try:
-        content = ensure_demo(platform, config.root / "demo.json", "smollm2-135m-instruct")
+        admin_key = ensure_admin_key(platform, config)
+        ensure_tenants(platform, config)
+        content = ensure_demo(platform, config.root / "demo.json", "smollm2-135m-instruct", admin_key)
         platform.wait_ready()
         assert json.loads((config.root / "demo.json").read_text()) == content
         yield Demo(platform=platform, config=config, content=content)

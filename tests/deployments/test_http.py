@@ -127,5 +127,28 @@ def test_bad_requests_name_the_parameter(demo: Demo, change: dict[str, object], 
     assert str(answer.json()["error"]["param"]).startswith(param)
 
 
+def test_a_configured_tenant_gets_a_key_and_meets_its_limit(demo: Demo) -> None:
+    admin = {"authorization": f"Bearer {demo.content['admin_key']}"}
+    key = httpx.post(f"{demo.http}/v1/tenants/initech/keys", json={"role": "member"}, headers=admin).json()["key"]
+    body = {"model": BASE, "prompt": "Hello", "max_tokens": 1}
+    answers = [
+        httpx.post(f"{demo.http}/v1/completions", json=body, headers={"authorization": f"Bearer {key}"}, timeout=60)
+        for _ in range(4)
+    ]
+    assert [answer.status_code for answer in answers] == [200, 200, 200, 429]
+    assert int(answers[3].headers["retry-after"]) >= 1
+
+
+def test_metrics_name_tenants_to_the_administrator_only(demo: Demo) -> None:
+    httpx.get(f"{demo.http}/v1/models", headers=bearer(demo, "acme"))
+    ask(client(demo, "acme"), BASE, "hi")
+    admin = httpx.get(f"{demo.http}/metrics", headers={"authorization": f"Bearer {demo.content['admin_key']}"})
+    everyone = httpx.get(f"{demo.http}/metrics")
+    assert 'tenant="acme"' in admin.text
+    assert "tenant=" not in everyone.text
+    assert "loraplex_gateway_requests_total{" in everyone.text
+    assert "acme" not in httpx.get(f"{demo.http}/metrics", headers=bearer(demo, "globex")).text
+
+
 def bearer(demo: Demo, tenant: str) -> dict[str, str]:
     return {"authorization": f"Bearer {demo.key(tenant)}"}

@@ -110,7 +110,7 @@ def test_a_day_in_the_life(served: Served, tmp_path: Path) -> None:
     beside = dict(served.config, data_dir=str(tmp_path / "other"))
     (tmp_path / "beside.yaml").write_text(yaml.safe_dump(beside))
     refused = loraplex("serve", "--config", str(tmp_path / "beside.yaml"))
-    assert refused.returncode == 1
+    assert refused.returncode == 2
     assert str(served.config["listen"]["http_port"]) in refused.stderr  # type: ignore[index]
     assert "Traceback" not in refused.stderr
     same_dir = loraplex("serve", "--config", str(served.folder / "fleet.yaml"))
@@ -161,7 +161,7 @@ def test_a_day_in_the_life(served: Served, tmp_path: Path) -> None:
 def test_an_unknown_config_key_is_named(tmp_path: Path) -> None:
     (tmp_path / "bad.yaml").write_text("base_models: [{id: a, model: demo, engin: {}}]\n")
     answer = loraplex("serve", "--config", str(tmp_path / "bad.yaml"))
-    assert answer.returncode == 1
+    assert answer.returncode == 2
     assert "bad.yaml" in answer.stderr
     assert "engin" in answer.stderr
     assert len(answer.stderr.strip().splitlines()) == 1

@@ -184,6 +184,10 @@ async def test_system_routes(world: Any) -> None:
         assert reply.headers["retry-after"]
         await world.http.post("/v1/chat/completions", json=CHAT)
         text = (await client.get("/metrics")).text
-    assert 'loraplex_gateway_requests_total{endpoint="chat.completions",status="200",tenant="acme"} 1.0' in text
+    assert 'loraplex_gateway_requests_total{endpoint="chat.completions",status="200"} 1.0' in text
+    assert "acme" not in text
+    async with world.client(ADMIN_KEY) as admin:
+        told = (await admin.get("/metrics")).text
+    assert 'loraplex_gateway_requests_total{endpoint="chat.completions",status="200",tenant="acme"} 1.0' in told
     assert "loraplex_gateway_running_requests 0.0" in text
     assert "lpx_" not in text

@@ -31,7 +31,7 @@ async def test_older_epoch_is_refused(world: Any) -> None:
     await world.eventually(offered.empty)
     await asyncio.sleep(0.1)
     assert view.snapshot.epoch == 5
-    assert b"loraplex_gateway_stale_snapshots_total 0.0" not in world.gateway.metrics.render()
+    assert b"loraplex_gateway_stale_snapshots_total 0.0" not in world.gateway.metrics.render(per_tenant=True)
     offered.put_nowait(replace(held, epoch=6))
     await world.eventually(lambda: view.snapshot.epoch == 6)
 

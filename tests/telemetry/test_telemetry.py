@@ -48,14 +48,14 @@ def test_tenants_are_bounded_in_metrics() -> None:
     metrics = GatewayMetrics(max_tenants=2)
     for i in range(50):
         finish(metrics, f"tenant-{i}")
-    text = metrics.render().decode()
+    text = metrics.render(per_tenant=True).decode()
     assert set(re.findall(r'tenant="([^"]*)"', text)) == {"tenant-0", "tenant-1", "other"}
     assert 'loraplex_gateway_tokens_total{kind="prompt",tenant="other"} 144.0' in text
     assert "loraplex_gateway_running_requests 0.0" in text
 
 
 def test_every_name_is_ours_and_once() -> None:
-    text = GatewayMetrics().render().decode()
+    text = GatewayMetrics().render(per_tenant=True).decode()
     names = re.findall(r"^# TYPE (\S+) (\S+)$", text, re.MULTILINE)
     assert all(name.startswith("loraplex_") for name, _ in names)
     assert all(name.endswith("_seconds") for name, kind in names if kind == "histogram")
@@ -65,9 +65,9 @@ def test_every_name_is_ours_and_once() -> None:
 def test_replicas_that_are_gone_disappear() -> None:
     metrics = GatewayMetrics()
     metrics.replica_loads({ReplicaId("a"): LoadReport(num_running=3), ReplicaId("b"): LoadReport()})
-    assert 'loraplex_replica_num_running{replica="a"} 3.0' in metrics.render().decode()
+    assert 'loraplex_replica_num_running{replica="a"} 3.0' in metrics.render(per_tenant=True).decode()
     metrics.replica_loads({ReplicaId("b"): LoadReport()})
-    text = metrics.render().decode()
+    text = metrics.render(per_tenant=True).decode()
     assert 'replica="a"' not in text
     assert 'loraplex_replica_num_running{replica="b"} 0.0' in text
 

@@ -48,6 +48,8 @@ class BaseModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
 
 class ListenConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     host: str = "127.0.0.1"
+    """Of HTTP. Ray Serve's gRPC proxy listens on all interfaces, whatever this says: close ``grpc_port`` in the
+    firewall of a machine that is not trusted. Every call but health and reflection needs a key."""
     http_port: int = 8000
     grpc_port: int = 9000
 
@@ -95,10 +97,17 @@ class PlatformConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     tenancy: TenancyConfig = msgspec.field(default_factory=TenancyConfig)
     traces: TraceConfig = msgspec.field(default_factory=TraceConfig)
     tenants: tuple[TenantBootstrap, ...] = ()
+    admin_key_file: str | None = None
+    """Holds the administrator's key; made at the first start when it does not exist. By default
+    ``data_dir``/admin.key. On a cluster: a mounted secret."""
 
     @property
     def root(self) -> Path:
         return Path(self.data_dir)
+
+    @property
+    def admin_key_path(self) -> Path:
+        return Path(self.admin_key_file) if self.admin_key_file else self.root / "admin.key"
 
     @property
     def trace_url(self) -> str:

@@ -4,10 +4,11 @@ A process makes one ``GatewayMetrics`` over its own registry and gives it to the
 the Prometheus text of ``GET /metrics``.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from prometheus_client.metrics_core import Metric
 
 from loraplex.core.ids import ReplicaId
 from loraplex.core.wire import LoadReport
@@ -145,6 +146,24 @@ class GatewayMetrics:
             for field, gauge in self._replica_gauges.items():
                 gauge.labels(replica_id).set(getattr(load, field))
 
-    def render(self) -> bytes:
-        """Prometheus text, ``CONTENT_TYPE``."""
-        return generate_latest(self.registry)
+    def render(self, *, per_tenant: bool) -> bytes:
+        """Prometheus text, ``CONTENT_TYPE``. Without ``per_tenant``, sums over the tenants and names none."""
+        return generate_latest(self.registry if per_tenant else _WithoutTenants(self.registry))
+
+
+class _WithoutTenants:
+    """A view of a registry in which samples that differ in their tenant alone are one."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._registry = registry
+
+    def collect(self) -> Iterator[Metric]:
+        for metric in self._registry.collect():
+            sums: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {}
+            for sample in metric.samples:
+                labels = tuple((name, value) for name, value in sample.labels.items() if name != "tenant")
+                sums[sample.name, labels] = sums.get((sample.name, labels), 0.0) + sample.value
+            summed = Metric(metric.name, metric.documentation, metric.type)
+            for (name, labels), value in sums.items():
+                summed.add_sample(name, dict(labels), value)
+            yield summed

@@ -4,14 +4,16 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import msgspec
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from loraplex.core.errors import Unavailable
 from loraplex.core.ids import GatewayId, ReplicaId
+from loraplex.core.tenant import Role
 from loraplex.core.wire import LoadReport
 from loraplex.gateway.routes import replies
 from loraplex.gateway.routes.access import Caller
+from loraplex.gateway.routes.edge import bearer_key
 from loraplex.gateway.routes.json_reply import json_reply
 from loraplex.gateway.service import GatewayService
 from loraplex.telemetry.metrics import CONTENT_TYPE
@@ -44,10 +46,15 @@ def system_routes(
         return json_reply({"status": "ok"})
 
     @router.get("/metrics", tags=["system"], response_model=None, responses={200: {"content": {CONTENT_TYPE: {}}}})
-    async def metrics() -> Response:
+    async def metrics(request: Request) -> Response:
+        """Open to all; names tenants only to the administrator."""
         if loads is not None:
             service.metrics.replica_loads(loads())
-        return Response(service.metrics.render(), headers={"content-type": CONTENT_TYPE})
+        per_tenant = False
+        key = bearer_key(request.headers.get("authorization"), request.headers.get("x-api-key"))
+        if key is not None:
+            per_tenant = service.authenticate(key).role is Role.ADMIN
+        return Response(service.metrics.render(per_tenant=per_tenant), headers={"content-type": CONTENT_TYPE})
 
     @router.get("/v1/status", tags=["administration"], response_model=replies.StatusReply, responses=replies.ERRORS)
     async def status(caller: Caller) -> Response:
