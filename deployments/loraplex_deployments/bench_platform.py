@@ -42,7 +42,7 @@ from loraplex_deployments.launch import RunningPlatform, start_platform
 _INPUT_TOKENS = 64
 _OUTPUT_TOKENS = 64
 _STREAMS = 16
-_ROUNDS = 5
+_ROUNDS = 3
 _STARTS = 3
 _SINGLE_REQUESTS = 8
 _PROCESSES = {"gateway": "ServeReplica:loraplex:gateway", "serve_proxy": "ProxyActor", "replica": "ReplicaActor"}
