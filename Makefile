@@ -52,6 +52,18 @@ lock:
 	echo 'torch>=2.11,<2.14' >> requirements.lock
 	rm -rf .venv-lock
 
+# Every figure of the README, one JSON file each. About 20 minutes on 2 cores; keep the machine otherwise idle.
+FIGURES := notebooks/results
+figures: setup-dev
+	mkdir -p $(FIGURES)
+	$(BIN)/python -m loraplex.demo.parity > $(FIGURES)/parity_cpu.json
+	$(BIN)/python kernels/benchmarks/bench_decode_cpu.py --threads 1 > $(FIGURES)/decode_cpu_1_thread.json
+	$(BIN)/python kernels/benchmarks/bench_decode_cpu.py --threads 2 > $(FIGURES)/decode_cpu_2_threads.json
+	$(BIN)/python -m loraplex.bench.gateway_capacity --json > $(FIGURES)/gateway_capacity_cpu.json
+	$(BIN)/python -m loraplex_deployments.bench_platform > $(FIGURES)/platform_cpu.json
+	RAY_SERVE_ENABLE_HA_PROXY=1 $(BIN)/python -m loraplex_deployments.bench_platform --parts overhead \
+	  > $(FIGURES)/platform_haproxy_cpu.json
+
 proto: setup-dev
 	$(BIN)/python -m grpc_tools.protoc -I platform --python_out=platform --pyi_out=platform --grpc_python_out=platform \
 	  $(patsubst platform/%,%,$(PROTO))

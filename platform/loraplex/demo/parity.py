@@ -9,6 +9,7 @@ are compared at every generated position. Run by ``make figures`` and, with fewe
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -246,7 +247,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--cache", type=Path, default=Path(".loraplex/models"))
     options = parser.parse_args()
-    directory = prepare_demo_base(options.cache, print)
+    directory = prepare_demo_base(options.cache, lambda message: print(message, file=sys.stderr))
     agreements = run_parity(directory, num_prompts=options.prompts, max_tokens=options.tokens)
     print(json.dumps(msgspec.to_builtins(agreements), indent=2))
 
