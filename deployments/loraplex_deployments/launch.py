@@ -33,7 +33,7 @@ Progress = Callable[[str], None]
 
 
 class RunningPlatform:
-    """What ``start_platform`` started. ``stop`` ends all of it and only that."""
+    """What ``start_platform`` started."""
 
     def __init__(self, config: PlatformConfig, controller: Any, *, owns_ray: bool) -> None:
         self._config = config
@@ -72,7 +72,10 @@ class RunningPlatform:
         raise Unavailable(f"not ready after {_READY_TIMEOUT_S:.0f} s")
 
     def stop(self) -> None:
-        """Gateways first (they send their last trace rows), then the controller with its replicas, then our Ray."""
+        """Gateways first (they send their last trace rows), then the controller, then our Ray and the replicas in it.
+
+        On a cluster that we joined the replicas run on, for the next controller to adopt.
+        """
         serve.delete(APP_NAME, _blocking=True)
         ray.get(self._controller.stop.remote(), timeout=_STOP_TIMEOUT_S)
         ray.kill(self._controller)
@@ -91,22 +94,20 @@ def start_platform(config: PlatformConfig, progress: Progress) -> RunningPlatfor
     if owns_ray:
         _check_port(listen.host, listen.http_port, "http_port")
         _check_port("0.0.0.0", listen.grpc_port, "grpc_port")
-    start_ray(config, progress)
-    running: RunningPlatform | None = None
+    _start_ray(config, progress)
     try:
         progress("starting the controller")
         controller = _start_controller(config)
-        running = RunningPlatform(config, controller, owns_ray=owns_ray)
         progress("starting the gateway")
         _start_gateways(config)
     except BaseException:
         if owns_ray:
             ray.shutdown()
         raise
-    return running
+    return RunningPlatform(config, controller, owns_ray=owns_ray)
 
 
-def start_ray(config: PlatformConfig, progress: Progress) -> None:
+def _start_ray(config: PlatformConfig, progress: Progress) -> None:
     settings = config.ray
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if settings.address == "local":
