@@ -180,6 +180,7 @@ class EngineMachine(RuleBasedStateMachine):
             self.engine.validate()
             report = self.engine.load_report()
             assert report.num_running + report.num_waiting == self.engine.num_unfinished
+            assert not self.engine.executor_broken, "adapters alone made the executor look broken"
 
     def teardown(self) -> None:
         if not hasattr(self, "engine"):

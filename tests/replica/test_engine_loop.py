@@ -246,26 +246,36 @@ def test_an_adapter_that_could_not_be_loaded_is_staged_again_for_the_next_reques
     assert world.tokens(1, "second") == expected_tokens(make("second", adapter=A), 20)
 
 
-@pytest.mark.parametrize(("tenants", "broken"), [("ab", True), ("a", False)])
-def test_a_replica_whose_device_is_broken_ends_but_no_tenant_alone_can_end_it(tenants: str, broken: bool) -> None:
+@pytest.mark.parametrize("tenants", ["a", "ab"])
+def test_a_replica_whose_device_is_broken_ends_before_it_has_failed_all_that_wait(tenants: str) -> None:
     class Broken(FakeExecutor):
         def execute(self, plan: StepPlan) -> StepResult:
             raise RuntimeError("illegal memory access")
 
-    running = Harness(Broken())
+    running = Harness(Broken(), EngineConfig(max_running=16))
     running.loop.open_session(1)
-    requests = tuple(make(f"r{i}", tenant=tenants[i % len(tenants)]) for i in range(12))
-    running.loop.submit(1, requests)
-    if broken:
-        assert running.ended.wait(10)
-        with pytest.raises(LoraplexError, match="fails whatever"):
-            running.loop.join()
-    else:
-        reasons = running.wait_end(1, *(request.request_id for request in requests))
-        assert set(reasons.values()) == {FinishReason.ERROR}
-        assert running.loop.alive
-        running.loop.stop()
+    running.loop.submit(1, tuple(make(f"r{i}", tenant=tenants[i % len(tenants)], adapter=A) for i in range(16)))
+    assert running.ended.wait(10)
+    with pytest.raises(LoraplexError, match="fails whatever"):
         running.loop.join()
+    ended = [o for f in running.frames[1] for o in f.outputs if o.finish_reason is not None]
+    assert len(ended) <= 8, "the others go on at another replica"
+
+
+def test_broken_adapters_alone_do_not_end_a_replica() -> None:
+    adapters = [letter * 64 for letter in "abcdef"]
+    running = Harness(FakeExecutor(num_pages=256, poisoned=adapters), EngineConfig(max_running=4))
+    running.loop.open_session(1)
+    requests = tuple(make(f"r{i}", tenant="xyz"[i % 3], adapter=adapters[i % 6]) for i in range(24))
+    running.loop.submit(1, requests)
+    reasons = running.wait_end(1, *(request.request_id for request in requests))
+    assert set(reasons.values()) == {FinishReason.ERROR}
+    running.loop.submit(1, (make("sound"),))
+    assert running.wait_end(1, "sound") == {"sound": FinishReason.LENGTH}
+    assert {o.request_id for f in running.frames[1] for o in f.outputs} == {*reasons, "sound"}
+    running.loop.stop()
+    running.loop.join()
+    assert not running.executor.violations
 
 
 def test_a_bug_in_the_loop_ends_it_and_is_told() -> None:

@@ -4,10 +4,8 @@ Holds the request ids and the one step under way; the decisions are the schedule
 reads no clock. Called by ``replica.driver`` and the simulator.
 """
 
-from collections import deque
-
 from loraplex.core.errors import BadConfig, Conflict, ContextTooLong, InvalidInput, LoraplexError
-from loraplex.core.ids import Digest, RequestId, TenantName
+from loraplex.core.ids import Digest, RequestId
 from loraplex.core.model import ModelSpec
 from loraplex.core.request import EngineRequest, FinishReason, OutputToken, RequestOutput
 from loraplex.core.step import ArenaSpec, Row, RowStart, SampledToken, StepPlan, StepResult
@@ -15,10 +13,11 @@ from loraplex.core.wire import LoadReport
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.instructions import Instructions
 from loraplex.engine.memory import Memory
+from loraplex.engine.probe import probe_request
 from loraplex.engine.scheduler import Scheduler
 from loraplex.engine.sequence import Sequence
 
-_FAILURES_OF_A_BROKEN_EXECUTOR = 8
+_FAILURES_BEFORE_PROBE = 8
 
 
 class Engine:
@@ -40,7 +39,9 @@ class Engine:
         self._plan: StepPlan | None = None
         self._in_step: dict[Sequence, int] = {}
         self._starting: list[Sequence] = []
-        self._failed_alone: deque[TenantName] = deque(maxlen=_FAILURES_OF_A_BROKEN_EXECUTOR)
+        self._num_failed_alone = 0
+        self._probe: Sequence | None = None
+        self._executor_broken = False
         self._order = 0
         self._step_id = 0
         self._num_generated = 0
@@ -55,10 +56,9 @@ class Engine:
 
     @property
     def executor_broken(self) -> bool:
-        """True when request after request failed although it was alone in its step, none succeeded in between, and they
-        were of several tenants, so that no tenant can bring this about with a bad adapter."""
-        failed = self._failed_alone
-        return len(failed) == failed.maxlen and len(set(failed)) > 1
+        """True when request after request failed although it was alone in its step, no step succeeded in between, and a
+        probe failed as well: one token of the plain base, so that no tenant can bring this about with bad adapters."""
+        return self._executor_broken
 
     @property
     def residency_version(self) -> int:
@@ -147,7 +147,7 @@ class Engine:
         sampled = {token.slot: token for token in result.tokens}
         in_step = self._take_step()
         self._scheduler.step_done()
-        self._failed_alone.clear()
+        self._num_failed_alone = 0
         outputs = (self._advance(sequence, count, sampled) for sequence, count in in_step.items())
         return tuple(output for output in outputs if output is not None)
 
@@ -175,7 +175,8 @@ class Engine:
     def step_failed(self, error: LoraplexError) -> tuple[RequestOutput, ...]:
         """The executor raised within the step. Changes state.
 
-        Of one request it ends that with ``error``; of several nobody ends yet: smaller steps find the culprit.
+        Of one request it ends that with ``error``; of several nobody ends yet: smaller steps find the culprit. After
+        several that failed alone in a row the next step is a probe's.
         """
         assert self._plan is not None, "no step is under way"
         releases = self._plan.releases
@@ -185,12 +186,31 @@ class Engine:
         self._scheduler.restart(releases, sequences)
         outputs = [self._end(s, FinishReason.ABORT) for s in sequences if s.aborted]
         suspects = [sequence for sequence in sequences if not sequence.aborted]
-        if len(suspects) == 1:
-            self._failed_alone.append(suspects[0].tenant)
+        if self._probe in suspects:
+            self._end_probe()
+            self._executor_broken = True
+        elif len(suspects) == 1:
             outputs.append(self._end(suspects[0], FinishReason.ERROR, error=error))
+            self._num_failed_alone += 1
+            if self._num_failed_alone == _FAILURES_BEFORE_PROBE:
+                self._start_probe()
         elif suspects:
             self._scheduler.isolate(suspects)
         return tuple(outputs)
+
+    def _start_probe(self) -> None:
+        request = probe_request(self._model.base_model_id)
+        limit = self._checked_limit(request)
+        self._probe = Sequence(request, order=self._order, now_s=0.0, max_tokens_total=limit)
+        self._order += 1
+        self._sequences[request.request_id] = self._probe
+        self._scheduler.run_alone(self._probe)
+
+    def _end_probe(self) -> None:
+        """Nobody asked for it, so nobody hears of its end."""
+        assert self._probe is not None, "no probe is under way"
+        self._end(self._probe, FinishReason.ABORT)
+        self._probe = None
 
     def load_report(self) -> LoadReport:
         """The state as routers see it; ``credits`` is for all gateways together."""
@@ -293,6 +313,9 @@ class Engine:
         assert (token is not None) == (count == sequence.num_uncomputed), "sampled tokens differ from the plan"
         if sequence.aborted:
             return self._end(sequence, FinishReason.ABORT)
+        if sequence is self._probe:
+            self._end_probe()
+            return None
         sequence.num_computed += count
         self._memory.prefix.seal(sequence)
         if token is None:

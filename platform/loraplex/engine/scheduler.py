@@ -109,6 +109,14 @@ class Scheduler:
             parts = [sequences[:middle], sequences[middle:]]
         self._quarantine.extendleft(frozenset(part) for part in reversed(parts))
 
+    def run_alone(self, sequence: Sequence) -> None:
+        """A new request gets the next step for itself; who is last in the order gives way for it. Changes state."""
+        self.add(sequence)
+        while not self._fits(sequence, reserve=0):
+            self._preempt(self.running[-1])
+        self._open(sequence)
+        self._quarantine.appendleft(frozenset((sequence,)))
+
     def step_done(self) -> None:
         """The last planned step ended, well or not: a quarantined set has had its turn. Changes state."""
         if self._quarantine:
@@ -208,21 +216,26 @@ class Scheduler:
             self._preempt(victims.pop())
         return True
 
-    def _fits(self, sequence: Sequence) -> bool:
-        return bool(self._free_slots) and self._shortage(sequence) <= 0
+    def _fits(self, sequence: Sequence, *, reserve: int | None = None) -> bool:
+        return bool(self._free_slots) and self._shortage(sequence, reserve=reserve) <= 0
 
-    def _shortage(self, sequence: Sequence, *, without: Collection[Sequence] = ()) -> int:
-        # Some pages are left over at an admission, so that the running can grow a while before anybody is preempted.
-        reserve = -(-(len(self.running) - len(without)) // 4)
+    def _shortage(self, sequence: Sequence, *, without: Collection[Sequence] = (), reserve: int | None = None) -> int:
+        if reserve is None:
+            # Some pages are left over at an admission, so that the running can grow a while before anybody is
+            # preempted.
+            reserve = -(-(len(self.running) - len(without)) // 4)
         return self._memory.shortage(sequence, reserve=reserve, without=without)
 
-    def _admit(self, sequence: Sequence) -> None:
+    def _open(self, sequence: Sequence) -> None:
         # Pages and pin first: while it counts as a waiter its adapter cannot leave host memory.
         self._memory.admit(sequence)
         self._dequeue(sequence)
         sequence.slot = self._free_slots.pop()
         sequence.needs_start = True
         insort(self.running, sequence, key=lambda s: s.rank)
+
+    def _admit(self, sequence: Sequence) -> None:
+        self._open(sequence)
         uncharged = len(sequence.token_ids) - max(sequence.num_computed, sequence.charged_tokens)
         self._admitted_cost[sequence.tenant] += (
             max(0, uncharged) * self._config.prefill_token_cost + self._config.decode_token_cost
