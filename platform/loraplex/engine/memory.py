@@ -87,6 +87,7 @@ class Memory:
         sequence.pages = shared + self._take(count)
         sequence.num_computed = len(shared) * self.page_size
         sequence.num_sealed = len(shared)
+        self.prefix.begin(sequence)
         if sequence.num_cached is None:
             sequence.num_cached = min(sequence.num_computed, sequence.num_prompt)
 
@@ -99,6 +100,7 @@ class Memory:
 
     def release(self, sequence: Sequence) -> None:
         """Takes back the pages and the pin of a running sequence; sealed pages stay findable. Changes state."""
+        self.prefix.end(sequence)
         # The end of the chain goes first: without its head the rest could not be found.
         self.pool.release(reversed(sequence.pages), stamp=self._stamp)
         sequence.pages = ()
@@ -144,6 +146,7 @@ class Memory:
         references = Counter(page for sequence in running for page in sequence.pages)
         references.update(self.adapters.pages_in_use())
         self.pool.validate(dict(references))
+        self.prefix.validate(running)
         self.adapters.validate(
             dict(Counter(s.adapter for s in running if s.adapter is not None)),
             dict(Counter(s.adapter for s in waiting if s.adapter is not None)),

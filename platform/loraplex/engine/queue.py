@@ -4,7 +4,7 @@ Knows no pages and no budgets; the order between groups is the scheduler's. Call
 """
 
 from bisect import bisect_left, insort
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from loraplex.core.ids import Digest, TenantName
 from loraplex.engine.sequence import Sequence
@@ -56,9 +56,13 @@ class WaitingQueue:
         self._size -= 1
         self.num_tokens -= len(sequence.token_ids)
 
-    def heads(self, *, offline: bool) -> list[Sequence]:
-        """The first of each group of one class."""
-        return [group[0] for group in self._groups[offline].values()]
+    def heads(self, *, offline: bool, without: Collection[Sequence]) -> list[Sequence]:
+        """The first of each group of one class, those in ``without`` left aside."""
+        firsts = (
+            next((sequence for sequence in group if sequence not in without), None)
+            for group in self._groups[offline].values()
+        )
+        return [first for first in firsts if first is not None]
 
     def of_adapter(self, digest: Digest) -> list[Sequence]:
         return sorted(self._of_adapter.get(digest, ()), key=_rank)

@@ -2,7 +2,8 @@
 
 A step holds one token of every decoding request, then prefill chunks of the running, then newly admitted requests, up
 to ``max_step_tokens``; online before offline. Among the waiting of a class the preempted go first, then the smallest
-(tenant counter + price of a new adapter); an overdue request pays no price and is not passed. Admission takes pages
+(tenant counter + price of a new adapter); an overdue request pays no price and is not passed. Of requests with equal
+prompts one computes the pages and the others wait for them, until they are overdue. Admission takes pages
 for all known tokens, so only decoding can run short of pages; then the running request of greatest rank (offline,
 latest arrival) is preempted: its pages are released and it is recomputed later, mostly from the prefix cache.
 
@@ -169,24 +170,35 @@ class Scheduler:
     def _admit_class(self, now_s: float, *, offline: bool) -> bool:
         """Admits while budget and pages last; False when somebody ready is left, so that a lower class must wait."""
         passed: set[Sequence] = set()
+        deferred: set[Sequence] = set()
         while True:
             heads = [
-                head for head in self.waiting.heads(offline=offline) if self._is_ready(head) and head not in passed
+                head
+                for head in self.waiting.heads(offline=offline, without=deferred)
+                if self._is_ready(head) and head not in passed
             ]
             if not heads:
                 return not passed
             if self._budget <= 0:
                 return False
             head = min(heads, key=lambda sequence: self._turn(sequence, now_s))
-            if self._make_way(head):
+            overdue = self._is_overdue(head, now_s)
+            if not overdue and self._is_being_computed(head):
+                deferred.add(head)
+            elif self._make_way(head):
                 self._admit(head)
-            elif self._is_overdue(head, now_s):
+            elif overdue:
                 return False
             else:
                 passed.add(head)
 
     def _is_ready(self, sequence: Sequence) -> bool:
         return sequence.adapter is None or self._memory.adapters.is_ready(sequence.adapter)
+
+    def _is_being_computed(self, sequence: Sequence) -> bool:
+        """True while a running request, of no lower class, computes a page that this one would compute again."""
+        computing = self._memory.prefix.awaited(sequence)
+        return computing is not None and computing.offline <= sequence.offline
 
     def _is_overdue(self, sequence: Sequence, now_s: float) -> bool:
         return sequence.since_s + self._config.overdue_s <= now_s

@@ -10,6 +10,7 @@ class Sequence:
     __slots__ = (
         "aborted",
         "adapter",
+        "awaited_key",
         "charged_tokens",
         "emitted",
         "max_tokens_total",
@@ -47,6 +48,8 @@ class Sequence:
         """Prompt tokens found in the prefix cache at the first admission."""
         self.pages: tuple[int, ...] = ()
         self.page_keys: list[bytes] = []
+        self.awaited_key: bytes | None = None
+        """Of the page that it last waited for; see ``PrefixCache.awaited``."""
         self.num_sealed = 0
         """Leading pages that are already offered to the prefix cache."""
         self.slot: int | None = None
