@@ -57,8 +57,10 @@ class RayControlPlane:
         answer = await self._call("snapshot", after_epoch=after_epoch, after_version=after_version, timeout_s=timeout_s)
         return cast("ControlSnapshot | None", answer)
 
-    async def lease_quota(self, gateway_id: GatewayId, demand: tuple[TenantDemand, ...]) -> tuple[QuotaShare, ...]:
-        return cast(tuple[QuotaShare, ...], await self._call("lease_quota", gateway_id, demand))
+    async def lease_quota(
+        self, gateway_id: GatewayId, demand: tuple[TenantDemand, ...], held: tuple[QuotaShare, ...]
+    ) -> tuple[QuotaShare, ...]:
+        return cast(tuple[QuotaShare, ...], await self._call("lease_quota", gateway_id, demand, held))
 
     async def report_usage(self, gateway_id: GatewayId, rows: tuple[UsageRow, ...]) -> None:
         await self._call("report_usage", gateway_id, rows)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from loraplex.controller.config import ControllerOptions
 from loraplex.controller.controller import Controller
-from loraplex.core.control import ControlPlane, ControlSnapshot, ReplicaRoute, TenantDemand
+from loraplex.core.control import ControlPlane, ControlSnapshot, QuotaShare, ReplicaRoute, TenantDemand
 from loraplex.core.errors import (
     BadAdapter,
     BadConfig,
@@ -403,8 +403,15 @@ async def test_usage_traces_and_leases(controller: Controller, traces: Any) -> N
     await asyncio.gather(*(controller.record_traces(GATEWAY, bytes([n])) for n in range(50)))
     assert traces.batches == [bytes([n]) for n in range(50)]
     demand = (TenantDemand(tenant=ACME, requests=5, tokens=100, running=1),)
-    shares = await controller.lease_quota(GATEWAY, demand)
+    shares = await controller.lease_quota(GATEWAY, demand, ())
     assert [(row.tenant, row.share) for row in shares] == [("*", 1.0), (ACME, 1.0)]
+
+
+async def test_after_a_restart_a_gateway_gets_no_more_than_it_held(controller: Controller) -> None:
+    await tenants(controller, requests_per_minute=60)
+    demand = (TenantDemand(tenant=ACME, requests=5, tokens=100, running=1),)
+    held = tuple(QuotaShare(tenant=name, share=0.5) for name in (TenantName("*"), ACME))
+    assert await controller.lease_quota(GATEWAY, demand, held) == held
 
 
 async def test_a_slow_database_does_not_stop_the_event_loop(controller: Controller, tmp_path: Path) -> None:

@@ -57,6 +57,9 @@ async def test_limits_and_demand(world: Any) -> None:
     assert int(reply.headers["retry-after"]) >= 1
     await world.eventually(lambda: sum(row.requests for row in world.control.rows_of("lease_quota")) == 4)
     assert [row.status for row in world.tracer.rows] == [200, 429, 429, 429]
+    leases = [args for name, args in world.control.calls if name == "lease_quota"]
+    assert leases[0][2] == ()
+    assert [row.share for row in leases[-1][2]][:1] == [1.0], "each lease reports the answer to the one before"
     async with world.client("lpx_globex_admin_key_of_the_tests") as other:
         assert (await other.post("/v1/chat/completions", json={**CHAT, "model": "lawyer"})).status_code == 200
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
-from loraplex.core.control import TenantDemand
+from loraplex.core.control import QuotaShare, TenantDemand
 from loraplex.core.ids import GatewayId, TenantName
 from loraplex.core.tenant import TenantLimits
 from loraplex.tenancy import ShareBook, TenancyConfig
@@ -91,6 +91,28 @@ def test_places_of_running_requests_are_not_given_away() -> None:
     assert _share(book.lease(second, _demand(9), limits, 6.1)) >= 0.5
 
 
+def test_a_restarted_book_grants_no_more_than_what_is_free() -> None:
+    limits = {ACME: TenantLimits(max_concurrent_requests=4), TenantName("rate"): TenantLimits(requests_per_minute=60)}
+    config = TenancyConfig(silent_after_s=5)
+    before = ShareBook(config)
+    for second in range(4):
+        held = {gateway: before.lease(gateway, _demand(2), limits, float(second)) for gateway in GATEWAYS[:2]}
+    assert [_share(rows) for rows in held.values()] == [0.5, 0.5]
+    first, second, third = GATEWAYS
+    book = ShareBook(config)
+    rows = book.lease(first, _demand(9, running=2), limits, 100.0, held[first])
+    assert (_share(rows), _share(rows, TenantName("rate"))) == (0.5, 0.5)
+    assert _share(book.lease(third, _demand(9), limits, 100.1)) == 0.0, "a new gateway takes nothing that is held"
+    rows = book.lease(second, _demand(1, running=1), limits, 100.2, held[second])
+    assert _share(rows) <= 0.5
+    book.validate()
+
+    alone = ShareBook(config)
+    for now_s in (100.0, 104.9):
+        assert _share(alone.lease(first, _demand(9), limits, now_s, held[first])) == 0.5
+    assert _share(alone.lease(first, _demand(9), limits, 105.0, held[first])) == 1.0, "the other one is gone"
+
+
 def test_ten_thousand_idle_tenants_cost_one_row() -> None:
     limits = {TenantName(f"t{index}"): TenantLimits(requests_per_minute=60) for index in range(10_000)}
     book = ShareBook(TenancyConfig())
@@ -118,7 +140,15 @@ class ShareMachine(RuleBasedStateMachine):
         self.book = ShareBook(self.config)
         self.now_s = 0.0
         self.limits: dict[TenantName, TenantLimits] = {}
-        self.held: dict[GatewayId, tuple[float, object]] = {}
+        self.held: dict[GatewayId, tuple[float, tuple[QuotaShare, ...]]] = {}
+        self.restarted = False
+
+    @rule()
+    def restart(self) -> None:
+        """The controller comes back with an empty book; who was silent before is gone for good."""
+        self.held = {g: held for g, held in self.held.items() if self.now_s - held[0] <= self.config.silent_after_s}
+        self.book = ShareBook(self.config)
+        self.restarted = bool(self.held)
 
     @rule(seconds=st.floats(0, 3))
     def pass_time(self, seconds: float) -> None:
@@ -140,7 +170,11 @@ class ShareMachine(RuleBasedStateMachine):
     )
     def lease(self, gateway: GatewayId, tenants: list[TenantName], requests: int, running: int) -> None:
         demand = tuple(row for name in tenants for row in _demand(requests, running, name))
-        rows = self.book.lease(gateway, demand, self.limits, self.now_s)
+        if self.restarted and gateway not in self.held:
+            return  # the first to lease from a restarted book is one that leased before
+        self.restarted = False
+        _, held = self.held.get(gateway, (0.0, ()))
+        rows = self.book.lease(gateway, demand, self.limits, self.now_s, held)
         self.held[gateway] = (self.now_s, rows)
 
     @invariant()

@@ -126,9 +126,11 @@ class Controller:
         limit_s = min(max(timeout_s, 0.0), self._options.controller.max_long_poll_s)
         return await self._board.newer_than(after_epoch, after_version, timeout_s=limit_s)
 
-    async def lease_quota(self, gateway_id: GatewayId, demand: tuple[TenantDemand, ...]) -> tuple[QuotaShare, ...]:
+    async def lease_quota(
+        self, gateway_id: GatewayId, demand: tuple[TenantDemand, ...], held: tuple[QuotaShare, ...]
+    ) -> tuple[QuotaShare, ...]:
         """The row of ``tenancy.share_book.OTHER_TENANTS`` stands for all tenants that are not named."""
-        return self._shares.lease(gateway_id, demand, self._board.limits, self._clock.monotonic_s())
+        return self._shares.lease(gateway_id, demand, self._board.limits, self._clock.monotonic_s(), held)
 
     async def report_usage(self, gateway_id: GatewayId, rows: tuple[UsageRow, ...]) -> None:
         if rows:

@@ -97,7 +97,10 @@ class ControlPlane(Protocol):
     async def snapshot(self, *, after_epoch: int, after_version: int, timeout_s: float) -> ControlSnapshot | None:
         """The newest snapshot, as soon as it is newer than (after_epoch, after_version); None after timeout_s."""
 
-    async def lease_quota(self, gateway_id: GatewayId, demand: tuple[TenantDemand, ...]) -> tuple[QuotaShare, ...]: ...
+    async def lease_quota(
+        self, gateway_id: GatewayId, demand: tuple[TenantDemand, ...], held: tuple[QuotaShare, ...]
+    ) -> tuple[QuotaShare, ...]:
+        """``held``: the last answer, so that a restarted controller knows what the gateways spend; empty at first."""
 
     async def report_usage(self, gateway_id: GatewayId, rows: tuple[UsageRow, ...]) -> None: ...
 

@@ -172,7 +172,7 @@ class Gateway:
         await self._view.wait_for(lambda _directory: True, timeout_s=None)
         while True:
             try:
-                shares = await self._control.lease_quota(self._gateway_id, self._quota.take_demand())
+                shares = await self._control.lease_quota(self._gateway_id, self._quota.take_demand(), self._quota.held)
                 self._quota.update_shares(shares, self._clock.monotonic_s())
                 if not self._leased:
                     self._leased = True

@@ -66,6 +66,7 @@ class QuotaGate:
         self._config = config
         self._accounts: dict[TenantName, _Account] = {}
         self._shares: dict[TenantName, float] = {}
+        self._held: tuple[QuotaShare, ...] = ()
         self._other_share = 0.0
         self._open: dict[int, _Account] = {}
         """By reservation number. An account outlives its tenant here, so that a tenant that was deleted and made again
@@ -88,11 +89,17 @@ class QuotaGate:
 
     def update_shares(self, shares: Iterable[QuotaShare], now_s: float) -> None:
         """The whole answer of ``lease_quota``; it replaces the last one. Without an answer the last one goes on."""
-        by_tenant = {row.tenant: row.share for row in shares}
+        self._held = tuple(shares)
+        by_tenant = {row.tenant: row.share for row in self._held}
         self._other_share = by_tenant.pop(OTHER_TENANTS, 0.0)
         self._shares = by_tenant
         for name, account in self._accounts.items():
             account.set_limits(account.limits, self._share(name), now_s)
+
+    @property
+    def held(self) -> tuple[QuotaShare, ...]:
+        """The last answer of ``lease_quota``; empty before the first."""
+        return self._held
 
     def reserve(self, tenant: TenantName, tokens: int, now_s: float) -> Reservation:
         """Takes one request, ``tokens`` (prompt + most output) and one running place, or nothing at all.

@@ -4,6 +4,10 @@ A gateway keeps what it was granted until its next lease, so the book counts gra
 target or what the others' last grants leave, whichever is less. Hence at every moment the shares that live gateways
 hold of one tenant sum to at most 1; a move of share takes one slice to leave the giver and one to reach the taker.
 
+A book that replaces another (its controller restarted) learns what was granted from the gateways: each reports in its
+first lease what it holds, and what no gateway has claimed yet stays out of reach until those that live have had time to
+report. A gateway that holds nothing finds no trace of an earlier book: the first lease of all decides.
+
 A place of the concurrency limit that a running request takes is never granted away before the request ends.
 
 Most tenants are idle: they are not listed one by one but covered by the row named ``*``, an even split. A tenant
@@ -30,20 +34,24 @@ _MIN_WEIGHT = 1e-3
 class _Account:
     """One tenant's division. ``granted`` and ``weight`` are keyed by gateway."""
 
-    __slots__ = ("granted", "last_demand_s", "weight")
+    __slots__ = ("granted", "last_demand_s", "unclaimed", "weight")
 
-    def __init__(self, granted: dict[GatewayId, float], now_s: float) -> None:
+    def __init__(self, granted: dict[GatewayId, float], now_s: float, *, unclaimed: float) -> None:
         self.granted = granted
         self.weight: dict[GatewayId, float] = {}
         self.last_demand_s = now_s
+        self.unclaimed = unclaimed
+        """What gateways that have not reported since the book was begun may hold."""
 
 
 class ShareBook:
     def __init__(self, config: TenancyConfig) -> None:
         self._config = config
         self._last_seen_s: dict[GatewayId, float] = {}
-        self._others = _Account({}, 0.0)
+        self._others = _Account({}, 0.0, unclaimed=0.0)
         self._accounts: dict[TenantName, _Account] = {}
+        self._recovered_s: float | None = None
+        """From then on nothing is held back for gateways of an earlier book. None until the first lease."""
 
     def lease(
         self,
@@ -51,12 +59,15 @@ class ShareBook:
         demand: tuple[TenantDemand, ...],
         limits: Mapping[TenantName, TenantLimits],
         now_s: float,
+        held: tuple[QuotaShare, ...] = (),
     ) -> tuple[QuotaShare, ...]:
         """The shares that ``gateway_id`` holds from now until its next lease, the ``*`` row first.
 
-        ``limits``: of all tenants. Demand of a tenant that is not in it, or has no limits, is ignored.
+        ``limits``: of all tenants. Demand of a tenant that is not in it, or has no limits, is ignored. ``held``: the
+        answer to the gateway's last lease, empty when it had none; the book heeds it while it does not know better.
         """
         self._drop_silent(now_s)
+        self._recover(gateway_id, held, now_s)
         self._last_seen_s[gateway_id] = now_s
         self._grant(self._others, gateway_id, places=None, taken=0.0)
         self._note_demand(gateway_id, demand, limits, now_s)
@@ -80,7 +91,31 @@ class ShareBook:
         for account in (self._others, *self._accounts.values()):
             assert account.granted.keys() <= self._last_seen_s.keys()
             assert all(share >= 0 for share in account.granted.values())
-            assert sum(account.granted.values()) <= 1 + 1e-6
+            assert account.unclaimed >= 0
+            assert sum(account.granted.values()) + account.unclaimed <= 1 + 1e-6
+
+    def _recover(self, gateway_id: GatewayId, held: tuple[QuotaShare, ...], now_s: float) -> None:
+        """Notes what an earlier book granted to a gateway that this one does not know yet."""
+        if self._recovered_s is None:
+            self._recovered_s = now_s
+            if held:
+                self._recovered_s += self._config.silent_after_s
+                self._others.unclaimed = 1.0
+        if now_s >= self._recovered_s:
+            for account in (self._others, *self._accounts.values()):
+                account.unclaimed = 0.0
+        elif gateway_id not in self._last_seen_s:
+            shares = {row.tenant: row.share for row in held}
+            other_share = shares.pop(OTHER_TENANTS, 0.0)
+            for name in shares.keys() - self._accounts.keys():
+                self._accounts[name] = self._new_account(now_s)
+            _claim(self._others, gateway_id, other_share)
+            for name, account in self._accounts.items():
+                _claim(account, gateway_id, shares.get(name, other_share))
+
+    def _new_account(self, now_s: float) -> _Account:
+        """Of a tenant that ``*`` covered until now."""
+        return _Account(dict(self._others.granted), now_s, unclaimed=self._others.unclaimed)
 
     def _drop_silent(self, now_s: float) -> None:
         silent = [g for g, seen_s in self._last_seen_s.items() if now_s - seen_s > self._config.silent_after_s]
@@ -104,7 +139,7 @@ class ShareBook:
         }
         for name, tenant_limits in limits.items():
             if name not in self._accounts and (name in pressure or _whole_places(tenant_limits) is not None):
-                self._accounts[name] = _Account(dict(self._others.granted), now_s)
+                self._accounts[name] = self._new_account(now_s)
         for name, account in self._accounts.items():
             offered = pressure.get(name, 0.0)
             # Half old, half new: a burst is followed within two slices and a lull does not give all away at once.
@@ -115,7 +150,7 @@ class ShareBook:
     def _grant(self, account: _Account, gateway_id: GatewayId, *, places: int | None, taken: float) -> None:
         held_by_others = sum(share for other, share in account.granted.items() if other != gateway_id)
         wanted = max(self._target(account, gateway_id, places), taken)
-        share = max(0.0, min(wanted, 1.0 - held_by_others))
+        share = max(0.0, min(wanted, 1.0 - account.unclaimed - held_by_others))
         if places:
             share = math.floor(share * places + 1e-6) / places
         account.granted[gateway_id] = share
@@ -135,9 +170,19 @@ class ShareBook:
 
     def _settled(self, account: _Account, now_s: float) -> bool:
         """True when the tenant is idle and every gateway holds of it what ``*`` gives: naming it adds nothing."""
-        return now_s - account.last_demand_s > self._config.idle_after_s and all(
-            abs(account.granted.get(g, 0.0) - self._others.granted.get(g, 0.0)) < _TINY for g in self._last_seen_s
+        return (
+            now_s - account.last_demand_s > self._config.idle_after_s
+            and account.unclaimed == 0
+            and all(
+                abs(account.granted.get(g, 0.0) - self._others.granted.get(g, 0.0)) < _TINY for g in self._last_seen_s
+            )
         )
+
+
+def _claim(account: _Account, gateway_id: GatewayId, share: float) -> None:
+    claimed = min(share, account.unclaimed)
+    account.granted[gateway_id] = claimed
+    account.unclaimed -= claimed
 
 
 def _whole_split(wishes: Mapping[GatewayId, float], places: int) -> dict[GatewayId, int]:
