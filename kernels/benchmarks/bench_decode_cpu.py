@@ -25,6 +25,7 @@ from loraplex.core.request import SamplingParams
 from loraplex.core.step import Row, RowStart, StepPlan
 from loraplex.model_runner import ExecutorConfig, TorchExecutor, build_executor
 from loraplex.model_runner.random_models import random_tensors
+from loraplex.testing.steps import run_step
 from safetensors.torch import save_file
 
 SHAPE = "smollm2-135m"
@@ -62,7 +63,7 @@ class OurBatch:
         self._length += 1
 
     def _run(self, starts: tuple[RowStart, ...], rows: tuple[Row, ...]) -> None:
-        result = self._executor.execute(StepPlan(step_id=0, releases=(), starts=starts, rows=rows))
+        result = run_step(self._executor, StepPlan(step_id=0, releases=(), starts=starts, rows=rows))
         for token in result.tokens:
             self._last[self._slots.index(token.slot)] = token.token_id
 
@@ -204,7 +205,7 @@ def bench_batch(
         },
         steps,
     )
-    executor.execute(StepPlan(step_id=0, releases=tuple(range(2 * batch)), starts=(), rows=()))
+    run_step(executor, StepPlan(step_id=0, releases=tuple(range(2 * batch)), starts=(), rows=()))
     for name in names:
         executor.drop_adapter(Digest(name))
     return {

@@ -20,6 +20,7 @@ from loraplex.core.request import EngineRequest, FinishReason, Priority, Request
 from loraplex.core.step import StepPlan
 from loraplex.engine import Engine, EngineConfig
 from loraplex.testing.fake_executor import FakeExecutor, expected_tokens, fake_manifest, fake_model
+from loraplex.testing.steps import run_step
 
 A, B = Digest("a" * 64), Digest("b" * 64)
 
@@ -63,7 +64,7 @@ class Harness:
             if instructions.plan is None:
                 return
             self.plans.append(instructions.plan)
-            self._take(self.engine.complete(self.executor.execute(instructions.plan), self.now_s))
+            self._take(self.engine.complete(run_step(self.executor, instructions.plan), self.now_s))
             self.engine.validate()
 
     def add(self, request: EngineRequest) -> EngineRequest:
@@ -433,7 +434,7 @@ def test_aborts_free_pages_at_once_or_after_the_step() -> None:
     plan = harness.engine.schedule(5.0).plan
     assert plan is not None
     assert harness.engine.abort(RequestId("b")) == ()
-    (output,) = harness.engine.complete(harness.executor.execute(plan), 6.0)
+    (output,) = harness.engine.complete(run_step(harness.executor, plan), 6.0)
     assert (output.finish_reason, output.tokens) == (FinishReason.ABORT, ())
     assert harness.engine.num_unfinished == 0
     assert harness.engine.abort(RequestId("b")) == ()

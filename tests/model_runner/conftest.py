@@ -15,6 +15,7 @@ from loraplex.core.step import Row, RowStart, SampledToken, StepPlan
 from loraplex.model_runner.arena import Arena
 from loraplex.model_runner.build import load_model_spec, load_weights
 from loraplex.model_runner.executor import TorchExecutor
+from loraplex.testing.steps import run_step
 
 BASE = BaseModelId("base")
 CPU = torch.device("cpu")
@@ -154,7 +155,7 @@ class Driver:
             )
         self._steps += 1
         plan = StepPlan(step_id=self._steps, releases=releases, starts=tuple(starts), rows=tuple(rows))
-        result = self.executor.execute(plan)
+        result = run_step(self.executor, plan)
         assert result.step_id == self._steps
         assert [token.slot for token in result.tokens] == [row.slot for row in rows if row.samples]
         sampled = {token.slot: token.token_id for token in result.tokens}

@@ -18,6 +18,7 @@ from loraplex.core.model import LORA_MODULES, ModelSpec
 from loraplex.core.request import SamplingParams
 from loraplex.core.step import Row, RowStart, StepPlan
 from loraplex.model_runner import ExecutorConfig, TorchExecutor, build_executor
+from loraplex.testing.steps import run_step
 from safetensors.torch import save_file
 
 BASE = BaseModelId("base")
@@ -60,8 +61,8 @@ def one_row(
     start = RowStart(slot=slot, sampling=GREEDY, token_ids=tuple(tokens), num_prompt_tokens=len(tokens))
     row = Row(slot=slot, token_ids=tuple(tokens), start=0, pages=tuple(pages), adapter=adapter, samples=True)
     plan = StepPlan(step_id=1, releases=(), starts=(start,), rows=(row,))
-    token = executor.execute(plan).tokens[0].token_id
-    executor.execute(StepPlan(step_id=2, releases=(slot,), starts=(), rows=()))
+    token = run_step(executor, plan).tokens[0].token_id
+    run_step(executor, StepPlan(step_id=2, releases=(slot,), starts=(), rows=()))
     return token
 
 
@@ -83,7 +84,7 @@ def test_pages_full_of_nan_from_before_do_not_reach_a_new_request(make_base: Any
 def test_a_prompt_chunk_without_sampling_gives_no_token(executor: TorchExecutor) -> None:
     start = RowStart(slot=3, sampling=GREEDY, token_ids=(5, 6, 7), num_prompt_tokens=3)
     row = Row(slot=3, token_ids=(5, 6), start=0, pages=(9,), adapter=None, samples=False)
-    result = executor.execute(StepPlan(step_id=7, releases=(), starts=(start,), rows=(row,)))
+    result = run_step(executor, StepPlan(step_id=7, releases=(), starts=(start,), rows=(row,)))
     assert result.tokens == ()
     assert result.step_id == 7
     assert result.duration_s > 0
@@ -93,9 +94,9 @@ def test_a_slot_is_released_before_it_is_started_again(executor: TorchExecutor) 
     for _ in range(2):
         start = RowStart(slot=0, sampling=GREEDY, token_ids=(5, 6), num_prompt_tokens=2)
         row = Row(slot=0, token_ids=(5, 6), start=0, pages=(1,), adapter=None, samples=True)
-        executor.execute(StepPlan(step_id=1, releases=(), starts=(start,), rows=(row,)))
-        executor.execute(StepPlan(step_id=2, releases=(0,), starts=(start,), rows=()))
-        executor.execute(StepPlan(step_id=3, releases=(0,), starts=(), rows=()))
+        run_step(executor, StepPlan(step_id=1, releases=(), starts=(start,), rows=(row,)))
+        run_step(executor, StepPlan(step_id=2, releases=(0,), starts=(start,), rows=()))
+        run_step(executor, StepPlan(step_id=3, releases=(0,), starts=(), rows=()))
 
 
 def test_a_step_over_the_limits_is_refused() -> None:
@@ -103,7 +104,7 @@ def test_a_step_over_the_limits_is_refused() -> None:
     executor = build_executor(config, model="random:tiny-llama", base_model_id=BASE)
     row = Row(slot=0, token_ids=(1, 2, 3, 4, 5), start=0, pages=(0,), adapter=None, samples=True)
     with pytest.raises(Conflict, match="5 tokens"):
-        executor.execute(StepPlan(step_id=1, releases=(), starts=(), rows=(row,)))
+        run_step(executor, StepPlan(step_id=1, releases=(), starts=(), rows=(row,)))
 
 
 def test_life_of_an_adapter(executor: TorchExecutor, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from loraplex.core.adapter import AdapterManifest, AdapterRef
 from loraplex.core.errors import BadAdapter, Conflict, ContextTooLong, LoraplexError, NotFound, StorageFull, Unavailable
 from loraplex.core.ids import BaseModelId, Digest, ReplicaId, RequestId, TenantName
 from loraplex.core.request import EngineRequest, FinishReason, SamplingParams
-from loraplex.core.step import StepPlan, StepResult
+from loraplex.core.step import StepPlan
 from loraplex.core.wire import ReplicaFrame
 from loraplex.engine import EngineConfig
 from loraplex.replica.config import ReplicaConfig
@@ -227,12 +227,12 @@ def test_an_adapter_that_could_not_be_loaded_is_staged_again_for_the_next_reques
 
         failed = False
 
-        def load_adapter(self, digest: Digest, pages: tuple[int, ...]) -> None:
+        def load_adapter(self, digest: Digest, pages: tuple[int, ...], *, after_step: int = 0) -> None:
             if not self.failed:
                 self.failed = True
                 world.loop.submit(1, (make("second", adapter=A),))
                 raise RuntimeError("the copy failed")
-            super().load_adapter(digest, pages)
+            super().load_adapter(digest, pages, after_step=after_step)
 
     world = Harness(FailsOnce())
     world.loop.open_session(1)
@@ -249,7 +249,7 @@ def test_an_adapter_that_could_not_be_loaded_is_staged_again_for_the_next_reques
 @pytest.mark.parametrize("tenants", ["a", "ab"])
 def test_a_replica_whose_device_is_broken_ends_before_it_has_failed_all_that_wait(tenants: str) -> None:
     class Broken(FakeExecutor):
-        def execute(self, plan: StepPlan) -> StepResult:
+        def submit(self, plan: StepPlan) -> None:
             raise RuntimeError("illegal memory access")
 
     running = Harness(Broken(), EngineConfig(max_running=16))

@@ -5,13 +5,20 @@ executor, from the plan that starts it to the plan that releases it. Pages are u
 adapters alike; the executor turns ids into addresses and never chooses one.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
+
+import msgspec
 
 from loraplex.core.adapter import AdapterManifest
 from loraplex.core.ids import Digest
 from loraplex.core.model import ModelSpec
 from loraplex.core.request import SamplingParams, TokenLogprob
+
+PENDING = -1
+"""Stands in a row for the token that the step before samples: an executor with several steps in flight reads it on the
+device."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,17 +42,20 @@ class RowStart:
     num_prompt_tokens: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
-    """One request's share of a step: tokens [start, start + len(token_ids)) of its sequence."""
+class Row(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """One request's share of a step: tokens [start, start + len(token_ids)) of its sequence.
+
+    A struct for its speed: hundreds are made in each step.
+    """
 
     slot: int
     token_ids: tuple[int, ...]
-    """Decode: the one token sampled last. Prefill: a chunk."""
+    """Decode: the one token sampled last, or PENDING while the step that samples it is in flight. Prefill: a chunk."""
     start: int
     """Position of the first token; KV of [0, start) lies in ``pages`` already."""
-    pages: tuple[int, ...]
-    """Page table: token position p lies in pages[p // page_size]; covers start + len(token_ids)."""
+    pages: Sequence[int]
+    """Page table: token position p lies in pages[p // page_size]; covers start + len(token_ids), and may hold more. The
+    engine's own growing list: to be read in ``submit`` and not afterwards."""
     adapter: Digest | None
     samples: bool
     """True when the last token of the row is the last known token of the request: one token is drawn after it."""
@@ -67,8 +77,7 @@ class StepPlan:
         return sum(len(row.token_ids) for row in self.rows)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SampledToken:
+class SampledToken(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     slot: int
     token_id: int
     logprob: float | None = None
@@ -81,18 +90,24 @@ class StepResult:
     tokens: tuple[SampledToken, ...]
     """One for each row with ``samples``, in row order."""
     duration_s: float
-    """Of the whole execute call."""
+    """From the start of the step on the device to its end."""
 
 
 class Executor(Protocol):
-    """Runs steps on one group. Not thread-safe: ``execute``, ``load_adapter`` and ``drop_adapter`` are called by the
-    engine loop only, between steps. ``stage_adapter`` may be called from any thread."""
+    """Runs steps on one group, in the order in which they are submitted. Not thread-safe: ``submit``, ``collect``,
+    ``load_adapter`` and ``drop_adapter`` are called by the engine loop only. ``stage_adapter`` and ``unstage_adapter``
+    may be called from any thread."""
 
     @property
     def model(self) -> ModelSpec: ...
 
     @property
     def arena(self) -> ArenaSpec: ...
+
+    @property
+    def max_in_flight(self) -> int:
+        """Steps that may be submitted and not collected: 1 where ``submit`` itself computes, 2 where the host can
+        prepare a step while the device runs the one before."""
 
     def adapter_pages(self, manifest: AdapterManifest) -> int:
         """Number of arena pages that the adapter takes. Pure."""
@@ -106,13 +121,23 @@ class Executor(Protocol):
     def unstage_adapter(self, digest: Digest) -> None:
         """Drop from the host tier. Any thread."""
 
-    def load_adapter(self, digest: Digest, pages: tuple[int, ...]) -> None:
+    def load_adapter(self, digest: Digest, pages: tuple[int, ...], *, after_step: int = 0) -> None:
         """Copy a staged adapter into ``pages`` (length ``adapter_pages``). May overlap steps: ordered before the next
-        step that names the digest."""
+        step that names the digest, and after step ``after_step``, the last that may use what ``pages`` held before."""
 
     def drop_adapter(self, digest: Digest) -> None:
-        """Forget the adapter's addresses; its pages are the engine's again."""
+        """Forget the adapter's addresses; its pages are the engine's again. No step in flight names the digest."""
 
-    def execute(self, plan: StepPlan) -> StepResult: ...
+    def submit(self, plan: StepPlan) -> None:
+        """Start a step; fewer than ``max_in_flight`` are under way. May return before it is done.
+
+        When it raises nothing of the plan counts, and earlier steps stay in flight.
+        """
+
+    def collect(self) -> StepResult:
+        """Block until the oldest step in flight is done.
+
+        When it raises, that step and all later ones are void: the executor has forgotten them and touches no page.
+        """
 
     def close(self) -> None: ...

@@ -25,7 +25,7 @@ from loraplex.core.clock import SystemClock
 from loraplex.core.ids import Digest, RequestId, TenantName
 from loraplex.core.model import ModelSpec
 from loraplex.core.request import EngineRequest, SamplingParams
-from loraplex.core.step import RowStart, SampledToken, StepPlan, StepResult
+from loraplex.core.step import RowStart, SampledToken, StepPlan
 from loraplex.demo import DEMO_ADAPTERS
 from loraplex.demo.base import DEMO_BASE_ID, prepare_demo_base
 from loraplex.engine import Engine, EngineConfig
@@ -106,13 +106,12 @@ class _Recorder:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
 
-    def execute(self, plan: StepPlan) -> StepResult:
+    def submit(self, plan: StepPlan) -> None:
         adapters = {row.slot: row.adapter for row in plan.rows}
-        result = self._inner.execute(plan)
+        self._inner.submit(plan)
         for start in plan.starts:
             prompt = start.token_ids[: start.num_prompt_tokens]
             self.logits[adapters[start.slot], prompt] = self._tap.logits[start.slot]
-        return result
 
 
 class _Ours:

@@ -302,6 +302,8 @@ class Engine:
         )
 
     def _take_step(self) -> dict[Sequence, int]:
+        assert self._plan is not None, "no step is under way"
+        self._memory.last_done_step = self._plan.step_id
         in_step, self._in_step = self._in_step, {}
         self._plan, self._starting = None, []
         return in_step

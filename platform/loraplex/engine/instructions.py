@@ -10,6 +10,8 @@ from loraplex.core.step import StepPlan
 class AdapterLoad:
     digest: Digest
     pages: tuple[int, ...]
+    after_step: int
+    """The last step that may use what ``pages`` held before; 0 when none did."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -26,6 +26,8 @@ class Memory:
         self.prefix = PrefixCache(
             self.pool, page_size=arena.page_size, base_model_id=model.base_model_id, enabled=config.prefix_cache
         )
+        self.last_done_step = 0
+        """Id of the last step that ended; what is free or idle was used by none after it."""
         self._stamp = 0
         self._drops: dict[Digest, None] = {}
         self._loads: dict[Digest, tuple[int, ...]] = {}
@@ -125,7 +127,10 @@ class Memory:
     def take_instructions(self) -> tuple[tuple[Digest, ...], tuple[AdapterLoad, ...]]:
         """(drops, loads) since the last call. Changes state."""
         drops = tuple(self._drops)
-        loads = tuple(AdapterLoad(digest=digest, pages=pages) for digest, pages in self._loads.items())
+        loads = tuple(
+            AdapterLoad(digest=digest, pages=pages, after_step=self.last_done_step)
+            for digest, pages in self._loads.items()
+        )
         self._drops.clear()
         self._loads.clear()
         return drops, loads

@@ -55,6 +55,7 @@ class TorchExecutor:
         self._sampler = sampler
         self._max_rows = max_rows
         self._max_step_tokens = max_step_tokens
+        self._result: StepResult | None = None
         self._host = HostAdapters(model, page_bytes=arena.spec.page_bytes, dtype=arena.dtype, pin=device.type == "cuda")
         self._resident = DeviceAdapters(model, arena)
         scaling = model.rope_scaling
@@ -80,6 +81,10 @@ class TorchExecutor:
     def arena(self) -> ArenaSpec:
         return self._arena.spec
 
+    @property
+    def max_in_flight(self) -> int:
+        return 1
+
     def adapter_pages(self, manifest: AdapterManifest) -> int:
         """Pages that the adapter takes. Pure. BadAdapter when it does not fit the base."""
         return self._host.layout(manifest).num_pages
@@ -91,15 +96,21 @@ class TorchExecutor:
     def unstage_adapter(self, digest: Digest) -> None:
         self._host.unstage(digest)
 
-    def load_adapter(self, digest: Digest, pages: tuple[int, ...]) -> None:
-        """Copies a staged adapter into ``pages``. Conflict when it is not staged, or loaded already."""
+    def load_adapter(self, digest: Digest, pages: tuple[int, ...], *, after_step: int = 0) -> None:
+        """Copies a staged adapter into ``pages``. Conflict when it is not staged, or loaded already.
+
+        All steps before are done or precede the copy in the order of the device, so ``after_step`` changes nothing.
+        """
         self._resident.load(digest, self._host.get(digest), pages)
 
     def drop_adapter(self, digest: Digest) -> None:
         self._resident.drop(digest)
 
-    def execute(self, plan: StepPlan) -> StepResult:
-        """Releases, starts, rows; returns when the sampled tokens are known. Conflict when the step is too large."""
+    def submit(self, plan: StepPlan) -> None:
+        """Releases, starts, rows; computes the whole step. Conflict when the step is too large, or one was not
+        collected."""
+        if self._result is not None:
+            raise Conflict(f"step {self._result.step_id} was not collected")
         started_s = time.perf_counter()
         if len(plan.rows) > self._max_rows or plan.num_tokens > self._max_step_tokens:
             raise Conflict(
@@ -114,7 +125,14 @@ class TorchExecutor:
         if plan.rows:
             with torch.inference_mode():
                 tokens = self._run_rows(plan)
-        return StepResult(step_id=plan.step_id, tokens=tokens, duration_s=time.perf_counter() - started_s)
+        self._result = StepResult(step_id=plan.step_id, tokens=tokens, duration_s=time.perf_counter() - started_s)
+
+    def collect(self) -> StepResult:
+        """The result of the step that was submitted. Conflict when there is none."""
+        result, self._result = self._result, None
+        if result is None:
+            raise Conflict("no step is in flight")
+        return result
 
     def close(self) -> None:
         """Frees weights and arena; the executor cannot be used afterwards. Idempotent."""

@@ -49,7 +49,7 @@ class StepDriver:
         failures: dict[Digest, LoraplexError] = {}
         for load in instructions.loads:
             try:
-                self._executor.load_adapter(load.digest, load.pages)
+                self._executor.load_adapter(load.digest, load.pages, after_step=load.after_step)
             except Exception as error:
                 _log.exception("loading adapter %s failed", load.digest)
                 failures[load.digest] = request_failure(error, LOAD_FAILED)
@@ -62,7 +62,8 @@ class StepDriver:
         if instructions.plan is None:
             return StepOutcome(progressed=False)
         try:
-            result = self._executor.execute(instructions.plan)
+            self._executor.submit(instructions.plan)
+            result = self._executor.collect()
         except Exception as error:
             _log.exception("step %d failed", instructions.plan.step_id)
             failure = request_failure(error, STEP_FAILED)

@@ -106,6 +106,7 @@ class FakeExecutor:
         self._staged: dict[Digest, int] = {}
         self._loaded: dict[Digest, tuple[int, ...]] = {}
         self._step_id = 0
+        self._result: StepResult | None = None
         self._failed = False
         self.violations: list[str] = []
         self.closed = False
@@ -117,6 +118,10 @@ class FakeExecutor:
     @property
     def arena(self) -> ArenaSpec:
         return self._arena
+
+    @property
+    def max_in_flight(self) -> int:
+        return 1
 
     @property
     def staged(self) -> frozenset[Digest]:
@@ -138,7 +143,7 @@ class FakeExecutor:
     def unstage_adapter(self, digest: Digest) -> None:
         self._staged.pop(digest, None)
 
-    def load_adapter(self, digest: Digest, pages: tuple[int, ...]) -> None:
+    def load_adapter(self, digest: Digest, pages: tuple[int, ...], *, after_step: int = 0) -> None:
         assert digest in self._staged, f"adapter {digest} is not staged"
         assert digest not in self._loaded, f"adapter {digest} is loaded already"
         assert len(pages) == self._staged[digest], "wrong number of pages"
@@ -151,9 +156,10 @@ class FakeExecutor:
     def drop_adapter(self, digest: Digest) -> None:
         del self._loaded[digest]
 
-    def execute(self, plan: StepPlan) -> StepResult:
+    def submit(self, plan: StepPlan) -> None:
+        assert self._result is None, "a step was not collected"
         try:
-            result = self._execute(plan)
+            self._result = self._execute(plan)
         except AssertionError as error:
             self.violations.append(str(error))
             raise
@@ -161,6 +167,10 @@ class FakeExecutor:
             self._failed = True
             raise
         self._failed = False
+
+    def collect(self) -> StepResult:
+        result, self._result = self._result, None
+        assert result is not None, "no step is in flight"
         return result
 
     def close(self) -> None:
