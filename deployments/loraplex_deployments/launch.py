@@ -1,12 +1,12 @@
 """Brings the platform up on Ray and takes it down again. Called by ``loraplex serve`` and by the tests.
 
 Owns the order of things and what was started: a local Ray of our own, the controller actor, the Serve application.
-Ends these and nothing else.
+Ends these and nothing else. ``gateways`` imports ``ray.serve``, so it is imported inside functions, once ``ServeProxy``
+has set what Serve reads at its import.
 """
 
 import contextlib
 import fcntl
-import logging
 import os
 import socket
 import time
@@ -18,13 +18,10 @@ import httpx
 import ray
 from loraplex.config.platform import PlatformConfig
 from loraplex.core.errors import BadConfig, Conflict, Unavailable
-from ray import serve
-from ray.serve.config import HTTPOptions, ProxyLocation, gRPCOptions
-from ray.serve.schema import LoggingConfig
 
 from loraplex_deployments.control_actor import ControllerActor
 from loraplex_deployments.control_client import CONTROLLER_NAME, NAMESPACE
-from loraplex_deployments.gateway_app import APP_NAME, GRPC_SERVICERS, GatewayDeployment
+from loraplex_deployments.proxy import ServeProxy
 
 _READY_TIMEOUT_S = 600.0
 _STOP_TIMEOUT_S = 20.0
@@ -35,9 +32,10 @@ Progress = Callable[[str], None]
 class RunningPlatform:
     """What ``start_platform`` started."""
 
-    def __init__(self, config: PlatformConfig, controller: Any, *, owns_ray: bool) -> None:
+    def __init__(self, config: PlatformConfig, controller: Any, proxy: ServeProxy, *, owns_ray: bool) -> None:
         self._config = config
         self._controller = controller
+        self._proxy = proxy
         self._owns_ray = owns_ray
 
     @property
@@ -76,12 +74,14 @@ class RunningPlatform:
 
         On a cluster that we joined the replicas run on, for the next controller to adopt.
         """
-        serve.delete(APP_NAME, _blocking=True)
+        from loraplex_deployments.gateways import stop_gateways
+
+        stop_gateways(whole_serve=self._owns_ray)
         ray.get(self._controller.stop.remote(), timeout=_STOP_TIMEOUT_S)
         ray.kill(self._controller)
         if self._owns_ray:
-            serve.shutdown()
             ray.shutdown()
+        self._proxy.close()
 
 
 def start_platform(config: PlatformConfig, progress: Progress) -> RunningPlatform:
@@ -93,18 +93,21 @@ def start_platform(config: PlatformConfig, progress: Progress) -> RunningPlatfor
     owns_ray = config.ray.address == "local"
     if owns_ray:
         _check_port(listen.host, listen.http_port, "http_port")
-        _check_port("0.0.0.0", listen.grpc_port, "grpc_port")
-    _start_ray(config, progress)
+        haproxy = config.serve.proxy == "haproxy"
+        _check_port(listen.host if haproxy else "0.0.0.0", listen.grpc_port, "grpc_port")
+    proxy = ServeProxy(config)
     try:
+        _start_ray(config, progress)
         progress("starting the controller")
         controller = _start_controller(config)
         progress("starting the gateway")
-        _start_gateways(config)
+        _start_gateways(config, proxy, progress)
     except BaseException:
         if owns_ray:
             ray.shutdown()
+        proxy.close()
         raise
-    return RunningPlatform(config, controller, owns_ray=owns_ray)
+    return RunningPlatform(config, controller, proxy, owns_ray=owns_ray)
 
 
 def _start_ray(config: PlatformConfig, progress: Progress) -> None:
@@ -147,22 +150,15 @@ def _start_controller(config: PlatformConfig) -> Any:
     return controller
 
 
-def _start_gateways(config: PlatformConfig) -> None:
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
-    serve.start(
-        proxy_location=ProxyLocation.HeadOnly if config.ray.address == "local" else ProxyLocation.EveryNode,
-        http_options=HTTPOptions(host=config.listen.host, port=config.listen.http_port),
-        grpc_options=gRPCOptions(port=config.listen.grpc_port, grpc_servicer_functions=list(GRPC_SERVICERS)),
-        logging_config=quiet,
-    )
-    deployment = GatewayDeployment.options(  # type: ignore[attr-defined]
-        num_replicas=config.serve.gateways,
-        max_ongoing_requests=config.serve.max_ongoing_requests,
-        ray_actor_options={"num_cpus": config.serve.gateway_num_cpus},
-        logging_config=quiet,
-    )
-    serve.run(deployment.bind(config), name=APP_NAME, route_prefix="/")
+def _start_gateways(config: PlatformConfig, proxy: ServeProxy, progress: Progress) -> None:
+    from loraplex_deployments.gateways import runs_haproxy, start_gateways
+
+    start_gateways(config, proxy)
+    found = "haproxy" if runs_haproxy() else "python"
+    if found != config.serve.proxy:
+        progress(
+            f"serve.proxy: this cluster's Serve runs with `{found}` already, so `{config.serve.proxy}` has no effect"
+        )
 
 
 def _check_port(host: str, port: int, name: str) -> None:

@@ -1,4 +1,8 @@
-"""One platform on one local Ray for the whole folder: the demo base, its tenants and adapters, on free ports."""
+"""One platform on one local Ray for the whole folder: the demo base, its tenants and adapters, on free ports.
+
+It runs in this process behind Serve's Python proxies; ``test_serve_command.py`` and ``test_haproxy.py`` start a
+``loraplex serve`` behind the default, HAProxy. So both paths are tested.
+"""
 
 import json
 import socket
@@ -45,6 +49,7 @@ demo: true
 tenants: [{{name: initech, limits: {{requests_per_minute: 3}}}}]
 data_dir: {root}
 listen: {{http_port: {free_port()}, grpc_port: {free_port()}}}
+serve: {{proxy: python}}
 base_models:
   - id: smollm2-135m-instruct
     model: demo

@@ -5,6 +5,7 @@ and the CLI read it. Unknown keys are errors that name their path.
 """
 
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 import yaml
@@ -48,8 +49,10 @@ class BaseModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
 
 class ListenConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     host: str = "127.0.0.1"
-    """Of HTTP. Ray Serve's gRPC proxy listens on all interfaces, whatever this says: close ``grpc_port`` in the
-    firewall of a machine that is not trusted. Every call but health and reflection needs a key."""
+    """Of HTTP, and of gRPC behind HAProxy; with ``serve.proxy: python`` gRPC listens on all interfaces. So do, always,
+    Serve's inner gRPC ports, one per gateway from 40000 on and one of its stand-by proxy: close them in the firewall of
+    a machine that is not trusted. Every call but health and reflection needs a key there too. On a cluster of several
+    nodes 0.0.0.0, so that a node's HAProxy reaches the gateways of the others."""
     http_port: int = 8000
     grpc_port: int = 9000
 
@@ -57,6 +60,10 @@ class ListenConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 class ServeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How the gateways run under Ray Serve."""
 
+    proxy: Literal["haproxy", "python"] = "haproxy"
+    """What stands between clients and gateways. ``haproxy``: the HAProxy that ``ray[serve]`` brings on Linux, which
+    passes bytes straight to a gateway. ``python``: Serve's own proxies, for other systems; slower. Serve reads it when
+    it starts: on a cluster where it runs already, its own setting holds, and our start says so."""
     gateways: int = 1
     gateway_num_cpus: float = 0
     max_ongoing_requests: int = 4096

@@ -1,0 +1,54 @@
+"""Starts and stops Serve and the gateway application in it. Called by the launcher, which imports this module only once
+``ServeProxy`` has set what Serve reads at its import.
+"""
+
+import logging
+
+import ray
+from loraplex.config.platform import PlatformConfig
+from ray import serve
+from ray.serve._private import constants
+from ray.serve.config import HTTPOptions, ProxyLocation, gRPCOptions
+from ray.serve.schema import LoggingConfig
+
+from loraplex_deployments.gateway_app import APP_NAME, GRPC_SERVICERS, GatewayDeployment
+from loraplex_deployments.proxy import ServeProxy
+
+
+def start_gateways(config: PlatformConfig, proxy: ServeProxy) -> None:
+    """Starts Serve, or joins the cluster's, and deploys the gateways; returns when they answer."""
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    local = config.ray.address == "local"
+    quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
+    serve.start(
+        proxy_location=ProxyLocation.HeadOnly if local else ProxyLocation.EveryNode,
+        http_options=HTTPOptions(host=config.listen.host, port=config.listen.http_port),
+        grpc_options=gRPCOptions(port=config.listen.grpc_port, grpc_servicer_functions=list(GRPC_SERVICERS)),
+        logging_config=quiet,
+        # A local Ray has them from us; on a cluster the first start of Serve takes them along, to its proxies as well.
+        controller_options=None if local else {"runtime_env": {"env_vars": dict(proxy.variables)}},
+    )
+    deployment = GatewayDeployment.options(  # type: ignore[attr-defined]
+        num_replicas=config.serve.gateways,
+        max_ongoing_requests=config.serve.max_ongoing_requests,
+        ray_actor_options={"num_cpus": config.serve.gateway_num_cpus},
+        logging_config=quiet,
+    )
+    serve.run(deployment.bind(config), name=APP_NAME, route_prefix="/")
+
+
+def runs_haproxy() -> bool:
+    """Whether the Serve of this cluster uses HAProxy, as its own controller has it."""
+    controller = ray.get_actor(constants.SERVE_CONTROLLER_NAME, namespace=constants.SERVE_NAMESPACE)
+    return bool(ray.get(controller.__ray_call__.remote(_read_switch)))
+
+
+def _read_switch(_controller: object) -> bool:
+    return bool(constants.RAY_SERVE_ENABLE_HA_PROXY)
+
+
+def stop_gateways(*, whole_serve: bool) -> None:
+    """Ends the gateways, which send their last trace rows; with ``whole_serve`` Serve and its proxies as well."""
+    serve.delete(APP_NAME, _blocking=True)
+    if whole_serve:
+        serve.shutdown()
