@@ -11,9 +11,10 @@ from loraplex.core.adapter import AdapterBlock, AdapterManifest
 from loraplex.core.ids import BaseModelId, Digest
 from loraplex.core.model import LORA_MODULES
 from loraplex.core.request import SamplingParams
-from loraplex.core.step import Row, RowStart, SampledToken, StepPlan
+from loraplex.core.step import Row, RowStart, StepPlan
 from loraplex.model_runner.arena import Arena
 from loraplex.model_runner.build import load_model_spec, load_weights
+from loraplex.model_runner.drawn import Drawn
 from loraplex.model_runner.executor import TorchExecutor
 from loraplex.testing.steps import run_step
 
@@ -67,12 +68,13 @@ class ArgmaxSampler:
     def release(self, slot: int) -> None:
         del self.logits[slot]
 
-    def sample(self, logits_BV: torch.Tensor, slots: Sequence[int]) -> list[SampledToken]:
+    def draw(self, logits_BV: torch.Tensor, slots: Sequence[int], *, last_token: torch.Tensor | None = None) -> Drawn:
+        assert last_token is None
         assert logits_BV.dtype == torch.float32
         assert logits_BV.shape[0] == len(slots)
         for row, slot in zip(logits_BV, slots, strict=True):
             self.logits[slot].append(row.clone())
-        return [SampledToken(slot=s, token_id=int(t)) for s, t in zip(slots, logits_BV.argmax(-1), strict=True)]
+        return Drawn(slots, logits_BV.argmax(-1), None)
 
 
 @dataclass(slots=True)

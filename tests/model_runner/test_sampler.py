@@ -140,7 +140,7 @@ def test_batch_equals_per_row_reference(data: st.DataObject) -> None:
     for step in range(3):
         logits_BV = random_logits(len(rows), vocab_size, data.draw(st.integers(0, 10_000)))
         before = logits_BV.clone()
-        drawn = sampler.sample(logits_BV, range(len(rows)))
+        drawn = sampler.draw(logits_BV, range(len(rows))).result()
         assert torch.equal(before, logits_BV), "the caller's logits changed"
         for slot, (sampling, prompt, _) in enumerate(rows):
             edited = reference_edit(logits_BV[slot].numpy(), sampling, [0, *prompt], outputs[slot])
@@ -191,7 +191,7 @@ def test_draws_follow_the_distribution(sampling: dict[str, float]) -> None:
     logits_BV = logits_V.expand(num_requests, -1)
     counts = np.zeros(vocab_size)
     for _ in range(num_steps):
-        for token in sampler.sample(logits_BV, range(num_requests)):
+        for token in sampler.draw(logits_BV, range(num_requests)).result():
             counts[token.token_id] += 1
     expected = reference_distribution(logits_V.double().numpy(), params(**sampling)) * num_requests * num_steps
     assert counts[expected == 0].sum() == 0
@@ -214,7 +214,7 @@ def run_alone(
         if step == resume_at:
             sampler = Sampler(make_spec(logits_SV.shape[1]), CPU)
             open_row(sampler, 0, sampling, prompt, [token.token_id for token in tokens])
-        tokens += sampler.sample(logits_SV[step : step + 1], [0])
+        tokens += sampler.draw(logits_SV[step : step + 1], [0]).result()
     return tokens
 
 
@@ -261,7 +261,7 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(data: st.DataObject) -> Non
         slots = data.draw(st.permutations([100, *others]))
         logits_BV = random_logits(len(slots), vocab_size, step)
         logits_BV[slots.index(100)] = logits_SV[step]
-        drawn = sampler.sample(logits_BV, slots)
+        drawn = sampler.draw(logits_BV, slots).result()
         assert [token.slot for token in drawn] == list(slots)
         token = drawn[slots.index(100)]
         assert token.token_id == alone[step].token_id
@@ -286,7 +286,7 @@ def test_flat_distribution_needs_more_than_the_window(sampling: dict[str, float]
     open_row(sampler, 1, params(seed=3, top_k=2), [1])
     logits_BV = random_logits(2, vocab_size, seed=8, scale=0.5)
     for index in range(30):
-        drawn = sampler.sample(logits_BV, [0, 1])
+        drawn = sampler.draw(logits_BV, [0, 1]).result()
         expected, margin = reference_token(logits_BV[0].double().numpy(), request, index)
         assert margin < 1e-6 or drawn[0].token_id == expected
         assert drawn[1].token_id in logits_BV[1].topk(2).indices.tolist()
@@ -302,7 +302,7 @@ def test_the_outcome_withstands_rounding() -> None:
         sampler = Sampler(make_spec(vocab_size), CPU)
         for slot in range(num_rows):
             open_row(sampler, slot, params(seed=slot), [0])
-        drawn.append([token.token_id for token in sampler.sample(logits, range(num_rows))])
+        drawn.append([token.token_id for token in sampler.draw(logits, range(num_rows)).result()])
     assert len(set(drawn[0])) > num_rows // 2
     assert drawn[0] == drawn[1]
 
@@ -312,17 +312,17 @@ def test_min_tokens_holds_back_every_stop_id() -> None:
     logits_BV = torch.zeros((1, 10))
     logits_BV[0, EOS], logits_BV[0, 4], logits_BV[0, 8] = 9.0, 8.0, 1.0
     open_row(sampler, 0, params(temperature=0, min_tokens=2, stop_token_ids=(4,), num_logprobs=10), [1])
-    first = sampler.sample(logits_BV, [0])[0]
+    first = sampler.draw(logits_BV, [0]).result()[0]
     assert first.token_id == 8
     assert {entry.token_id for entry in first.top_logprobs[-2:]} == {EOS, 4}
     assert first.top_logprobs[-1].logprob == MIN_LOGPROB
-    assert [sampler.sample(logits_BV, [0])[0].token_id for _ in range(2)] == [8, EOS]
+    assert [sampler.draw(logits_BV, [0]).result()[0].token_id for _ in range(2)] == [8, EOS]
 
 
 def test_a_row_with_every_token_masked_still_yields_a_token() -> None:
     sampler = Sampler(make_spec(5), CPU)
     open_row(sampler, 0, params(min_tokens=1, stop_token_ids=(0, 1, 2, 3, 4), num_logprobs=0), [1])
-    token = sampler.sample(random_logits(1, 5, seed=1), [0])[0]
+    token = sampler.draw(random_logits(1, 5, seed=1), [0]).result()[0]
     assert 0 <= token.token_id < 5
     assert token.logprob is not None
     assert math.isfinite(token.logprob)
@@ -333,11 +333,11 @@ def test_broken_logits_yield_a_valid_id_and_leave_the_neighbour_alone(temperatur
     sampler = Sampler(make_spec(50), CPU)
     logits_BV = random_logits(2, 50, seed=4)
     open_row(sampler, 1, params(temperature=temperature, top_p=0.9), [1])
-    alone = sampler.sample(logits_BV[1:], [1])[0].token_id
+    alone = sampler.draw(logits_BV[1:], [1]).result()[0].token_id
     open_row(sampler, 0, params(temperature=temperature, top_p=0.9, num_logprobs=1), [1])
     open_row(sampler, 1, params(temperature=temperature, top_p=0.9), [1])
     logits_BV[0] = math.nan
-    drawn = sampler.sample(logits_BV, [0, 1])
+    drawn = sampler.draw(logits_BV, [0, 1]).result()
     assert 0 <= drawn[0].token_id < 50
     assert drawn[0].logprob == MIN_LOGPROB
     assert drawn[1].token_id == alone
@@ -348,14 +348,40 @@ def test_a_reused_slot_starts_clean() -> None:
     logits_BV = random_logits(1, 30, seed=6)
     best = int(logits_BV.argmax())
     open_row(sampler, 0, params(temperature=0, presence_penalty=2.0, frequency_penalty=2.0), [best], [best] * 9)
-    assert sampler.sample(logits_BV, [0])[0].token_id != best
+    assert sampler.draw(logits_BV, [0]).result()[0].token_id != best
     sampler.release(0)
     open_row(sampler, 0, params(temperature=0, presence_penalty=0.01), [best])
-    assert sampler.sample(logits_BV, [0])[0].token_id == best
+    assert sampler.draw(logits_BV, [0]).result()[0].token_id == best
     sampler.release(0)
     sampler.release(0)
     with pytest.raises(KeyError):
-        sampler.sample(logits_BV, [0])
+        sampler.draw(logits_BV, [0]).result()
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.0}, EVERYTHING], ids=["plain", "greedy", "everything"])
+def test_results_may_be_read_after_later_draws(sampling: dict[str, object]) -> None:
+    """Two draws ahead, and after the slot was given to another request."""
+    logits_SV = random_logits(6, 300, seed=12)
+    request = params(seed=5, **sampling)
+    expected = run_alone(request, [1, 2], logits_SV)
+    sampler = Sampler(make_spec(300), CPU)
+    open_row(sampler, 0, request, [1, 2])
+    drawn = [sampler.draw(row[None], [0]) for row in logits_SV]
+    sampler.release(0)
+    open_row(sampler, 0, params(temperature=0, presence_penalty=1.0), [4])
+    sampler.draw(logits_SV[:1], [0])
+    assert [result.tokens.item() for result in drawn] == [token.token_id for token in expected]
+    assert [token for result in drawn for token in result.result()] == expected
+
+
+def test_last_token_gets_the_tokens_of_the_rows_and_no_others() -> None:
+    sampler = Sampler(make_spec(40), CPU)
+    for slot in (6, 1, 4):
+        open_row(sampler, slot, params(seed=slot), [0])
+    last_token = torch.full((8,), -7, dtype=torch.int32)
+    drawn = sampler.draw(random_logits(3, 40, seed=1), [6, 1, 4], last_token=last_token)
+    assert last_token[[6, 1, 4]].tolist() == drawn.tokens.tolist() == [token.token_id for token in drawn.result()]
+    assert last_token[[0, 2, 3, 5, 7]].tolist() == [-7] * 5
 
 
 @pytest.mark.gpu
@@ -367,5 +393,5 @@ def test_cuda_draws_what_the_cpu_draws() -> None:
         for device in (CPU, torch.device("cuda")):
             sampler = Sampler(make_spec(vocab_size), device)
             open_row(sampler, 0, params(seed=11, **sampling), [1, 2, 5])
-            tokens[device.type] = [sampler.sample(row.to(device)[None], [0])[0].token_id for row in logits_SV]
+            tokens[device.type] = [sampler.draw(row.to(device)[None], [0]).result()[0].token_id for row in logits_SV]
         assert tokens["cpu"] == tokens["cuda"]

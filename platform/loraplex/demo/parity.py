@@ -25,11 +25,12 @@ from loraplex.core.clock import SystemClock
 from loraplex.core.ids import Digest, RequestId, TenantName
 from loraplex.core.model import ModelSpec
 from loraplex.core.request import EngineRequest, SamplingParams
-from loraplex.core.step import RowStart, SampledToken, StepPlan
+from loraplex.core.step import RowStart, StepPlan
 from loraplex.demo import DEMO_ADAPTERS
 from loraplex.demo.base import DEMO_BASE_ID, prepare_demo_base
 from loraplex.engine import Engine, EngineConfig
 from loraplex.model_runner import ExecutorConfig, TorchExecutor, build_executor
+from loraplex.model_runner.drawn import Drawn
 from loraplex.model_runner.sampler import Sampler
 from loraplex.registry.config import RegistryConfig
 from loraplex.registry.intake import check_adapter
@@ -89,10 +90,10 @@ class _Tap:
     def release(self, slot: int) -> None:
         self._sampler.release(slot)
 
-    def sample(self, logits_BV: torch.Tensor, slots: Sequence[int]) -> list[SampledToken]:
+    def draw(self, logits_BV: torch.Tensor, slots: Sequence[int], *, last_token: torch.Tensor | None = None) -> Drawn:
         for slot, logits_V in zip(slots, logits_BV, strict=True):
             self.logits[slot].append(logits_V.clone())
-        return self._sampler.sample(logits_BV, slots)
+        return self._sampler.draw(logits_BV, slots, last_token=last_token)
 
 
 class _Recorder:

@@ -20,6 +20,7 @@ from loraplex.model_runner.arena import Arena
 from loraplex.model_runner.batch import build_batch
 from loraplex.model_runner.decoder import forward
 from loraplex.model_runner.device_adapters import DeviceAdapters
+from loraplex.model_runner.drawn import Drawn
 from loraplex.model_runner.families import family_by_name
 from loraplex.model_runner.host_adapters import HostAdapters
 from loraplex.model_runner.weights import DecoderWeights
@@ -32,8 +33,9 @@ class TokenSampler(Protocol):
 
     def release(self, slot: int) -> None: ...
 
-    def sample(self, logits_BV: torch.Tensor, slots: Sequence[int]) -> list[SampledToken]:
-        """``logits_BV``: (B, V) fp32, one row a slot. Draws one token for each and remembers it."""
+    def draw(self, logits_BV: torch.Tensor, slots: Sequence[int], *, last_token: torch.Tensor | None = None) -> Drawn:
+        """``logits_BV``: (B, V) fp32 or bf16, one row a slot. Draws one token for each and remembers it; the tokens
+        are on the device at once, and at ``last_token[slot]`` (int32) where that is given."""
 
 
 class TorchExecutor:
@@ -92,6 +94,10 @@ class TorchExecutor:
     def stage_adapter(self, manifest: AdapterManifest, path: str) -> None:
         """Reads the safetensors file at ``path`` into the host tier. Any thread. BadAdapter."""
         self._host.stage(manifest, path)
+
+    def stage_random_adapter(self, manifest: AdapterManifest, seed: int) -> None:
+        """As ``stage_adapter`` with random weights: for benchmarks. Any thread. BadAdapter."""
+        self._host.stage_random(manifest, seed)
 
     def unstage_adapter(self, digest: Digest) -> None:
         self._host.unstage(digest)
@@ -155,4 +161,4 @@ class TorchExecutor:
         logits_BV = forward(self._model, self._family, self._weights, kv, batch)
         if logits_BV is None:
             return ()
-        return tuple(self._sampler.sample(logits_BV, [row.slot for row in plan.rows if row.samples]))
+        return tuple(self._sampler.draw(logits_BV, [row.slot for row in plan.rows if row.samples]).result())

@@ -17,14 +17,15 @@ Shape legend: B rows of the step, R rows of one group, V vocabulary, C window of
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from loraplex.core.model import ModelSpec
-from loraplex.core.request import SamplingParams, TokenLogprob
-from loraplex.core.step import RowStart, SampledToken
+from loraplex.core.request import SamplingParams
+from loraplex.core.step import RowStart
+from loraplex.model_runner.drawn import Drawn, DrawnLogprobs
 from loraplex.model_runner.noise import exponentials, row_key
 
 MIN_TEMPERATURE = 1e-5
@@ -133,7 +134,7 @@ class _Drawing:
 class _Logprobs:
     rows: _Rows
     indices: list[int]
-    max_k: int
+    num_top: list[int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,12 +148,6 @@ class _Batch:
     drawing: _Drawing | None
     logprobs: _Logprobs | None
     has_min_tokens: bool
-
-
-@dataclass(slots=True, kw_only=True)
-class _RowLogprobs:
-    chosen: float
-    top: list[tuple[int, float]] = field(default_factory=list)
 
 
 class Sampler:
@@ -191,19 +186,18 @@ class Sampler:
         self._batch = None
 
     @torch.inference_mode()
-    def sample(self, logits_BV: torch.Tensor, slots: Sequence[int]) -> list[SampledToken]:
-        """Draws one token for each row and appends it to the row's slot.
+    def draw(self, logits_BV: torch.Tensor, slots: Sequence[int], *, last_token: torch.Tensor | None = None) -> Drawn:
+        """Draws one token for each row and appends it to the row's slot; does not wait for the device.
 
-        ``logits_BV``: (len(slots), vocab_size) fp32 on the sampler's device; left as it is. ``slots``: open and
-        distinct; KeyError otherwise. The result is in the order of ``slots``.
+        ``logits_BV``: (len(slots), vocab_size) fp32 or bf16 on the sampler's device; left as it is. ``slots``: open
+        and distinct, at least one; KeyError when one is not open. ``last_token``: (num_slots,) int32 on the device,
+        gets each row's token at its slot. The same slots may be drawn again before the result is read.
         """
-        if not slots:
-            return []
         states = [self._slots[slot] for slot in slots]
         if self._batch is None or self._batch.slots != tuple(slots):
             self._batch = self._describe(slots, states)
         batch = self._batch
-        edited_BV = self._edit(logits_BV, batch, states)
+        edited_BV = self._edit(logits_BV.float(), batch, states)
         tokens_B = edited_BV.argmax(dim=-1)
         if batch.drawing is not None:
             drawn = [states[index] for index in batch.drawing.indices]
@@ -212,17 +206,11 @@ class Sampler:
             tokens_B[batch.drawing.rows] = _draw(edited_BV[batch.drawing.rows], batch.drawing, noise_RV)
         if batch.penalties is not None:
             self._table.add(batch.penalties.table_rows, tokens_B[batch.penalties.rows])
-        logprobs = self._logprobs(edited_BV, tokens_B, batch.logprobs, states)
-        result = []
-        for index, (slot, token_id) in enumerate(zip(slots, tokens_B.tolist(), strict=True)):
-            states[index].num_output += 1
-            row = logprobs.get(index)
-            if row is None:
-                result.append(SampledToken(slot=slot, token_id=token_id))
-            else:
-                top = tuple(TokenLogprob(token_id=top_id, logprob=value) for top_id, value in row.top)
-                result.append(SampledToken(slot=slot, token_id=token_id, logprob=row.chosen, top_logprobs=top))
-        return result
+        if last_token is not None:
+            last_token[self._vector(slots)] = tokens_B.to(torch.int32)
+        for state in states:
+            state.num_output += 1
+        return Drawn(slots, tokens_B, _logprobs(edited_BV, tokens_B, batch.logprobs))
 
     def _describe(self, slots: Sequence[int], states: Sequence[_Slot]) -> _Batch:
         penalised = [i for i, state in enumerate(states) if state.penalised]
@@ -238,9 +226,9 @@ class Sampler:
             )
         logprobs = None
         if with_logprobs:
-            max_k = max(states[i].params.num_logprobs or 0 for i in with_logprobs)
+            num_top = [min(states[i].params.num_logprobs or 0, self._spec.vocab_size) for i in with_logprobs]
             rows = self._rows(with_logprobs, len(states))
-            logprobs = _Logprobs(rows=rows, indices=with_logprobs, max_k=min(max_k, self._spec.vocab_size))
+            logprobs = _Logprobs(rows=rows, indices=with_logprobs, num_top=num_top)
         return _Batch(
             slots=tuple(slots),
             penalties=self._describe_penalties(slots, states, penalised) if penalised else None,
@@ -297,23 +285,6 @@ class Sampler:
             edited_BV[rows, token_ids] = torch.finfo(torch.float32).min
         return edited_BV
 
-    def _logprobs(
-        self, edited_BV: torch.Tensor, tokens_B: torch.Tensor, group: _Logprobs | None, states: Sequence[_Slot]
-    ) -> dict[int, _RowLogprobs]:
-        """By row of the batch, for the rows that asked."""
-        if group is None:
-            return {}
-        logprobs_RV = edited_BV[group.rows].log_softmax(dim=-1)
-        chosen_R = _reportable(logprobs_RV.gather(1, tokens_B[group.rows].unsqueeze(1))).squeeze(1).tolist()
-        top = logprobs_RV.topk(group.max_k, dim=-1)
-        top_ids_RK, top_values_RK = top.indices.tolist(), _reportable(top.values).tolist()
-        result = {}
-        for row, index in enumerate(group.indices):
-            k = states[index].params.num_logprobs
-            entries = list(zip(top_ids_RK[row][:k], top_values_RK[row][:k], strict=True))
-            result[index] = _RowLogprobs(chosen=chosen_R[row], top=entries)
-        return result
-
     def _rows(self, indices: list[int], num_rows: int) -> _Rows:
         return slice(None) if len(indices) == num_rows else self._vector(indices)
 
@@ -322,6 +293,20 @@ class Sampler:
 
     def _column(self, values: Sequence[float], dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return self._vector(values, dtype).unsqueeze(1)
+
+
+def _logprobs(edited_BV: torch.Tensor, tokens_B: torch.Tensor, group: _Logprobs | None) -> DrawnLogprobs | None:
+    if group is None:
+        return None
+    logprobs_RV = edited_BV[group.rows].log_softmax(dim=-1)
+    top = logprobs_RV.topk(max(group.num_top), dim=-1)
+    return DrawnLogprobs(
+        rows=group.indices,
+        num_top=group.num_top,
+        chosen=_reportable(logprobs_RV.gather(1, tokens_B[group.rows].unsqueeze(1))).squeeze(1),
+        top_ids=top.indices,
+        top_values=_reportable(top.values),
+    )
 
 
 def _reportable(logprobs: torch.Tensor) -> torch.Tensor:
