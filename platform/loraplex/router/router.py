@@ -8,7 +8,6 @@ Lives on the gateway's event loop; nothing here blocks.
 import asyncio
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from loraplex.core.control import ReplicaRoute
 from loraplex.core.errors import LoraplexError, Overloaded, ReplicaLost, Unavailable
@@ -25,17 +24,6 @@ from loraplex.router.stream import Generation, RoutedStream
 _log = logging.getLogger(__name__)
 
 Connect = Callable[[ReplicaRoute, ReplicaListener], ReplicaClient]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ReplicaStatus:
-    """A replica as this router sees it."""
-
-    replica_id: ReplicaId
-    base_model_id: BaseModelId
-    up: bool
-    draining: bool
-    load: LoadReport
 
 
 class Router:
@@ -88,21 +76,9 @@ class Router:
             self._wait(stream, self._config.max_queue_wait_s)
         return stream
 
-    def statuses(self) -> tuple[ReplicaStatus, ...]:
-        return tuple(
-            ReplicaStatus(
-                replica_id=link.route.replica_id,
-                base_model_id=link.route.base_model_id,
-                up=link.up,
-                draining=link.draining,
-                load=link.load,
-            )
-            for link in (*self._links.values(), *self._leaving)
-        )
-
     def loads(self) -> dict[ReplicaId, LoadReport]:
-        """Last reports of the replicas that are up."""
-        return {status.replica_id: status.load for status in self.statuses() if status.up}
+        """Last reports of the replicas that are up, those that only finish what they run among them."""
+        return {link.route.replica_id: link.load for link in (*self._leaving, *self._links.values()) if link.up}
 
     def num_queued(self) -> int:
         """Generations that wait for a replica."""
