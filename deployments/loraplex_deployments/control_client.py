@@ -14,6 +14,7 @@ from loraplex.core.control import (
     NewKey,
     QuotaShare,
     TenantDemand,
+    TraceStoreStatus,
 )
 from loraplex.core.errors import LoraplexError, Unavailable
 from loraplex.core.ids import Digest, GatewayId, TenantName
@@ -65,8 +66,8 @@ class RayControlPlane:
     async def report_usage(self, gateway_id: GatewayId, rows: tuple[UsageRow, ...]) -> None:
         await self._call("report_usage", gateway_id, rows)
 
-    async def record_traces(self, gateway_id: GatewayId, batch: bytes) -> None:
-        await self._call("record_traces", gateway_id, batch)
+    async def record_traces(self, gateway_id: GatewayId, batch: bytes) -> TraceStoreStatus:
+        return cast(TraceStoreStatus, await self._call("record_traces", gateway_id, batch))
 
     async def artifact(self, digest: Digest) -> ArtifactInfo:
         return cast(ArtifactInfo, await self._call("artifact", digest))

@@ -13,6 +13,7 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health_pb2
 from loraplex.config.platform import PlatformConfig
+from loraplex.core.control import ControlPlane
 from loraplex.core.errors import NotFound
 from loraplex.core.ids import GatewayId
 from loraplex.gateway.gateway import Gateway
@@ -59,7 +60,7 @@ class GatewayDeployment:
         gateway_id = GatewayId(f"gateway-{uuid.uuid4().hex[:8]}")
         control = RayControlPlane(controller_handle())
         self._router = Router(gateway_id=gateway_id, config=config.router)
-        self._recorder = TraceRecorder(config.traces, send=partial(control.record_traces, gateway_id))
+        self._recorder = TraceRecorder(config.traces, send=partial(self._send_traces, control, gateway_id))
         self._gateway = Gateway(
             config.gateway,
             gateway_id=gateway_id,
@@ -69,10 +70,14 @@ class GatewayDeployment:
             tenancy=config.tenancy,
             on_routes=self._router.update,
             loads=self._router.loads,
+            num_queued=self._router.num_queued,
         )
         self._grpc = self._gateway.grpc_servicer
         await self._recorder.start()
         await self._gateway.start()
+
+    async def _send_traces(self, control: ControlPlane, gateway_id: GatewayId, batch: bytes) -> None:
+        self._gateway.metrics.trace_store(await control.record_traces(gateway_id, batch))
 
     def __serve_build_asgi_app__(self) -> Any:
         return behind_serve(self._gateway.http_app)

@@ -21,6 +21,7 @@ from loraplex.gateway.tokenizer import TextCodec
 from loraplex.testing.fake_dispatcher import FakeDispatcher, Script
 from loraplex.testing.tiny_controller import TINY_BASE, start_tiny_controller
 from loraplex.testing.tiny_tokenizer import build_tiny_tokenizer
+from loraplex.traces.recorder import RecorderCounters
 from loraplex.traces.row import TraceRow
 from typer.testing import CliRunner, Result
 
@@ -31,6 +32,10 @@ KEYS = {name: f"lpx_{name}_key_of_the_tests" for name in ("acme", "globex", "adm
 @dataclass
 class _Rows:
     rows: list[TraceRow] = field(default_factory=list)
+
+    @property
+    def counters(self) -> RecorderCounters:
+        return RecorderCounters()
 
     def record(self, row: TraceRow) -> None:
         self.rows.append(row)

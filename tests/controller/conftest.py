@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from loraplex.controller.config import ControllerConfig, ControllerOptions
 from loraplex.controller.controller import Controller
-from loraplex.core.control import BaseModelView
+from loraplex.core.control import BaseModelView, TraceStoreStatus
 from loraplex.core.ids import BaseModelId
 from loraplex.registry.config import RegistryConfig
 from loraplex.tenancy import TenancyConfig
@@ -24,6 +24,17 @@ class Traces:
 
     def append(self, batch: bytes) -> None:
         self.batches.append(batch)
+
+    def status(self) -> TraceStoreStatus:
+        return TraceStoreStatus(
+            url="/traces",
+            received_rows=len(self.batches),
+            written_rows=0,
+            buffered_rows=0,
+            dropped_rows=len(self.batches),
+            repeated_batches=0,
+            last_error="no space left",
+        )
 
 
 @pytest.fixture

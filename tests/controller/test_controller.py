@@ -402,6 +402,7 @@ async def test_usage_traces_and_leases(controller: Controller, traces: Any) -> N
     assert await controller.usage(ACME) == UsageRow(tenant=ACME, requests=4, prompt_tokens=40, output_tokens=14)
     await asyncio.gather(*(controller.record_traces(GATEWAY, bytes([n])) for n in range(50)))
     assert traces.batches == [bytes([n]) for n in range(50)]
+    assert (await controller.record_traces(GATEWAY, b"one more")).dropped_rows == 51
     demand = (TenantDemand(tenant=ACME, requests=5, tokens=100, running=1),)
     shares = await controller.lease_quota(GATEWAY, demand, ())
     assert [(row.tenant, row.share) for row in shares] == [("*", 1.0), (ACME, 1.0)]

@@ -24,6 +24,7 @@ from loraplex.tenancy.config import TenancyConfig
 from loraplex.testing.fake_dispatcher import FakeDispatcher, Script
 from loraplex.testing.tiny_controller import start_tiny_controller
 from loraplex.testing.tiny_tokenizer import build_tiny_tokenizer
+from loraplex.traces.recorder import RecorderCounters
 from loraplex.traces.row import TraceRow
 
 ACME_KEY = "lpx_acme_admin_key_of_the_tests"
@@ -38,6 +39,11 @@ class Rows:
     """A Tracer that keeps what it gets."""
 
     rows: list[TraceRow] = field(default_factory=list)
+    num_dropped: int = 0
+
+    @property
+    def counters(self) -> RecorderCounters:
+        return RecorderCounters(sent=len(self.rows), dropped=self.num_dropped)
 
     def record(self, row: TraceRow) -> None:
         self.rows.append(row)

@@ -4,6 +4,7 @@ import asyncio
 from dataclasses import replace
 from typing import Any
 
+import httpx
 from loraplex.core.control import ReplicaRoute
 from loraplex.core.ids import BaseModelId, GatewayId, ReplicaId
 from loraplex.core.tenant import Role, TenantLimits
@@ -90,6 +91,23 @@ async def test_routes_are_handed_on_and_loads_shown(world: Any) -> None:
         assert len(seen) == 2
     finally:
         await gateway.stop()
+
+
+async def test_metrics_tell_of_dropped_traces_and_of_the_queue(world: Any) -> None:
+    gateway = Gateway(
+        GatewayConfig(),
+        gateway_id=GatewayId("gw-2"),
+        control=world.control,
+        dispatcher=world.dispatcher,
+        tracer=world.tracer,
+        num_queued=lambda: 3,
+    )
+    world.tracer.num_dropped = 4
+    transport = httpx.ASGITransport(app=gateway.http_app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as client:
+        text = (await client.get("/metrics")).text
+    assert 'loraplex_trace_recorder_rows_total{outcome="dropped"} 4.0' in text
+    assert "loraplex_gateway_queued_generations 3.0" in text
 
 
 async def test_start_returns_while_the_controller_is_away(world: Any) -> None:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 
 import pytest
+from loraplex.core.control import TraceStoreStatus
 from loraplex.core.ids import ReplicaId
 from loraplex.core.wire import LoadReport
 from loraplex.telemetry.labels import LabelCap
@@ -70,6 +71,32 @@ def test_replicas_that_are_gone_disappear() -> None:
     text = metrics.render(per_tenant=True).decode()
     assert 'replica="a"' not in text
     assert 'loraplex_replica_num_running{replica="b"} 0.0' in text
+
+
+def test_totals_of_the_trace_recorder_are_counted_once_and_the_store_is_shown() -> None:
+    metrics = GatewayMetrics()
+    for dropped in (2, 5, 5):
+        metrics.trace_recorder(sent=10, dropped=dropped, refused=0, buffered=7 - dropped, failed_sends=1)
+    metrics.trace_store(
+        TraceStoreStatus(
+            url="/t",
+            received_rows=9,
+            written_rows=4,
+            buffered_rows=2,
+            dropped_rows=3,
+            repeated_batches=0,
+            last_error=None,
+        )
+    )
+    text = metrics.render(per_tenant=False).decode()
+    for line in (
+        'loraplex_trace_recorder_rows_total{outcome="sent"} 10.0',
+        'loraplex_trace_recorder_rows_total{outcome="dropped"} 5.0',
+        "loraplex_trace_recorder_failed_sends_total 1.0",
+        "loraplex_trace_recorder_buffered_rows 2.0",
+        'loraplex_trace_store_rows{state="dropped"} 3.0',
+    ):
+        assert line in text
 
 
 @pytest.mark.parametrize("text", ["key lpx_abcDEF-123_x", "authorization: Bearer abc.def", "BEARER lpx_0123456789"])

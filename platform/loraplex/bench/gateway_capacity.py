@@ -32,6 +32,7 @@ from loraplex.gateway.tokenizer import TextCodec
 from loraplex.testing.fake_dispatcher import FakeDispatcher, Script
 from loraplex.testing.tiny_controller import TINY_BASE, start_tiny_controller
 from loraplex.testing.tiny_tokenizer import build_tiny_tokenizer
+from loraplex.traces.recorder import RecorderCounters
 from loraplex.traces.row import TraceRow
 
 _KEY = "lpx_capacity_key_of_the_measurement"
@@ -60,6 +61,10 @@ class CapacityResult:
 class _CountingTracer:
     def __init__(self) -> None:
         self.output_tokens = 0
+
+    @property
+    def counters(self) -> RecorderCounters:
+        return RecorderCounters()
 
     def record(self, row: TraceRow) -> None:
         self.output_tokens += row.output_tokens

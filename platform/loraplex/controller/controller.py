@@ -28,6 +28,7 @@ from loraplex.core.control import (
     QuotaShare,
     ReplicaRoute,
     TenantDemand,
+    TraceStoreStatus,
 )
 from loraplex.core.errors import LoraplexError
 from loraplex.core.ids import BaseModelId, Digest, GatewayId, ReplicaId, TenantName
@@ -43,6 +44,8 @@ class TraceSink(Protocol):
 
     def append(self, batch: bytes) -> None:
         """``batch``: one Arrow IPC stream. Blocking; called from one thread, in order of arrival."""
+
+    def status(self) -> TraceStoreStatus: ...
 
 
 class Controller:
@@ -136,8 +139,8 @@ class Controller:
         if rows:
             await self._catalog.read(lambda catalog: catalog.add_usage(rows))
 
-    async def record_traces(self, gateway_id: GatewayId, batch: bytes) -> None:
-        await asyncio.get_running_loop().run_in_executor(self._trace_thread, self._trace_sink.append, batch)
+    async def record_traces(self, gateway_id: GatewayId, batch: bytes) -> TraceStoreStatus:
+        return await asyncio.get_running_loop().run_in_executor(self._trace_thread, self._append_traces, batch)
 
     async def artifact(self, digest: Digest) -> ArtifactInfo:
         return await self._adapters.artifact(digest)
@@ -184,6 +187,10 @@ class Controller:
 
     async def usage(self, tenant: TenantName) -> UsageRow:
         return await self._catalog.read(lambda catalog: catalog.usage(tenant))
+
+    def _append_traces(self, batch: bytes) -> TraceStoreStatus:
+        self._trace_sink.append(batch)
+        return self._trace_sink.status()
 
     def _show(self, view: CatalogView) -> None:
         self._board.set_catalog(view)

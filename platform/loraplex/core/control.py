@@ -91,6 +91,20 @@ class ArtifactInfo:
     tenant secret)."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TraceStoreStatus:
+    """Rows since the start: received = written + buffered + dropped (repeats are not received twice)."""
+
+    url: str
+    received_rows: int
+    written_rows: int
+    buffered_rows: int
+    dropped_rows: int
+    repeated_batches: int
+    last_error: str | None
+    """Why the last write failed; None once writing works again."""
+
+
 class ControlPlane(Protocol):
     """Every method raises a LoraplexError subclass; Unavailable when the controller is away."""
 
@@ -104,8 +118,8 @@ class ControlPlane(Protocol):
 
     async def report_usage(self, gateway_id: GatewayId, rows: tuple[UsageRow, ...]) -> None: ...
 
-    async def record_traces(self, gateway_id: GatewayId, batch: bytes) -> None:
-        """``batch``: one Arrow IPC stream of the trace schema."""
+    async def record_traces(self, gateway_id: GatewayId, batch: bytes) -> TraceStoreStatus:
+        """``batch``: one Arrow IPC stream of the trace schema. Returns how the store stands after it."""
 
     async def artifact(self, digest: Digest) -> ArtifactInfo: ...
 

@@ -13,11 +13,15 @@ from loraplex.gateway.directory import ResolvedModel
 from loraplex.gateway.status import HTTP_CLIENT_GONE, HTTP_OK
 from loraplex.telemetry.metrics import GatewayMetrics
 from loraplex.tenancy.quota_gate import QuotaGate, Reservation
+from loraplex.traces.recorder import RecorderCounters
 from loraplex.traces.row import TraceRow
 
 
 class Tracer(Protocol):
     """``loraplex.traces.TraceRecorder`` is one."""
+
+    @property
+    def counters(self) -> RecorderCounters: ...
 
     def record(self, row: TraceRow) -> None: ...
 

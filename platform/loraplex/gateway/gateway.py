@@ -49,15 +49,19 @@ class Gateway:
         tenancy: TenancyConfig | None = None,
         on_routes: OnRoutes | None = None,
         loads: ReplicaLoads | None = None,
+        num_queued: Callable[[], int] = lambda: 0,
         clock: Clock | None = None,
     ) -> None:
         """``loads``: the last report of each connected replica; without it a route counts as a replica that is up.
+        ``num_queued``: generations that ``dispatcher`` holds because no replica takes them yet.
         The caller starts and closes ``dispatcher`` and ``tracer``."""
         self._config = config
         self._gateway_id = gateway_id
         self._control = control
         self._on_routes = on_routes
         self._loads = loads
+        self._num_queued = num_queued
+        self._tracer = tracer
         self._clock = clock or SystemClock()
         self._view = ClusterView()
         self._codecs = Codecs()
@@ -86,6 +90,7 @@ class Gateway:
             gateway_id=gateway_id,
             loads=loads,
             not_ready=self.not_ready,
+            observe=self._observe,
         )
         self.grpc_servicer = LoraplexServicer(service, adapters)
 
@@ -117,6 +122,20 @@ class Gateway:
             return "Tokenizers are being loaded."
         num_replicas = len(snapshot.routes) if self._loads is None else len(self._loads())
         return None if num_replicas else "No replica is up."
+
+    def _observe(self) -> None:
+        """Brings up to date what the metrics tell of parts that do not count by themselves."""
+        if self._loads is not None:
+            self.metrics.replica_loads(self._loads())
+        self.metrics.queued(self._num_queued())
+        rows = self._tracer.counters
+        self.metrics.trace_recorder(
+            sent=rows.sent,
+            dropped=rows.dropped,
+            refused=rows.refused,
+            buffered=rows.buffered,
+            failed_sends=rows.failed_sends,
+        )
 
     async def _follow(self) -> None:
         """Long-polls snapshots for ever."""

@@ -31,6 +31,7 @@ def build_http_app(
     gateway_id: GatewayId,
     loads: ReplicaLoads | None,
     not_ready: Callable[[], str | None],
+    observe: Callable[[], None],
 ) -> Edge:
     app = FastAPI(
         title="Loraplex",
@@ -48,7 +49,7 @@ def build_http_app(
     app.include_router(model_routes(service))
     app.include_router(adapter_routes(adapters))
     app.include_router(tenant_routes(service, control))
-    app.include_router(system_routes(service, gateway_id=gateway_id, loads=loads, not_ready=not_ready))
+    app.include_router(system_routes(service, gateway_id=gateway_id, loads=loads, not_ready=not_ready, observe=observe))
     install_error_handlers(app)
     generate = app.openapi
 

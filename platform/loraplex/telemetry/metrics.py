@@ -10,6 +10,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.metrics_core import Metric
 
+from loraplex.core.control import TraceStoreStatus
 from loraplex.core.ids import ReplicaId
 from loraplex.core.wire import LoadReport
 from loraplex.telemetry.labels import LabelCap
@@ -80,6 +81,31 @@ class GatewayMetrics:
         self._stale = Counter(
             "loraplex_gateway_stale_snapshots", "Snapshots of an older epoch that were refused.", registry=self.registry
         )
+        self._queued = Gauge(
+            "loraplex_gateway_queued_generations",
+            "Generations that wait in this gateway for a replica that takes them.",
+            registry=self.registry,
+        )
+        self._trace_rows = Counter(
+            "loraplex_trace_recorder_rows",
+            "Trace rows that left this gateway's buffer: sent, dropped (buffer full), refused (invalid).",
+            ("outcome",),
+            registry=self.registry,
+        )
+        self._trace_buffered = Gauge(
+            "loraplex_trace_recorder_buffered_rows", "Trace rows not yet delivered.", registry=self.registry
+        )
+        self._trace_failed_sends = Counter(
+            "loraplex_trace_recorder_failed_sends", "Deliveries that were repeated.", registry=self.registry
+        )
+        self._trace_store = Gauge(
+            "loraplex_trace_store_rows",
+            "Trace rows of all gateways in the controller since it started, as this gateway last heard: written to "
+            "files, buffered, dropped (files cannot be written).",
+            ("state",),
+            registry=self.registry,
+        )
+        self._trace_totals: dict[str, int] = {}
         replica = ("replica",)
         self._replica_gauges = {
             field: Gauge(f"loraplex_replica_{field}", meaning, replica, registry=self.registry)
@@ -145,6 +171,23 @@ class GatewayMetrics:
         for replica_id, load in loads.items():
             for field, gauge in self._replica_gauges.items():
                 gauge.labels(replica_id).set(getattr(load, field))
+
+    def queued(self, num_generations: int) -> None:
+        self._queued.set(num_generations)
+
+    def trace_recorder(self, *, sent: int, dropped: int, refused: int, buffered: int, failed_sends: int) -> None:
+        """Totals of this process's recorder, which only grow but for ``buffered``."""
+        totals = {"sent": sent, "dropped": dropped, "refused": refused, "failed_sends": failed_sends}
+        for name, total in totals.items():
+            counter = self._trace_failed_sends if name == "failed_sends" else self._trace_rows.labels(name)
+            counter.inc(total - self._trace_totals.get(name, 0))
+        self._trace_totals = totals
+        self._trace_buffered.set(buffered)
+
+    def trace_store(self, status: TraceStoreStatus) -> None:
+        self._trace_store.labels("written").set(status.written_rows)
+        self._trace_store.labels("buffered").set(status.buffered_rows)
+        self._trace_store.labels("dropped").set(status.dropped_rows)
 
     def render(self, *, per_tenant: bool) -> bytes:
         """Prometheus text, ``CONTENT_TYPE``. Without ``per_tenant``, sums over the tenants and names none."""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from loraplex.controller.config import ControllerConfig, ControllerOptions
 from loraplex.controller.controller import Controller
-from loraplex.core.control import AdapterView, BaseModelView, ControlPlane, ReplicaRoute
+from loraplex.core.control import AdapterView, BaseModelView, ControlPlane, ReplicaRoute, TraceStoreStatus
 from loraplex.core.ids import BaseModelId, ReplicaId, TenantName
 from loraplex.core.tenant import Role, TenantLimits
 from loraplex.registry.config import RegistryConfig
@@ -23,6 +23,9 @@ class _NoTraces:
 
     def append(self, batch: bytes) -> None:
         raise AssertionError("traces were sent to a controller that keeps none")
+
+    def status(self) -> TraceStoreStatus:
+        raise AssertionError("a controller that keeps no traces was asked for them")
 
 
 async def start_tiny_controller(

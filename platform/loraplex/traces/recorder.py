@@ -23,15 +23,15 @@ _log = logging.getLogger(__name__)
 class RecorderCounters:
     """Rows since the start: recorded = sent + dropped + refused + buffered."""
 
-    recorded: int
-    sent: int
-    dropped: int
+    recorded: int = 0
+    sent: int = 0
+    dropped: int = 0
     """Lost because the buffer was full, or because ``close`` ran out of time."""
-    refused: int
+    refused: int = 0
     """Lost because they did not fit the schema or the receiver called them invalid."""
-    failed_sends: int
+    failed_sends: int = 0
     """Attempts that were repeated."""
-    buffered: int
+    buffered: int = 0
 
 
 class TraceRecorder:

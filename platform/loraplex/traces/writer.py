@@ -8,11 +8,11 @@ import logging
 import secrets
 import threading
 from collections import OrderedDict, deque
-from dataclasses import dataclass
 
 import pyarrow as pa
 
 from loraplex.core.clock import Clock, SystemClock
+from loraplex.core.control import TraceStoreStatus
 from loraplex.traces.config import TraceConfig
 from loraplex.traces.parquet import to_parquet
 from loraplex.traces.rotation import adopt_orphans, delete_oldest, merge_parts
@@ -24,20 +24,6 @@ _MAX_SOURCES = 4096
 _TEMPORARY_AGE_S = 60.0
 _CLOSE_ATTEMPTS = 3
 _ROTATE_RETRY_S = 60.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TraceStoreStatus:
-    """Rows since the start: received = written + buffered + dropped (repeats are not received twice)."""
-
-    url: str
-    received_rows: int
-    written_rows: int
-    buffered_rows: int
-    dropped_rows: int
-    repeated_batches: int
-    last_error: str | None
-    """Why the last write failed; None once writing works again."""
 
 
 class TraceWriter:

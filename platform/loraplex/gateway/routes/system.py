@@ -28,8 +28,9 @@ def system_routes(
     gateway_id: GatewayId,
     loads: ReplicaLoads | None,
     not_ready: Callable[[], str | None],
+    observe: Callable[[], None],
 ) -> APIRouter:
-    """``not_ready``: why the gateway cannot serve yet, None when it can."""
+    """``not_ready``: why the gateway cannot serve yet, None when it can. ``observe`` brings the metrics up to date."""
     router = APIRouter()
 
     @router.get("/health", tags=["system"], response_model=replies.HealthReply)
@@ -48,8 +49,7 @@ def system_routes(
     @router.get("/metrics", tags=["system"], response_model=None, responses={200: {"content": {CONTENT_TYPE: {}}}})
     async def metrics(request: Request) -> Response:
         """Open to all; names tenants only to the administrator."""
-        if loads is not None:
-            service.metrics.replica_loads(loads())
+        observe()
         per_tenant = False
         key = bearer_key(request.headers.get("authorization"), request.headers.get("x-api-key"))
         if key is not None:
