@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+from loraplex.core.errors import BadConfig
 from loraplex.core.ids import ReplicaId
 
 ACME_KEY, GLOBEX_KEY, ADMIN_KEY = (
@@ -170,6 +171,16 @@ async def test_bugs_are_500_without_detail(world: Any) -> None:
     check_error(reply, 500, "internal_error")
     assert "secret" not in reply.text
     assert world.tracer.rows[-1].status == 500
+
+
+async def test_a_misconfiguration_is_500_without_detail(world: Any) -> None:
+    async def misconfigured(*_args: Any) -> Any:
+        raise BadConfig("sqlite:////srv/secret/control.db is not a control database", param="database.url")
+
+    world.control.set_current = misconfigured
+    reply = await world.http.post("/v1/adapters/pirate/rollback", json={"version": 1})
+    check_error(reply, 500, "internal_error")
+    assert "secret" not in reply.text
 
 
 async def test_system_routes(world: Any) -> None:

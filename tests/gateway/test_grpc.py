@@ -9,7 +9,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
-from loraplex.core.errors import LoraplexError, Overloaded
+from loraplex.core.errors import BadConfig, LoraplexError, Overloaded
 from loraplex.core.request import FinishReason
 from loraplex.gateway.grpc_server import SERVICE, GrpcServer
 from loraplex.gateway.proto import loraplex_v1_pb2 as pb
@@ -253,4 +253,14 @@ async def test_called_as_by_a_proxy(world: Any) -> None:
         await servicer.ListModels(pb.ListModelsRequest(), refused)
     assert refused.code == grpc.StatusCode.UNAUTHENTICATED
     assert "API key" in refused.details
+
+    async def misconfigured(*_args: Any) -> Any:
+        raise BadConfig("/srv/secret/control.db is not a control database", param="database.url")
+
+    world.control.set_current = misconfigured
+    failed = ProxyContext([("x-api-key", "lpx_acme_admin_key_of_the_tests")])
+    with pytest.raises(LoraplexError):
+        await servicer.RollbackAdapter(pb.RollbackAdapterRequest(name="pirate", version=1), failed)
+    assert failed.code == grpc.StatusCode.INTERNAL
+    assert "secret" not in failed.details
     assert pb.ErrorDetail.FromString(dict(refused.trailing)["loraplex-error-bin"]).code == "missing_api_key"

@@ -93,14 +93,16 @@ def test_a_store_that_fails_to_remove_is_unavailable(
     store.publish(tmp_path / "source", A)
 
     def broken(*_args: object, **_options: object) -> None:
-        raise OSError(errno.EIO, "Input/output error")
+        # As pyarrow words it.
+        raise OSError(errno.EIO, f"Failed to delete '{tmp_path}'. Detail: Input/output error")
 
     monkeypatch.setattr(Path, "unlink", broken)
     if isinstance(store, RemoteStore):
         monkeypatch.setattr(store, "_filesystem", SimpleNamespace(get_file_info=broken))
     for call in (lambda: store.remove(A), lambda: store.collect(())):
-        with pytest.raises(Unavailable):
+        with pytest.raises(Unavailable) as caught:
             call()
+        assert caught.value.message == "cannot write the artifact store: Input/output error", "no path for tenants"
 
 
 def test_another_filesystem_is_copied_to(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -159,7 +159,7 @@ def test_what_ends_a_request_is_told_by_its_kind(harness: Harness) -> None:
         "b" * 64: Unavailable("the controller is away"),
         "c" * 64: StorageFull("no space left"),
         "d" * 64: OSError("/secret"),
-        "g" * 64: Conflict("a bug of ours"),
+        "g" * 64: Conflict("a bug of ours at /secret"),
     }
     harness.loop.open_session(1)
     harness.loop.submit(1, tuple(make(letter, adapter=letter * 64) for letter in "abcdefg"))
@@ -176,6 +176,7 @@ def test_what_ends_a_request_is_told_by_its_kind(harness: Harness) -> None:
         "big": ContextTooLong.code,
         "g": "generation_failed",
     }
+    assert not [output.error for output in outputs if "/secret" in str(output.error)]
 
 
 def test_reports_count_the_requests_of_their_session(harness: Harness) -> None:

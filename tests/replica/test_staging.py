@@ -6,10 +6,10 @@ import pytest
 from loraplex.core.adapter import AdapterManifest
 from loraplex.core.errors import BadAdapter, LoraplexError, NotFound
 from loraplex.core.ids import Digest
-from loraplex.replica.staging import AdapterStager
+from loraplex.replica.staging import FILE_DAMAGED, AdapterStager
 from loraplex.testing.fake_executor import FakeExecutor, fake_manifest
 
-A, STRANGE, GONE, BROKEN = (Digest(c * 64) for c in "abcd")
+A, STRANGE, GONE, BROKEN, TORN = (Digest(c * 64) for c in "abcde")
 
 
 class Source:
@@ -25,13 +25,13 @@ class Source:
             raise NotFound("no such adapter")
         if digest == BROKEN:
             raise OSError("/secret/path: disk failed")
-        return fake_manifest(digest, base_model_id="other" if digest == STRANGE else "fake-base"), "path"
+        return fake_manifest(digest, base_model_id="other" if digest == STRANGE else "fake-base"), "/secret/path"
 
 
 class Staging:
     def __init__(self) -> None:
         self.source = Source()
-        self.executor = FakeExecutor()
+        self.executor = FakeExecutor(unstageable=[TORN])
         self.staged: list[tuple[Digest, int]] = []
         self.failed: dict[Digest, LoraplexError] = {}
         self.stager = AdapterStager(
@@ -72,14 +72,15 @@ def test_an_adapter_is_fetched_once_until_it_is_dropped(staging: Staging) -> Non
 
 
 def test_failures_tell_the_tenant_no_more_than_they_should(staging: Staging) -> None:
-    for digest in (STRANGE, GONE, BROKEN):
+    for digest in (STRANGE, GONE, BROKEN, TORN):
         staging.stager.request(digest)
-    wait(lambda: len(staging.failed) == 3)
+    wait(lambda: len(staging.failed) == 4)
     told = {digest: (error.message, error.class_code) for digest, error in staging.failed.items()}
     assert told == {
         STRANGE: ("the adapter is of base other, this replica serves fake-base", BadAdapter.code),
         GONE: ("no such adapter", NotFound.code),
         BROKEN: ("the adapter could not be read", "generation_failed"),
+        TORN: (FILE_DAMAGED, BadAdapter.code),
     }
     staging.stager.request(GONE)
     wait(lambda: staging.source.fetched.count(GONE) == 2)

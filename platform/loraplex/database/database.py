@@ -4,6 +4,7 @@ Knows no tables but ``cluster``; callers import the modules that define the othe
 shared between threads: the controller calls it from its one database thread.
 """
 
+import logging
 import os
 import secrets
 import sqlite3
@@ -20,6 +21,8 @@ from sqlalchemy.orm import Session, sessionmaker
 from loraplex.core.errors import BadConfig, StorageFull, Unavailable
 from loraplex.database.base import SCHEMA_VERSION, Base, ClusterRow
 from loraplex.database.config import DatabaseConfig
+
+logger = logging.getLogger(__name__)
 
 _POSTGRES_DISK_FULL = "53100"
 
@@ -116,7 +119,9 @@ class Database:
                 raise BadConfig(
                     f"{self._shown_url} is not a control database: {origin}", param="database.url"
                 ) from error
-            raise Unavailable(f"the control database does not answer: {origin}") from error
+            # Tenants read the message, and drivers name hosts and files.
+            logger.warning("the control database does not answer: %s", origin)
+            raise Unavailable("the control database does not answer") from error
 
 
 def _parse_url(text: str) -> URL:

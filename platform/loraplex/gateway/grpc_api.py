@@ -22,7 +22,7 @@ from loraplex.gateway.grpc_messages import adapter_message, delta_message, model
 from loraplex.gateway.proto import loraplex_v1_pb2 as pb
 from loraplex.gateway.routes.edge import bearer_key, request_id_of
 from loraplex.gateway.service import GatewayService
-from loraplex.gateway.status import retry_after_s, status_of
+from loraplex.gateway.status import retry_after_s, shown, status_of
 from loraplex.telemetry.logs import request_id_var
 
 logger = logging.getLogger(__name__)
@@ -119,14 +119,13 @@ class LoraplexServicer:
         try:
             key = bearer_key(metadata.get("authorization"), metadata.get("x-api-key"))
             yield info, self._service.authenticate(key, path_tenant=metadata.get(TENANT_KEY))
-        except LoraplexError as error:
-            self._fail(context, info, error)
-            raise
         except Exception as error:
+            told = shown(error)
+            self._fail(context, info, told)
+            if told is error:
+                raise
             logger.exception("a gRPC call failed")
-            hidden = LoraplexError("The server failed on this request.")
-            self._fail(context, info, hidden)
-            raise hidden from error
+            raise told from error
 
     def _fail(self, context: CallContext, info: CallInfo, error: LoraplexError) -> None:
         status = status_of(error)

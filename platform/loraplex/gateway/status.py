@@ -19,6 +19,8 @@ _INTERNAL = ErrorStatus(http=500, grpc=grpc.StatusCode.INTERNAL, type="server_er
 
 _STATUS: dict[type[Exception], ErrorStatus] = {
     errors.LoraplexError: _INTERNAL,
+    # A setting of ours that turned out wrong while we serve: nothing that the caller could mend.
+    errors.BadConfig: _INTERNAL,
     errors.InvalidInput: ErrorStatus(http=400, grpc=grpc.StatusCode.INVALID_ARGUMENT, type="invalid_request_error"),
     errors.Unauthenticated: ErrorStatus(http=401, grpc=grpc.StatusCode.UNAUTHENTICATED, type="authentication_error"),
     errors.PermissionDenied: ErrorStatus(http=403, grpc=grpc.StatusCode.PERMISSION_DENIED, type="permission_error"),
@@ -46,6 +48,13 @@ def status_of(error: Exception) -> ErrorStatus:
         if status is not None:
             return status
     return _INTERNAL
+
+
+def shown(error: Exception) -> errors.LoraplexError:
+    """``error`` as the caller may read it: what is our own bug or misconfiguration says only that it happened."""
+    if isinstance(error, errors.LoraplexError) and not isinstance(error, errors.BadConfig):
+        return error
+    return errors.LoraplexError("The server failed on this request.")
 
 
 def retry_after_s(error: Exception) -> float | None:

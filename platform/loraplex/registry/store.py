@@ -6,6 +6,7 @@ no tenant and no database; the controller says which digests are referenced. Blo
 """
 
 import errno
+import logging
 import os
 import re
 import shutil
@@ -19,6 +20,8 @@ import pyarrow.fs
 
 from loraplex.core.errors import BadConfig, NotFound, StorageFull, Unavailable
 from loraplex.core.ids import Digest
+
+logger = logging.getLogger(__name__)
 
 _SUFFIX = ".safetensors"
 _FILE_NAME = re.compile(r"([0-9a-f]{64})\.safetensors\Z")
@@ -68,7 +71,13 @@ def translated_disk_errors(what: str) -> Iterator[None]:
     except OSError as error:
         if error.errno in _FULL:
             raise StorageFull(f"no space left for {what}") from error
-        raise Unavailable(f"cannot write {what}: {error.strerror or error}") from error
+        raise _unavailable(f"cannot write {what}", error) from error
+
+
+def _unavailable(what: str, error: OSError) -> Unavailable:
+    """Tenants read the message: the error's own text, which may name paths and hosts, goes to the log."""
+    logger.warning("%s: %s", what, error)
+    return Unavailable(f"{what}: {os.strerror(error.errno)}" if error.errno else what)
 
 
 class LocalStore:
@@ -110,7 +119,7 @@ class LocalStore:
         except FileNotFoundError:
             raise _gone(digest) from None
         except OSError as error:
-            raise Unavailable(f"cannot read artifact {digest}: {error.strerror}") from error
+            raise _unavailable(f"cannot read artifact {digest}", error) from error
 
     def remove(self, digest: Digest) -> None:
         with translated_disk_errors("the artifact store"):
@@ -162,7 +171,7 @@ class RemoteStore:
         except FileNotFoundError:
             raise _gone(digest) from None
         except OSError as error:
-            raise Unavailable(f"cannot read artifact {digest} from the store") from error
+            raise _unavailable(f"cannot read artifact {digest}", error) from error
 
     def remove(self, digest: Digest) -> None:
         with translated_disk_errors("the artifact store"):

@@ -17,6 +17,7 @@ from loraplex.core.step import Executor
 from loraplex.replica.failures import request_failure
 
 STAGING_FAILED = "the adapter could not be read"
+FILE_DAMAGED = "the stored file of the adapter is not what was registered; register the adapter again"
 
 _log = logging.getLogger(__name__)
 
@@ -75,12 +76,20 @@ class AdapterStager:
             expected = self._executor.model.base_model_id
             if manifest.base_model_id != expected:
                 raise BadAdapter(f"the adapter is of base {manifest.base_model_id}, this replica serves {expected}")
-            self._executor.stage_adapter(manifest, path)
+            self._stage_file(manifest, path)
             num_pages = self._executor.adapter_pages(manifest)
         except Exception as error:
-            _log.warning("staging adapter %s failed", digest, exc_info=not isinstance(error, LoraplexError))
+            _log.warning("staging adapter %s failed: %s", digest, error, exc_info=not isinstance(error, LoraplexError))
             with self._lock:
                 self._known.discard(digest)
             self._on_failed(digest, request_failure(error, STAGING_FAILED))
         else:
             self._on_staged(digest, num_pages)
+
+    def _stage_file(self, manifest: AdapterManifest, path: str) -> None:
+        try:
+            self._executor.stage_adapter(manifest, path)
+        except BadAdapter as error:
+            # The file passed the intake, so what is wrong with it came later; the executor's words may hold the path.
+            _log.error("the file of adapter %s is damaged: %s", manifest.digest, error)
+            raise BadAdapter(FILE_DAMAGED) from error

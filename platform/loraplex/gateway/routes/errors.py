@@ -13,8 +13,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import compile_path
 
-from loraplex.core.errors import LoraplexError
-from loraplex.gateway.status import retry_after_s, status_of
+from loraplex.core.errors import BadConfig, LoraplexError
+from loraplex.gateway.status import retry_after_s, shown, status_of
 
 logger = logging.getLogger(__name__)
 
@@ -27,11 +27,9 @@ def error_object(message: str, *, type: str, param: str | None, code: str | None
 
 
 def error_body(error: Exception) -> dict[str, Any]:
-    """Of a LoraplexError what it says; of anything else nothing but that it happened."""
-    kind = status_of(error).type
-    if isinstance(error, LoraplexError):
-        return error_object(error.message, type=kind, param=error.param, code=error.code)
-    return error_object("The server failed on this request.", type=kind, param=None, code=LoraplexError.code)
+    """Says what ``shown`` leaves of the error."""
+    told = shown(error)
+    return error_object(told.message, type=status_of(error).type, param=told.param, code=told.code)
 
 
 def error_headers(error: Exception) -> dict[str, str]:
@@ -62,6 +60,8 @@ async def _on_bug(_request: Request, error: Exception) -> Response:
 
 
 async def _on_loraplex_error(_request: Request, error: Exception) -> Response:
+    if isinstance(error, BadConfig):
+        logger.error("a request met a misconfiguration: %s", error)
     return error_response(error)
 
 
