@@ -4,6 +4,7 @@ Owns the blobs (pinned where an accelerator copies from them) and the check of a
 know pages' addresses. Called by the executor; ``stage`` from any thread.
 """
 
+import random
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,6 +38,7 @@ class HostAdapters:
         self._pin = pin
         self._lock = threading.Lock()
         self._staged: dict[Digest, StagedAdapter] = {}
+        self._noise: torch.Tensor | None = None
 
     def layout(self, manifest: AdapterManifest) -> AdapterLayout:
         """Pure. BadAdapter when the manifest does not fit the base."""
@@ -63,6 +65,24 @@ class HostAdapters:
         with self._lock:
             self._staged.setdefault(manifest.digest, StagedAdapter(layout=layout, blob=blob))
 
+    def stage_random(self, manifest: AdapterManifest, seed: int) -> None:
+        """As ``stage`` with small random weights instead of a file, at the pace of memory: for benchmarks. Equal seeds
+        give equal bytes. BadAdapter."""
+        layout = self.layout(manifest)
+        noise = self._random_noise()
+        blob = torch.empty((layout.num_pages, self._page_bytes), dtype=torch.uint8, pin_memory=self._pin)
+        offsets = random.Random(seed)
+        for page in blob:
+            start = offsets.randrange(0, self._page_bytes, self._dtype.itemsize)
+            page.copy_(noise[start : start + self._page_bytes])
+        for part in layout.parts:
+            if part.placed is not None:
+                # Without B the padding adds nothing, whatever A holds there.
+                num_ranks = part.placed.rank_start + part.placed.block.lora_rank - part.rank_start
+                self._view(blob, part)[max(0, num_ranks) :] = 0
+        with self._lock:
+            self._staged.setdefault(manifest.digest, StagedAdapter(layout=layout, blob=blob))
+
     def unstage(self, digest: Digest) -> None:
         with self._lock:
             self._staged.pop(digest, None)
@@ -74,6 +94,15 @@ class HostAdapters:
         if staged is None:
             raise Conflict(f"adapter {digest} is not staged")
         return staged
+
+    def _random_noise(self) -> torch.Tensor:
+        """(2 * page_bytes,) uint8: elements of standard deviation 0.01. Made once."""
+        with self._lock:
+            if self._noise is None:
+                generator = torch.Generator().manual_seed(0)
+                elements = torch.empty(2 * self._page_bytes // self._dtype.itemsize, device="cpu")
+                self._noise = elements.normal_(std=0.01, generator=generator).to(self._dtype).view(torch.uint8)
+            return self._noise
 
     def _place(
         self, blob: torch.Tensor, layout: AdapterLayout, placed: PlacedBlock, a_RI: torch.Tensor, b_RO: torch.Tensor
