@@ -43,9 +43,16 @@ class EngineMachine(RuleBasedStateMachine):
         max_running=st.integers(1, 4),
         prefix_cache=st.booleans(),
         max_host_pages=st.sampled_from([1, 6, 100]),
+        max_adapter_pages=st.sampled_from([None, 5, 6]),
     )
     def start(
-        self, num_pages: int, max_step_tokens: int, max_running: int, prefix_cache: bool, max_host_pages: int
+        self,
+        num_pages: int,
+        max_step_tokens: int,
+        max_running: int,
+        prefix_cache: bool,
+        max_host_pages: int,
+        max_adapter_pages: int | None,
     ) -> None:
         self.executor = FakeExecutor(
             model=fake_model(vocab_size=VOCAB, max_context_tokens=48, eos_token_ids=(EOS,)),
@@ -59,6 +66,7 @@ class EngineMachine(RuleBasedStateMachine):
             max_running=max_running,
             prefix_cache=prefix_cache,
             max_host_pages=max_host_pages,
+            max_adapter_pages=max_adapter_pages,
             overdue_s=3.0,
             adapter_page_price=2.0,
         )

@@ -38,6 +38,7 @@ class AdapterResidency:
         self._missing: dict[Digest, None] = {}
         self._idle: OrderedDict[Digest, int] = OrderedDict()
         self._num_idle_pages = 0
+        self._num_resident_pages = 0
         self._host: OrderedDict[Digest, None] = OrderedDict()
         self._num_host_pages = 0
         self.version = 0
@@ -46,6 +47,11 @@ class AdapterResidency:
     @property
     def num_idle_pages(self) -> int:
         return self._num_idle_pages
+
+    @property
+    def num_resident_pages(self) -> int:
+        """Idle ones and those in use."""
+        return self._num_resident_pages
 
     def state(self, digest: Digest) -> AdapterState:
         entry = self._entries.get(digest)
@@ -125,6 +131,7 @@ class AdapterResidency:
         entry.state, entry.pages = AdapterState.RESIDENT, pages
         self._idle[digest] = stamp
         self._num_idle_pages += entry.num_pages
+        self._num_resident_pages += entry.num_pages
         self.version += 1
 
     def pin(self, digest: Digest) -> None:
@@ -154,6 +161,7 @@ class AdapterResidency:
         entry = self._entries[digest]
         del self._idle[digest]
         self._num_idle_pages -= entry.num_pages
+        self._num_resident_pages -= entry.num_pages
         self._pool.release(entry.pages, stamp=stamp)
         entry.state, entry.pages = AdapterState.HOST, ()
         self.version += 1
@@ -199,4 +207,5 @@ class AdapterResidency:
             assert (digest in self._host) == (entry.state in (AdapterState.HOST, AdapterState.RESIDENT))
             assert (digest in self._missing) == (entry.state is AdapterState.MISSING)
         assert self._num_idle_pages == sum(entries[d].num_pages for d in self._idle)
+        assert self._num_resident_pages == sum(len(entry.pages) for entry in entries.values())
         assert self._num_host_pages == sum(entries[d].num_pages for d in self._host)

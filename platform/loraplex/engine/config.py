@@ -30,5 +30,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     adapter_page_price: _NotNegative = 4.0
     """Added to the counter of a request, per page of its adapter, while that adapter is in no running request: its
     bytes would be read in every step. In units of the counters."""
+    max_adapter_pages: _Positive | None = None
+    """Arena pages that resident adapters may hold together, the rest being left to KV; None: as many as there are."""
     max_host_pages: _Positive = 1 << 16
     """Staged adapters kept in host memory, in arena pages; beyond it idle ones go, least recently used first."""

@@ -115,7 +115,7 @@ class Engine:
             sequence.since_s = max(sequence.since_s, now_s)
             try:
                 self._check_fits(sequence, num_pages)
-            except ContextTooLong as error:
+            except InvalidInput as error:
                 outputs.append(self._end(sequence, FinishReason.ERROR, error=error))
         return tuple(outputs)
 
@@ -255,6 +255,12 @@ class Engine:
         return limit
 
     def _check_fits(self, sequence: Sequence, adapter_pages: int) -> None:
+        if adapter_pages > self._memory.max_adapter_pages:
+            raise InvalidInput(
+                f"the adapter takes {adapter_pages} pages of memory; this replica keeps "
+                f"{self._memory.max_adapter_pages} for adapters",
+                param="model",
+            )
         # The last token is never read back, so its KV is not written.
         needed = self._memory.num_pages_for(sequence.max_tokens_total - 1) + adapter_pages
         if needed > self._arena.num_pages:

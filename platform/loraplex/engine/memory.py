@@ -21,6 +21,7 @@ from loraplex.engine.sequence import Sequence
 class Memory:
     def __init__(self, config: EngineConfig, *, model: ModelSpec, arena: ArenaSpec) -> None:
         self.page_size = arena.page_size
+        self.max_adapter_pages = config.max_adapter_pages or arena.num_pages
         self.pool = PagePool(arena.num_pages)
         self.adapters = AdapterResidency(self.pool, max_host_pages=config.max_host_pages)
         self.prefix = PrefixCache(
@@ -45,29 +46,37 @@ class Memory:
         self._stamp += 1
 
     def shortage(self, sequence: Sequence, *, reserve: int, without: Collection[Sequence] = ()) -> int:
-        """Pages that are missing to admit ``sequence`` and leave ``reserve`` over; 0 or less when it fits.
+        """Pages that are missing to admit ``sequence`` and leave ``reserve`` over, of the arena or of the adapters'
+        share; 0 or less when it fits.
 
         ``without``: running ones that are thought away.
         """
+        adapters = self.adapters
         shared = self.prefix.match(sequence)
         needed = self.num_pages_for(len(sequence.token_ids)) - len(shared) + reserve
         available = self.num_available - sum(1 for page in shared if self.pool.is_cached(page))
+        over_share = 0
+        freed_adapters = self._num_freed_adapter_pages(without, keep=sequence.adapter)
         if sequence.adapter is not None:
-            needed += self.adapters.num_pages_to_load(sequence.adapter)
-            available -= self.adapters.idle_pages_of(sequence.adapter)
-        return (
-            needed - available - self._num_freed(without, keep_pages=frozenset(shared), keep_adapter=sequence.adapter)
-        )
+            to_load = adapters.num_pages_to_load(sequence.adapter)
+            needed += to_load
+            available -= adapters.idle_pages_of(sequence.adapter)
+            if to_load:
+                in_use = adapters.num_resident_pages - adapters.num_idle_pages - freed_adapters
+                over_share = in_use + to_load - self.max_adapter_pages
+        missing = needed - available - freed_adapters - self._num_freed_pages(without, keep=frozenset(shared))
+        return max(missing, over_share)
 
-    def _num_freed(
-        self, sequences: Collection[Sequence], *, keep_pages: frozenset[int], keep_adapter: Digest | None
-    ) -> int:
-        """Pages that nobody else uses: shared prefixes and adapters come free with their last user only."""
+    def _num_freed_pages(self, sequences: Collection[Sequence], *, keep: frozenset[int]) -> int:
+        """Pages of KV that nobody else uses: a shared prefix comes free with its last user only."""
         held = Counter(page for sequence in sequences for page in sequence.pages)
-        users = Counter(sequence.adapter for sequence in sequences if sequence.adapter not in (None, keep_adapter))
-        pages = sum(self.pool.num_references(page) == count for page, count in held.items() if page not in keep_pages)
+        return sum(self.pool.num_references(page) == count for page, count in held.items() if page not in keep)
+
+    def _num_freed_adapter_pages(self, sequences: Collection[Sequence], *, keep: Digest | None) -> int:
+        """Pages of adapters that nobody else uses."""
+        users = Counter(sequence.adapter for sequence in sequences if sequence.adapter not in (None, keep))
         idle = (d for d, count in users.items() if d is not None and self.adapters.num_users(d) == count)
-        return pages + sum(map(self.adapters.num_pages, idle))
+        return sum(map(self.adapters.num_pages, idle))
 
     def admit(self, sequence: Sequence) -> None:
         """Gives pages for all known tokens, makes the adapter resident and pins it. Changes state.
@@ -81,6 +90,7 @@ class Memory:
         if digest is not None:
             to_load = self.adapters.num_pages_to_load(digest)
             if to_load:
+                self._leave_adapter_pages(to_load)
                 pages = self._take(to_load)
                 self.adapters.load(digest, pages, stamp=self._stamp)
                 self._loads[digest] = pages
@@ -110,6 +120,13 @@ class Memory:
         sequence.num_sealed = 0
         if sequence.adapter is not None:
             self.adapters.unpin(sequence.adapter, stamp=self._stamp)
+
+    def _leave_adapter_pages(self, count: int) -> None:
+        """Drops idle adapters until ``count`` more pages of adapters stay within their share."""
+        while self.adapters.num_resident_pages + count > self.max_adapter_pages:
+            idle = self.adapters.oldest_idle()
+            assert idle is not None, "pages were promised that adapters in use hold"
+            self._drop_idle(idle[0])
 
     def _drop_idle(self, digest: Digest) -> None:
         self.adapters.drop(digest, stamp=self._stamp)
@@ -152,6 +169,7 @@ class Memory:
         references.update(self.adapters.pages_in_use())
         self.pool.validate(dict(references))
         self.prefix.validate(running)
+        assert self.adapters.num_resident_pages <= self.max_adapter_pages, "adapters hold more than their share"
         self.adapters.validate(
             dict(Counter(s.adapter for s in running if s.adapter is not None)),
             dict(Counter(s.adapter for s in waiting if s.adapter is not None)),
