@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from loraplex.core.errors import NotFound, Unavailable
+from loraplex.traces.order import require_valid_rows
 from loraplex.traces.parquet import iter_tables, read_table
 from loraplex.traces.schema import to_trace_schema
 from loraplex.traces.storage import TraceFile, TraceFolder, resolve, without_replaced
@@ -28,8 +29,9 @@ def read_traces(
     ``columns``: read only these (and always ``arrival_s``); the others come back null. What a public file
     (``timestamp_s``, ``tenant``, ``adapter``, ``prompt_tokens``, ``output_tokens``) does not say is null, and its
     arrivals count from 0 instead of 1970.
-    Raises NotFound when there is no trace file, InvalidInput naming the file when one is damaged or not a trace,
-    Unavailable when a writer changes the folder faster than it can be listed.
+    Raises NotFound when there is no trace file, InvalidInput naming the file when one is damaged or not a trace and
+    naming the row (counted from 0) when its time or one of its token counts cannot be, Unavailable when a writer
+    changes the folder faster than it can be listed.
     """
     wanted = None if columns is None else {"arrival_s", *columns}
     text = os.fspath(path)
@@ -54,8 +56,12 @@ def read_traces(
 def _read_file(
     filesystem: pafs.FileSystem, path: str, columns: Collection[str] | None, batch_rows: int
 ) -> Iterator[pa.Table]:
-    for table in iter_tables(filesystem, path, columns=columns, batch_rows=batch_rows):
-        yield to_trace_schema(table, where=f"trace file {path}")
+    first_row = 0
+    for raw in iter_tables(filesystem, path, columns=columns, batch_rows=batch_rows):
+        table = to_trace_schema(raw, where=f"trace file {path}")
+        require_valid_rows(table, where=f"trace file {path}", first_row=first_row)
+        first_row += table.num_rows
+        yield table
 
 
 def _read_folder(folder: TraceFolder, columns: Collection[str] | None, batch_rows: int) -> Iterator[pa.Table]:

@@ -103,6 +103,13 @@ def decode_batch(data: bytes) -> DecodedBatch:
     )
 
 
+def trace_table(known: dict[str, pa.Array]) -> pa.Table:
+    """A table in TRACE_SCHEMA of equally long columns; the others are null."""
+    rows = len(known["arrival_s"])
+    columns = [known[field.name] if field.name in known else pa.nulls(rows, field.type) for field in TRACE_SCHEMA]
+    return pa.table(columns, schema=TRACE_SCHEMA)
+
+
 def to_trace_schema(table: pa.Table, *, where: str) -> pa.Table:
     """``table`` with exactly the columns of TRACE_SCHEMA; columns it lacks are null, those it has more are dropped.
 
