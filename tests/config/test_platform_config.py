@@ -40,6 +40,7 @@ def test_parts_keep_their_defaults_and_derive_from_the_data_directory() -> None:
         (GOOD + "demo: true\n", "demo"),
         (GOOD + "listen: {http_port: 70000}\n", "http_port"),
         (GOOD + "listen: {http_port: eight}\n", "http_port"),
+        (GOOD + "serve: {proxy: nginx}\n", "$.serve.proxy"),
         ("a: [b\n", "not YAML"),
     ],
 )

@@ -1,11 +1,10 @@
 """One platform on one local Ray for the whole folder: the demo base, its tenants and adapters, on free ports.
 
-It runs in this process behind Serve's Python proxies; ``test_serve_command.py`` and ``test_haproxy.py`` start a
-``loraplex serve`` behind the default, HAProxy. So both paths are tested.
+It runs in this process behind Serve's Python proxies. ``behind_haproxy`` is a ``loraplex serve`` behind the default,
+HAProxy, so that both paths are tested; it stays up to the end, and ``test_serve_command.py`` starts another beside it.
 """
 
 import json
-import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,19 +15,15 @@ from loraplex.config.platform import PlatformConfig, parse_platform_config
 from loraplex.demo.base import prepare_demo_base
 from loraplex_deployments.bootstrap import ensure_admin_key, ensure_tenants
 from loraplex_deployments.demo_setup import ensure_demo
-from loraplex_deployments.launch import RunningPlatform, start_platform
+from loraplex_deployments.launch import start_platform
 
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+from tests.deployments.served import Served, free_port
 
 
 @dataclass(frozen=True)
 class Demo:
-    platform: RunningPlatform
-    config: PlatformConfig
+    """What ``demo.json`` says."""
+
     content: dict[str, Any]
 
     @property
@@ -79,6 +74,17 @@ def demo(demo_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         content = ensure_demo(platform, config.root / "demo.json", "smollm2-135m-instruct", admin_key)
         platform.wait_ready()
         assert json.loads((config.root / "demo.json").read_text()) == content
-        yield Demo(platform=platform, config=config, content=content)
+        yield Demo(content=content)
     finally:
         platform.stop()
+
+
+@pytest.fixture(scope="session")
+def behind_haproxy(demo_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    served = Served(tmp_path_factory.mktemp("haproxy"), demo_models)
+    served.start()
+    try:
+        served.wait_ready()
+        yield served
+    finally:
+        served.stop()

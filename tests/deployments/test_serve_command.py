@@ -1,12 +1,10 @@
 """``loraplex serve`` as a person runs it: start, a second start beside it, kill -9 in the middle of an upload, start
 again, Ctrl-C."""
 
-import json
 import os
 import signal
 import stat
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -18,71 +16,9 @@ import pytest
 import yaml
 from loraplex.demo import JSON
 
-from tests.deployments.conftest import free_port
+from tests.deployments.served import LORAPLEX, Served
 
 pytestmark = pytest.mark.ray
-
-LORAPLEX = str(Path(sys.executable).parent / "loraplex")
-_START_TIMEOUT_S = 150
-
-
-class Served:
-    """A ``loraplex serve`` process in a folder of its own."""
-
-    def __init__(self, folder: Path, models: Path) -> None:
-        self.folder = folder
-        self.root = folder / "data"
-        self.root.mkdir(exist_ok=True)
-        if not (self.root / "models").exists():
-            (self.root / "models").symlink_to(models)
-        self.config = {
-            "demo": True,
-            "data_dir": str(self.root),
-            "listen": {"http_port": free_port(), "grpc_port": free_port()},
-            "base_models": [{"id": "smollm2-135m-instruct", "model": "demo", "executor": {"num_pages": 200}}],
-        }
-        self.process: subprocess.Popen[str] | None = None
-
-    def start(self) -> None:
-        file = self.folder / "fleet.yaml"
-        file.write_text(yaml.safe_dump(self.config))
-        self.log = (self.folder / "serve.log").open("a")
-        self.process = subprocess.Popen(
-            [LORAPLEX, "serve", "--config", str(file)],
-            stdout=self.log,
-            stderr=self.log,
-            text=True,
-            start_new_session=True,
-        )
-
-    def wait_ready(self) -> None:
-        assert self.process is not None
-        deadline_s = time.monotonic() + _START_TIMEOUT_S
-        while time.monotonic() < deadline_s:
-            assert self.process.poll() is None, self.output()
-            try:
-                if httpx.get(f"{self.http}/ready", timeout=5).status_code == 200 and "curl" in self.output():
-                    return
-            except httpx.HTTPError:
-                pass
-            time.sleep(0.2)
-        raise AssertionError(self.output())
-
-    def output(self) -> str:
-        return (self.folder / "serve.log").read_text()
-
-    @property
-    def http(self) -> str:
-        return f"http://127.0.0.1:{self.config['listen']['http_port']}"  # type: ignore[index]
-
-    @property
-    def demo(self) -> dict[str, object]:
-        content = json.loads((self.root / "demo.json").read_text())
-        assert isinstance(content, dict)
-        return content
-
-    def key(self, tenant: str) -> str:
-        return next(entry["key"] for entry in self.demo["tenants"] if entry["name"] == tenant)  # type: ignore[attr-defined]
 
 
 @pytest.fixture
@@ -90,10 +26,7 @@ def served(tmp_path: Path, demo_models: Path) -> Iterator[Served]:
     platform = Served(tmp_path, demo_models)
     platform.start()
     yield platform
-    assert platform.process is not None
-    if platform.process.poll() is None:
-        platform.process.send_signal(signal.SIGINT)
-        platform.process.wait(60)
+    platform.stop()
 
 
 def loraplex(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -123,7 +56,9 @@ def test_a_day_in_the_life(served: Served, tmp_path: Path) -> None:
     uploads.start()
     time.sleep(0.5)
     assert served.process is not None
-    children = psutil.Process(served.process.pid).children(recursive=True)
+    children = served.processes()
+    assert served.processes("haproxy -db")
+    killed_files = (served.root / "haproxy").resolve()
     os.kill(served.process.pid, signal.SIGKILL)
     served.process.wait(10)
     uploads.join(60)
@@ -134,6 +69,7 @@ def test_a_day_in_the_life(served: Served, tmp_path: Path) -> None:
     served.start()
     served.wait_ready()
     assert served.demo == first
+    assert not killed_files.exists()
     names = [
         entry["name"]
         for entry in httpx.get(f"{served.http}/v1/adapters", headers={"authorization": f"Bearer {key}"}).json()["data"]
@@ -149,11 +85,14 @@ def test_a_day_in_the_life(served: Served, tmp_path: Path) -> None:
         assert answer.status_code == 200, answer.text
 
     # Ctrl-C ends everything that it started.
-    children = psutil.Process(served.process.pid).children(recursive=True)
+    children = served.processes()
+    files = (served.root / "haproxy").resolve()
+    assert files.stat().st_mode & 0o077 == 0
     served.process.send_signal(signal.SIGINT)
     assert served.process.wait(60) == 0
     _, alive = psutil.wait_procs(children, timeout=30)
     assert not alive
+    assert not files.exists()
     rows = list((served.root / "traces").rglob("*.parquet"))
     assert rows
 
