@@ -38,7 +38,7 @@ _DECODE_BLOCKS = AttentionBlocks(keys=64, num_warps=4, num_stages=3)
 _DECODE_BLOCKS_FP32 = AttentionBlocks(keys=32, num_warps=4, num_stages=2)
 _PREFILL_BLOCKS = AttentionBlocks(rows=128, keys=64, num_warps=8, num_stages=3)
 _PREFILL_BLOCKS_H64 = AttentionBlocks(rows=128, keys=64, num_warps=4, num_stages=3)
-_PREFILL_BLOCKS_FP32 = AttentionBlocks(rows=64, keys=32, num_warps=4, num_stages=2)
+_PREFILL_BLOCKS_FP32 = AttentionBlocks(rows=32, keys=16, num_warps=8, num_stages=2)
 
 
 def decode_blocks(layout: KvLayout, dtype: torch.dtype) -> AttentionBlocks:
@@ -155,7 +155,7 @@ def decode_attention(
             out.stride(0),
             NUM_SPLITS=num_splits,
             HEAD_DIM=layout.head_dim,
-            num_warps=2,
+            num_warps=4,
         )
 
 

@@ -30,9 +30,9 @@ def decode_attention(
         if length == 0:
             out[token].zero_()
             continue
-        k_GKH, v_GKH = _gather(page_table[slot], arena, layout, layer, length)
-        span = slice(token, token + 1)
-        out[span] = _attend(q[span, : out.shape[1]], k_GKH, v_GKH, length - 1, scale, sliding_window).to(out.dtype)
+        rows = slice(token, token + 1)
+        kv = _gather(page_table[slot], arena, layout, layer, length - 1, length, sliding_window)
+        out[rows] = _attend(q[rows, : out.shape[1]], *kv, scale, sliding_window).to(out.dtype)
 
 
 def prefill_attention(
@@ -52,36 +52,39 @@ def prefill_attention(
     for token, count, position, slot in tiles.tolist():
         if count == 0:
             continue
-        k_GKH, v_GKH = _gather(page_table[slot], arena, layout, layer, position + count)
-        span = slice(token, token + count)
-        out[span] = _attend(q[span, : out.shape[1]], k_GKH, v_GKH, position, scale, sliding_window).to(out.dtype)
+        rows = slice(token, token + count)
+        kv = _gather(page_table[slot], arena, layout, layer, position, position + count, sliding_window)
+        out[rows] = _attend(q[rows, : out.shape[1]], *kv, scale, sliding_window).to(out.dtype)
 
 
 def _gather(
-    pages_P: torch.Tensor, arena: torch.Tensor, layout: KvLayout, layer: int, length: int
+    pages_P: torch.Tensor,
+    arena: torch.Tensor,
+    layout: KvLayout,
+    layer: int,
+    position: int,
+    end: int,
+    sliding_window: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values of positions [0, length), (G, K, H) fp64 each."""
+    """Keys and values, (G, K, H) fp64 each, from the first that ``position`` sees up to ``end``."""
+    first = 0 if sliding_window is None else max(0, position - sliding_window + 1)
+    key_K = torch.arange(first, end, device=arena.device)
     shape = (-1, layout.num_layers, 2, layout.num_kv_heads, layout.page_size, layout.head_dim)
-    num_pages = -(-length // layout.page_size)
-    kv_PAGSH = arena.view(shape)[pages_P[:num_pages].long(), layer]
-    kv_AGKH = kv_PAGSH.permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, :length].double()
-    return kv_AGKH[0], kv_AGKH[1]
+    page_K = pages_P[key_K // layout.page_size].long()
+    kv_KAGH = arena.view(shape)[page_K, layer, :, :, key_K % layout.page_size].double()
+    k_GKH, v_GKH = kv_KAGH.permute(1, 2, 0, 3)
+    return k_GKH, v_GKH
 
 
 def _attend(
-    q_TC: torch.Tensor,
-    k_GKH: torch.Tensor,
-    v_GKH: torch.Tensor,
-    position: int,
-    scale: float,
-    sliding_window: int | None,
+    q_TC: torch.Tensor, k_GKH: torch.Tensor, v_GKH: torch.Tensor, scale: float, sliding_window: int | None
 ) -> torch.Tensor:
-    """(T, N * H) fp64 for queries at ``position`` and after."""
+    """(T, N * H) fp64: the queries of the last T of the K positions."""
     num_tokens, (num_kv_heads, num_keys, head_dim) = q_TC.shape[0], k_GKH.shape
     q_GTQH = q_TC.double().view(num_tokens, num_kv_heads, -1, head_dim).transpose(0, 1)
     score_GTQK = torch.einsum("gtqh,gkh->gtqk", q_GTQH, k_GKH) * scale
-    query_T1 = torch.arange(position, position + num_tokens, device=q_TC.device)[:, None]
     key_K = torch.arange(num_keys, device=q_TC.device)
+    query_T1 = key_K[-num_tokens:, None]
     hidden_TK = key_K > query_T1
     if sliding_window is not None:
         hidden_TK |= key_K <= query_T1 - sliding_window
