@@ -7,13 +7,16 @@ grouping by adapter over one base follows Punica (Chen et al., 2023) and S-LoRA 
 Called by model_runner. Legend: T tokens, K input features, O output columns, M modules of a site, R rank_cap.
 """
 
-from dataclasses import dataclass
-from enum import Enum
+from collections.abc import Sequence
+from typing import Any
 
 import torch
+import triton
 
+from loraplex_kernels.gpu import tuning
+from loraplex_kernels.gpu._jit_lora import lora_expand_kernel, lora_shrink_kernel
+from loraplex_kernels.gpu.lora_table import LoraTable, LoraTiles, PendingExpand, Site, partial_elements, view_partial
 from loraplex_kernels.gpu.lora_tiles import MAX_RANK, NUM_MODULES, TileArrays, build_tiles
-from loraplex_kernels.gpu.tuning import num_splits
 
 __all__ = [
     "MAX_RANK",
@@ -24,91 +27,120 @@ __all__ = [
     "Site",
     "TileArrays",
     "build_tiles",
+    "lora_expand_",
+    "lora_shrink",
     "partial_elements",
     "view_partial",
 ]
 
 
-class Site(Enum):
-    """Projections that share an input: (first module, number of modules) in the order q, k, v, o, gate, up, down."""
+def lora_shrink(
+    x_TK: torch.Tensor,
+    table: LoraTable,
+    layer: int,
+    site: Site,
+    tiles: LoraTiles,
+    partial: torch.Tensor,
+    *,
+    plane: int = 0,
+    config: tuning.ShrinkConfig | None = None,
+) -> None:
+    """Writes ``x A^T`` of the tokens that have an adapter into ``partial``, whose rest is left as it is and never read.
 
-    QKV = (0, 3)
-    O = (3, 1)  # noqa: E741
-    GATE_UP = (4, 2)
-    DOWN = (6, 1)
-
-    @property
-    def first_module(self) -> int:
-        return self.value[0]
-
-    @property
-    def num_modules(self) -> int:
-        return self.value[1]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LoraTable:
-    """Where every resident adapter's blocks lie. An adapter of more than ``MAX_RANK`` ranks, or cut into several pages,
-    has consecutive records, its planes, whose products add up."""
-
-    arena: torch.Tensor
-    """(elements,) flat, in the dtype of the activations; 16-byte aligned."""
-    entries: torch.Tensor
-    """(records, layers * 7, 2) int64: [A, B] of a module as ``(element offset // 8) << 8 | (rank // 8)``, 0 where there
-    is none. A is (rank, K) and B (rank, O), both row-major and dense, B with the scale folded in. A block's rank is a
-    multiple of 8 up to ``MAX_RANK`` and the same for A and B."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LoraTiles:
-    """Runs of tokens that share a record, cut into tiles; together they cover each token of the step at most once.
-
-    Device tensors are int32 and may be longer than what is used, so that a captured graph can keep their addresses.
+    ``x_TK``: (T, K) dense. ``partial``: (splits, T, M * R), of ``view_partial``. ``plane``: of adapters with several.
     """
+    num_tokens, in_features = x_TK.shape
+    config = config or tuning.shrink_config(in_features, tiles.tile_rows, tiles.rank_cap)
+    splits = partial.shape[0]
+    assert x_TK.is_contiguous()
+    assert partial.shape == (tuning.num_splits(in_features), num_tokens, site.num_modules * tiles.rank_cap)
+    whole_site = tiles.tile_rows > 16
+    grid = (splits if whole_site else splits * site.num_modules, tiles.num_tiles)
+    lora_shrink_kernel[grid](
+        x_TK,
+        partial,
+        table.arena,
+        table.entries,
+        tiles.record,
+        tiles.row,
+        tiles.count,
+        tiles.planes,
+        2 * (layer * NUM_MODULES + site.first_module),
+        plane,
+        num_tokens,
+        K=in_features,
+        PART=tuning.split_features(in_features),
+        SPLITS=splits,
+        MODULES=site.num_modules,
+        RECORD_ENTRIES=table.record_entries,
+        RANK_CAP=tiles.rank_cap,
+        RANK_BLOCK=tuning.RANK_BLOCK,
+        M=tiles.tile_rows,
+        BLOCK_K=config.block_k,
+        DOT_BLOCK_K=config.dot_block_k,
+        STAGES=config.num_stages,
+        INVARIANT=tiles.batch_invariant,
+        EVICT=tuning.eviction(config.evict_first),
+        EXACT=tuning.exact(x_TK.dtype),
+        num_warps=config.num_warps,
+    )
 
-    record: torch.Tensor
-    """(>= num_tiles,): of the tile's adapter, its first plane; -1 where the tokens have none."""
-    row: torch.Tensor
-    """(>= num_tiles,): first token."""
-    count: torch.Tensor
-    """(>= num_tiles,): tokens, up to tile_rows; 0 for a dead tile."""
-    planes: torch.Tensor
-    """(>= num_tiles,): planes of the adapter; 0 where there is none."""
-    token_record: torch.Tensor
-    """(>= T,): record of each token, as its tile's."""
-    num_tiles: int
-    """Tiles that kernels visit."""
-    tile_rows: int
-    """16 or 64: the most tokens of a tile."""
-    rank_cap: int
-    """16 or 64: no plane in the step has a larger rank."""
-    max_planes: int = 1
-    batch_invariant: bool = False
-    """One arithmetic for every tile, so that a token's result does not depend on the others in the step."""
 
+def lora_expand_(
+    out_TO: torch.Tensor,
+    partial: torch.Tensor,
+    table: LoraTable,
+    layer: int,
+    site: Site,
+    widths: Sequence[int],
+    tiles: LoraTiles,
+    *,
+    plane: int = 0,
+    config: tuning.ExpandConfig | None = None,
+) -> None:
+    """``out += partial B`` in place, each module into its own columns.
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PendingExpand:
-    """A site's shrunk activations, for the operation that adds their expand to the projection's output.
-
-    It adds plane 0 only: further planes of large adapters go into the output beforehand, by ``lora_expand_``.
+    ``out_TO``: (T, O) dense. ``widths``: columns of each of the site's modules, in order; together O.
     """
+    num_tokens = out_TO.shape[0]
+    config = config or tuning.expand_config(tiles.num_tiles, tiles.tile_rows, max(widths))
+    assert out_TO.is_contiguous()
+    assert out_TO.shape[1] == sum(widths)
+    assert len(widths) == site.num_modules
+    grid = (sum(triton.cdiv(width, config.block_n) for width in widths), tiles.num_tiles)
+    lora_expand_kernel[grid](
+        out_TO,
+        partial,
+        table.arena,
+        table.entries,
+        tiles.record,
+        tiles.row,
+        tiles.count,
+        tiles.planes,
+        2 * (layer * NUM_MODULES + site.first_module) + 1,
+        plane,
+        num_tokens,
+        WIDTH_0=widths[0],
+        WIDTH_1=widths[1] if len(widths) > 1 else 0,
+        WIDTH_2=widths[2] if len(widths) > 2 else 0,
+        MODULES=site.num_modules,
+        M=tiles.tile_rows,
+        BLOCK_N=config.block_n,
+        INVARIANT=tiles.batch_invariant,
+        EXACT=tuning.exact(out_TO.dtype),
+        num_warps=config.num_warps,
+        **expand_constants(table, partial, tiles, tuning.RANK_BLOCK, config.evict_first),
+    )
 
-    table: LoraTable
-    tiles: LoraTiles
-    layer: int
-    site: Site
-    partial: torch.Tensor
-    """(splits, T, M * R) fp32, from ``view_partial``, filled by ``lora_shrink``."""
 
-
-def partial_elements(num_tokens: int, in_features: int, site: Site, rank_cap: int) -> int:
-    """fp32 elements of the scratch of a site's shrink."""
-    return num_splits(in_features) * num_tokens * site.num_modules * rank_cap
-
-
-def view_partial(scratch: torch.Tensor, num_tokens: int, in_features: int, site: Site, rank_cap: int) -> torch.Tensor:
-    """(splits, T, M * R) fp32, the front of ``scratch``: flat fp32 of at least ``partial_elements``, one for all sites
-    and layers in turn."""
-    shape = (num_splits(in_features), num_tokens, site.num_modules * rank_cap)
-    return scratch[: shape[0] * shape[1] * shape[2]].view(shape)
+def expand_constants(
+    table: LoraTable, partial: torch.Tensor, tiles: LoraTiles, rank_block: int, evict_first: bool
+) -> dict[str, Any]:
+    """Compile-time arguments that every kernel with an expand takes."""
+    return {
+        "RECORD_ENTRIES": table.record_entries,
+        "SPLITS": partial.shape[0],
+        "RANK_CAP": tiles.rank_cap,
+        "RANK_BLOCK": rank_block,
+        "EVICT": tuning.eviction(evict_first),
+    }

@@ -3,7 +3,7 @@
 import torch
 from torch.nn import functional
 
-from loraplex_kernels.gpu.lora import PendingExpand
+from loraplex_kernels.gpu.lora_table import PendingExpand
 from loraplex_kernels.gpu.twins.lora import expanded
 
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from loraplex_kernels.gpu.lora import LoraTable, LoraTiles, PendingExpand, Site
+from loraplex_kernels.gpu.lora_table import LoraTable, LoraTiles, PendingExpand, Site
 from loraplex_kernels.gpu.lora_tiles import NUM_MODULES
 
 
@@ -45,7 +45,7 @@ def lora_expand_(
 def expanded(out_TO: torch.Tensor, lora: PendingExpand | None, widths: Sequence[int]) -> torch.Tensor:
     """``out_TO`` plus what is pending, a new (T, O) fp32 tensor; what the fused operations start from."""
     if lora is None:
-        return out_TO.float()
+        return out_TO.to(torch.float32, copy=True)
     return out_TO.float() + _product(out_TO, lora.partial, lora.table, lora.layer, lora.site, widths, lora.tiles, 0)
 
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from loraplex_kernels.gpu.lora import PendingExpand
+from loraplex_kernels.gpu.lora_table import PendingExpand
 from loraplex_kernels.gpu.twins.lora import expanded
 
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from loraplex_kernels.gpu.lora import PendingExpand
+from loraplex_kernels.gpu.lora_table import PendingExpand
 from loraplex_kernels.gpu.twins.lora import expanded
 from loraplex_kernels.gpu.twins.norm import rms_norm
 from loraplex_kernels.kv import KvLayout
@@ -28,7 +28,7 @@ def rotary_write_kv(
     q_size = qkv_TC.shape[1] - 2 * kv_size
     sums_TC = expanded(qkv_TC, lora, (q_size, kv_size, kv_size))
     q_TNH, k_TGH, v_TGH = (
-        part.reshape(num_tokens, -1, head_dim) for part in torch.split(sums_TC, (q_size, kv_size, kv_size), dim=1)
+        part.reshape(num_tokens, -1, head_dim) for part in torch.split(sums_TC, [q_size, kv_size, kv_size], dim=1)
     )
     for heads, weight_H in ((q_TNH, q_norm_H), (k_TGH, k_norm_H)):
         if weight_H is not None:

@@ -1,0 +1,115 @@
+"""RMSNorm on the GPU: alone, after adding to the residual stream (with the expand of o or down), after the embedding.
+
+Called by model_runner. Legend: T tokens, D features, V vocabulary, S slots.
+"""
+
+import torch
+
+from loraplex_kernels.gpu import tuning
+from loraplex_kernels.gpu._jit_rows import add_rms_norm_kernel, embed_kernel, rms_norm_kernel
+from loraplex_kernels.gpu.lora import NUM_MODULES, PendingExpand, expand_constants
+
+
+def rms_norm(
+    x_TD: torch.Tensor,
+    weight_D: torch.Tensor,
+    eps: float,
+    out_TD: torch.Tensor,
+    *,
+    config: tuning.NormConfig | None = None,
+) -> None:
+    """``x / sqrt(mean(x^2) + eps) * weight`` in fp32. All (T, D) dense; ``out_TD`` may be ``x_TD``."""
+    num_tokens, features = x_TD.shape
+    config = config or tuning.norm_config(features, lora=False)
+    assert x_TD.is_contiguous()
+    assert out_TD.is_contiguous()
+    rms_norm_kernel[(num_tokens,)](
+        x_TD, weight_D, out_TD, eps, D=features, BLOCK_D=tuning.next_power_of_2(features), num_warps=config.num_warps
+    )
+
+
+def add_rms_norm(
+    residual_TD: torch.Tensor,
+    delta_TD: torch.Tensor,
+    weight_D: torch.Tensor,
+    eps: float,
+    out_TD: torch.Tensor,
+    *,
+    lora: PendingExpand | None = None,
+    config: tuning.NormConfig | None = None,
+) -> None:
+    """``residual += delta`` in place, then ``out = rms_norm(residual) * weight``. All (T, D) dense.
+
+    ``lora``: pending at o or down, added to ``delta_TD``'s value (which is left as it is). Each token reads its B by
+    itself, which suits decode; for long runs of one adapter call ``lora_expand_`` before.
+    """
+    num_tokens, features = residual_TD.shape
+    config = config or tuning.norm_config(features, lora=lora is not None)
+    assert residual_TD.is_contiguous()
+    assert delta_TD.is_contiguous()
+    assert out_TD.is_contiguous()
+    block = tuning.next_power_of_2(features)
+    if lora is None:
+        add_rms_norm_kernel[(num_tokens,)](
+            residual_TD, delta_TD, weight_D, out_TD, None, None, None, None, 0, num_tokens, eps,
+            D=features, BLOCK_D=block, LORA=False, RECORD_ENTRIES=0, SPLITS=1, RANK_CAP=16, RANK_BLOCK=16, EVICT="",
+            EXACT=False, num_warps=config.num_warps,
+        )  # fmt: skip
+        return
+    assert lora.site.num_modules == 1
+    add_rms_norm_kernel[(num_tokens,)](
+        residual_TD,
+        delta_TD,
+        weight_D,
+        out_TD,
+        lora.partial,
+        lora.table.arena,
+        lora.table.entries,
+        lora.tiles.token_record,
+        2 * (lora.layer * NUM_MODULES + lora.site.first_module) + 1,
+        num_tokens,
+        eps,
+        D=features,
+        BLOCK_D=block,
+        LORA=True,
+        EXACT=tuning.exact(out_TD.dtype),
+        num_warps=config.num_warps,
+        **expand_constants(lora.table, lora.partial, lora.tiles, config.rank_block, config.evict_first),
+    )
+
+
+def embed(
+    token_ids_T: torch.Tensor,
+    token_slot_T: torch.Tensor,
+    last_token_S: torch.Tensor,
+    embedding_VD: torch.Tensor,
+    weight_D: torch.Tensor,
+    eps: float,
+    residual_TD: torch.Tensor,
+    out_TD: torch.Tensor,
+    *,
+    config: tuning.NormConfig | None = None,
+) -> None:
+    """``residual = embedding[token]``, ``out = rms_norm(residual) * weight``, the start of a step.
+
+    ``token_ids_T``: (T,) int32; -1 stands for ``last_token_S[token_slot_T]``, (S,) and (T,) int32: the token that the
+    previous step sampled for the slot. A padding token (slot -1) with id -1 takes token 0.
+    """
+    num_tokens, features = residual_TD.shape
+    config = config or tuning.norm_config(features, lora=False)
+    assert embedding_VD.is_contiguous()
+    assert residual_TD.is_contiguous()
+    assert out_TD.is_contiguous()
+    embed_kernel[(num_tokens,)](
+        token_ids_T,
+        token_slot_T,
+        last_token_S,
+        embedding_VD,
+        weight_D,
+        residual_TD,
+        out_TD,
+        eps,
+        D=features,
+        BLOCK_D=tuning.next_power_of_2(features),
+        num_warps=config.num_warps,
+    )

@@ -1,0 +1,103 @@
+"""Between the fused q/k/v projection and attention: expand, norm of the heads, rotation, write of keys and values.
+
+Half-split rotation as in ``loraplex_kernels.rotary``, pages as in ``loraplex_kernels.kv``. Called by model_runner.
+Legend: T tokens, C = (N + 2G) * H columns, N query heads, G KV heads, H head dim, P positions, S slots.
+"""
+
+import torch
+import triton
+
+from loraplex_kernels.gpu import tuning
+from loraplex_kernels.gpu._jit_rotary import rotary_write_kv_kernel
+from loraplex_kernels.gpu.lora import NUM_MODULES, PendingExpand, Site, expand_constants
+from loraplex_kernels.kv import KvLayout
+
+
+def rotary_table(frequencies_F: torch.Tensor, max_positions: int, dtype: torch.dtype) -> torch.Tensor:
+    """(P, H) in ``dtype``: of each position the cosines, then the sines, of its angles in fp32.
+
+    ``frequencies_F``: (H / 2,) fp32 radians per token, from ``rotary_frequencies``. One table serves all layers.
+    """
+    positions = torch.arange(max_positions, device=frequencies_F.device)
+    angles_PF = positions.float()[:, None] * frequencies_F
+    return torch.cat((angles_PF.cos(), angles_PF.sin()), dim=1).to(dtype)
+
+
+def rotary_write_kv(
+    qkv_TC: torch.Tensor,
+    position_T: torch.Tensor,
+    token_slot_T: torch.Tensor,
+    page_table_SP: torch.Tensor,
+    cos_sin_PH: torch.Tensor,
+    arena: torch.Tensor,
+    layout: KvLayout,
+    layer: int,
+    *,
+    q_norm_H: torch.Tensor | None = None,
+    k_norm_H: torch.Tensor | None = None,
+    eps: float = 0.0,
+    lora: PendingExpand | None = None,
+    config: tuning.ExpandConfig | None = None,
+) -> None:
+    """Rotates the queries in place and stores keys and values in the pages of their tokens.
+
+    ``qkv_TC``: (T, C) dense, the projection's output, without its LoRA where one is pending; its key and value columns
+    are left as they are. ``position_T``, ``token_slot_T``: (T,) int32; slot -1 is padding: nothing is stored for it.
+    ``page_table_SP``: (S, max pages) int32 dense, page of each ``page_size`` positions of a slot. ``cos_sin_PH``: from
+    ``rotary_table``. ``arena``: flat elements. ``q_norm_H``, ``k_norm_H``: weights of an RMS norm of each head before
+    the rotation, both or none. ``config.block_n`` counts columns of half heads.
+    """
+    num_tokens, columns = qkv_TC.shape
+    head_dim, kv_heads = layout.head_dim, layout.num_kv_heads
+    heads = columns // head_dim - 2 * kv_heads
+    tiles = None if lora is None else lora.tiles
+    assert qkv_TC.is_contiguous()
+    assert page_table_SP.is_contiguous()
+    assert cos_sin_PH.is_contiguous()
+    assert head_dim == tuning.next_power_of_2(head_dim)
+    assert (q_norm_H is None) == (k_norm_H is None)
+    if config is None:
+        num_tiles, tile_rows = (None, 1) if tiles is None else (tiles.num_tiles, tiles.tile_rows)
+        config = tuning.heads_config(heads, head_dim, num_tiles, tile_rows)
+    block_heads = max(1, config.block_n // (head_dim // 2))
+    blocks = triton.cdiv(heads, block_heads) + 2 * triton.cdiv(kv_heads, block_heads)
+    inputs = (qkv_TC, position_T, token_slot_T, page_table_SP, cos_sin_PH, q_norm_H, k_norm_H, arena)
+    shapes = {
+        "HEADS": heads,
+        "KV_HEADS": kv_heads,
+        "HEAD_DIM": head_dim,
+        "PAGE_SIZE": layout.page_size,
+        "LAYERS": layout.num_layers,
+        "BLOCK_HEADS": block_heads,
+        "HAS_NORM": q_norm_H is not None,
+    }
+    max_pages = page_table_SP.shape[1]
+    if lora is None or tiles is None:
+        rotary_write_kv_kernel[(blocks, num_tokens)](
+            *inputs, None, None, None, None, None, None, layer, 0, num_tokens, max_pages, eps,
+            LORA=False, RECORD_ENTRIES=0, SPLITS=1, RANK_CAP=16, RANK_BLOCK=16, M=1, INVARIANT=False, EVICT="",
+            EXACT=False, num_warps=config.num_warps, **shapes,
+        )  # fmt: skip
+        return
+    assert lora.site is Site.QKV
+    rotary_write_kv_kernel[(blocks, tiles.num_tiles)](
+        *inputs,
+        lora.partial,
+        lora.table.arena,
+        lora.table.entries,
+        tiles.record,
+        tiles.row,
+        tiles.count,
+        layer,
+        2 * (lora.layer * NUM_MODULES + lora.site.first_module) + 1,
+        num_tokens,
+        max_pages,
+        eps,
+        LORA=True,
+        M=tiles.tile_rows,
+        INVARIANT=tiles.batch_invariant,
+        EXACT=tuning.exact(qkv_TC.dtype),
+        num_warps=config.num_warps,
+        **shapes,
+        **expand_constants(lora.table, lora.partial, tiles, tuning.RANK_BLOCK, config.evict_first),
+    )
