@@ -255,10 +255,10 @@ class Engine:
         return limit
 
     def _check_fits(self, sequence: Sequence, adapter_pages: int) -> None:
-        if adapter_pages > self._memory.max_adapter_pages:
+        share = self._config.max_adapter_pages
+        if share is not None and adapter_pages > share:
             raise InvalidInput(
-                f"the adapter takes {adapter_pages} pages of memory; this replica keeps "
-                f"{self._memory.max_adapter_pages} for adapters",
+                f"the adapter takes {adapter_pages} pages of memory; this replica keeps {share} for adapters",
                 param="model",
             )
         # The last token is never read back, so its KV is not written.
