@@ -22,7 +22,9 @@ from typing import Any
 import httpx
 import psutil
 import torch
-from loraplex.bench.engine_bench import EngineBenchOptions, EngineBenchResult, run_engine_bench
+from loraplex.bench.engine_bench import run_engine_bench
+from loraplex.bench.options import EngineBenchOptions, EngineLoad, EngineSetup
+from loraplex.bench.results import LoadResult
 from loraplex.config.platform import PlatformConfig, parse_platform_config
 from loraplex.core.ids import TenantName
 from loraplex.demo import PIRATE
@@ -169,21 +171,16 @@ base_models:
     return parse_platform_config(text, source="bench")
 
 
-def _engine(base: Path, *, streams: int, seed: int) -> EngineBenchResult:
-    return run_engine_bench(
-        EngineBenchOptions(
-            model=str(base),
-            requests=_SINGLE_REQUESTS if streams == 1 else 2 * streams,
-            input_tokens=_INPUT_TOKENS,
-            output_tokens=_OUTPUT_TOKENS,
-            concurrency=streams,
-            dtype="float32",
-            threads=1,
-            num_pages=400,
-            max_step_tokens=256,
-            seed=seed,
-        )
+def _engine(base: Path, *, streams: int, seed: int) -> LoadResult:
+    setup = EngineSetup(model=str(base), dtype="float32", threads=1, num_pages=400, max_step_tokens=256)
+    load = EngineLoad(
+        requests=_SINGLE_REQUESTS if streams == 1 else 2 * streams,
+        input_tokens=_INPUT_TOKENS,
+        output_tokens=_OUTPUT_TOKENS,
+        concurrency=streams,
+        seed=seed,
     )
+    return run_engine_bench(EngineBenchOptions(setup=setup, load=load)).result
 
 
 def _load(

@@ -162,9 +162,40 @@ def test_bench_engine(run: Run) -> None:
     result = run("bench", "engine", *options, "--rank", 8, "--threads", 1, "--json")
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)
-    assert (report["options"]["rank"], report["output_tokens"]) == (8, 12)
-    text = run("bench", "engine", *options, "--threads", 1).stdout
-    assert "output tokens/s" in text
+    assert (report["options"]["load"]["lora_ranks"], report["result"]["output_tokens"]) == ([8], 12)
+    more = (
+        "--mixed-ranks",
+        "8,16",
+        "--modules",
+        "q,k",
+        "--popularity",
+        "zipf",
+        "--cold",
+        "--single-ttft",
+        2,
+        "--profile",
+        2,
+    )
+    text = run("bench", "engine", *options, *more, "--threads", 1).stdout
+    for words in ("output tokens/s", " loads, ", "eta 0.", "cold adapter", "decode: 2 steps"):
+        assert words in text, text
+    for option, value in (("--modules", "x"), ("--mixed-ranks", "a"), ("--popularity", "z"), ("--ceilings", "z")):
+        wrong = run("bench", "engine", *options, option, value)
+        assert wrong.exit_code == 2, option
+        assert f"'{value}'" in wrong.stderr
     unknown = run("bench", "engine", "--model", "random:nosuch")
     assert unknown.exit_code == 2
     assert "random:nosuch" in unknown.stderr
+
+
+def test_bench_sweep(run: Run, tmp_path: Path) -> None:
+    options = ("--model", "random:tiny-llama", "--threads", 1, "--shrink", 64, "--out", tmp_path / "sweep.json")
+    result = run("bench", "sweep", *options, "--cases", "base,32-lora-32")
+    assert result.exit_code == 0, result.output
+    assert "32-lora-32" in result.stdout
+    assert "eta" in result.stdout
+    table = json.loads(run("bench", "sweep", *options, "--cases", "base,1-base", "--json").stdout)
+    assert [row["case"] for row in table["rows"]] == ["base", "32-lora-32", "1-base"]
+    unknown = run("bench", "sweep", *options, "--cases", "nosuch")
+    assert unknown.exit_code == 2
+    assert "many-2000-capped" in unknown.stderr

@@ -1,10 +1,9 @@
 """Engine and the real executor together: tokens do not depend on what memory, batch and cache do."""
 
 import random
-from pathlib import Path
 
 import pytest
-from loraplex.bench.random_adapters import write_random_adapters
+from loraplex.bench.random_adapters import random_manifests
 from loraplex.core.adapter import AdapterRef
 from loraplex.core.clock import SystemClock
 from loraplex.core.errors import ContextTooLong
@@ -17,20 +16,18 @@ from loraplex.replica.driver import StepDriver
 BASE = BaseModelId("tiny")
 
 
-def run(
-    directory: Path, requests: list[EngineRequest], *, num_pages: int, **engine_settings: int
-) -> tuple[dict[str, list[int]], int]:
+def run(requests: list[EngineRequest], *, num_pages: int, **engine_settings: int) -> tuple[dict[str, list[int]], int]:
     """Tokens per request, and how often somebody was preempted."""
     executor = build_executor(
         ExecutorConfig(num_threads=1, num_pages=num_pages, page_size=4), model="random:tiny-llama", base_model_id=BASE
     )
-    adapters = write_random_adapters(directory, executor.model, count=3, lora_rank=8, seed=1)
+    adapters = random_manifests(executor.model, count=3, lora_ranks=(8,))
     config = EngineConfig(**engine_settings)  # type: ignore[arg-type]
     engine = Engine(config, model=executor.model, arena=executor.arena)
     driver = StepDriver(engine, executor, clock=SystemClock(), unstage=executor.unstage_adapter)
-    for digest, (manifest, path) in adapters.items():
-        executor.stage_adapter(manifest, path)
-        engine.adapter_staged(digest, executor.adapter_pages(manifest), 0.0)
+    for seed, manifest in enumerate(adapters):
+        executor.stage_random_adapter(manifest, seed)
+        engine.adapter_staged(manifest.digest, executor.adapter_pages(manifest), 0.0)
     for request in requests:
         engine.add(request, 0.0)
     tokens: dict[str, list[int]] = {}
@@ -46,11 +43,11 @@ def run(
 
 
 @pytest.fixture
-def requests(tmp_path: Path) -> list[EngineRequest]:
+def requests() -> list[EngineRequest]:
     executor = build_executor(
         ExecutorConfig(num_threads=1, num_pages=64, page_size=4), model="random:tiny-llama", base_model_id=BASE
     )
-    digests = [None, *write_random_adapters(tmp_path, executor.model, count=3, lora_rank=8, seed=1)]
+    digests = [None, *(manifest.digest for manifest in random_manifests(executor.model, count=3, lora_ranks=(8,)))]
     vocab_size = executor.model.vocab_size
     executor.close()
     source = random.Random(0)
@@ -76,25 +73,23 @@ def make(index: int, digest: Digest | None, source: random.Random, vocab_size: i
     )
 
 
-def test_preempted_mixed_and_chunked_runs_give_the_tokens_of_each_request_alone(
-    tmp_path: Path, requests: list[EngineRequest]
-) -> None:
+def test_preempted_mixed_and_chunked_runs_give_the_tokens_of_each_request_alone(requests: list[EngineRequest]) -> None:
     alone: dict[str, list[int]] = {}
     for request in requests:
-        alone |= run(tmp_path, [request], num_pages=512)[0]
+        alone |= run([request], num_pages=512)[0]
     assert all(len(tokens) == 24 for tokens in alone.values())
-    roomy, _ = run(tmp_path, requests, num_pages=512)
+    roomy, _ = run(requests, num_pages=512)
     assert roomy == alone
-    chunked, _ = run(tmp_path, requests, num_pages=512, max_step_tokens=9, max_running=5)
+    chunked, _ = run(requests, num_pages=512, max_step_tokens=9, max_running=5)
     assert chunked == alone
 
 
-def test_a_tight_arena_changes_no_token(tmp_path: Path, requests: list[EngineRequest]) -> None:
-    roomy, _ = run(tmp_path, requests, num_pages=512)
+def test_a_tight_arena_changes_no_token(requests: list[EngineRequest]) -> None:
+    roomy, _ = run(requests, num_pages=512)
     preemptions: list[int] = []
     for num_pages in range(16, 512, 8):
         try:
-            tight, count = run(tmp_path, requests, num_pages=num_pages, max_running=6)
+            tight, count = run(requests, num_pages=num_pages, max_running=6)
         except ContextTooLong:
             assert not preemptions, "more pages fit less"
             continue

@@ -1,57 +1,68 @@
-"""Adapters of random weights on all seven projections, written as PEFT would, for benchmarks.
+"""Manifests of made-up adapters: which blocks they have, and which one each request asks for.
 
-Knows the tensor names of PEFT and nothing of engines. Called by ``engine_bench``.
+Their weights are drawn by ``TorchExecutor.stage_random_adapter`` straight into host memory: thousands of adapters need
+no files. Knows nothing of engines. Called by ``session`` and by tests.
 """
 
 import hashlib
-from pathlib import Path
+from collections.abc import Sequence
+from enum import StrEnum
 
-import torch
-from safetensors.torch import save_file
+import numpy as np
 
 from loraplex.core.adapter import AdapterBlock, AdapterManifest
 from loraplex.core.ids import Digest
 from loraplex.core.model import LORA_MODULES, ModelSpec
 
-MAX_FILES = 4
-"""Adapters beyond this many share files: their digests, and so their pages and loads, stay distinct."""
+
+class Popularity(StrEnum):
+    """How often each adapter is asked for."""
+
+    ROUND_ROBIN = "round-robin"
+    UNIFORM = "uniform"
+    """Drawn with equal probability."""
+    ZIPF = "zipf"
+    """Drawn with probability proportional to 1 / rank ** exponent."""
 
 
-def write_random_adapters(
-    directory: Path, model: ModelSpec, *, count: int, lora_rank: int, seed: int
-) -> dict[Digest, tuple[AdapterManifest, str]]:
-    """``count`` adapters in bf16: digest -> (manifest, path of the safetensors file)."""
-    paths = [
-        _write_adapter(directory / f"adapter-{index}.safetensors", model, lora_rank=lora_rank, seed=seed + index)
-        for index in range(min(count, MAX_FILES))
-    ]
-    blocks = tuple(
-        AdapterBlock(layer=layer, module=module, lora_rank=lora_rank, scale=1.0)
-        for layer in range(model.num_layers)
-        for module in LORA_MODULES
-    )
-    adapters: dict[Digest, tuple[AdapterManifest, str]] = {}
-    for index in range(count):
-        path = paths[index % len(paths)]
-        digest = Digest(hashlib.sha256(f"random adapter {seed} {index}".encode()).hexdigest())
-        manifest = AdapterManifest(
-            digest=digest, base_model_id=model.base_model_id, blocks=blocks, num_bytes=path.stat().st_size
+def random_manifests(
+    model: ModelSpec, *, count: int, lora_ranks: Sequence[int], modules: Sequence[str] = LORA_MODULES, seed: int = 0
+) -> tuple[AdapterManifest, ...]:
+    """``count`` adapters on ``modules`` of every layer; their ranks are ``lora_ranks`` in turn. Equal arguments give
+    equal digests."""
+    ordered = [module for module in LORA_MODULES if module in modules]
+    blocks = [
+        tuple(
+            AdapterBlock(layer=layer, module=module, lora_rank=lora_rank, scale=1.0)
+            for layer in range(model.num_layers)
+            for module in ordered
         )
-        adapters[digest] = (manifest, str(path))
-    return adapters
+        for lora_rank in lora_ranks
+    ]
+    manifests = []
+    for index in range(count):
+        members = blocks[index % len(blocks)]
+        identity = f"random adapter {seed} {index} {lora_ranks[index % len(blocks)]} {ordered}"
+        num_elements = sum(block.lora_rank * sum(model.projection_shape(block.module)) for block in members)
+        manifests.append(
+            AdapterManifest(
+                digest=Digest(hashlib.sha256(identity.encode()).hexdigest()),
+                base_model_id=model.base_model_id,
+                blocks=members,
+                num_bytes=2 * num_elements,
+            )
+        )
+    return tuple(manifests)
 
 
-def _write_adapter(path: Path, model: ModelSpec, *, lora_rank: int, seed: int) -> Path:
-    generator = torch.Generator().manual_seed(seed)
-    tensors: dict[str, torch.Tensor] = {}
-    for layer in range(model.num_layers):
-        for module in LORA_MODULES:
-            num_in, num_out = model.projection_shape(module)
-            block = "self_attn" if module in ("q_proj", "k_proj", "v_proj", "o_proj") else "mlp"
-            name = f"base_model.model.model.layers.{layer}.{block}.{module}"
-            for part, shape in (("lora_A", (lora_rank, num_in)), ("lora_B", (num_out, lora_rank))):
-                weight = torch.empty(shape, dtype=torch.float32, device="cpu")
-                weight.normal_(std=0.01, generator=generator)
-                tensors[f"{name}.{part}.weight"] = weight.to(torch.bfloat16)
-    save_file(tensors, path)
-    return path
+def draw_adapters(
+    num_requests: int, num_adapters: int, popularity: Popularity, *, zipf_exponent: float = 1.0, seed: int = 0
+) -> list[int]:
+    """The adapter of each request, 0 <= a < num_adapters (at least one)."""
+    if popularity is Popularity.ROUND_ROBIN:
+        return [request % num_adapters for request in range(num_requests)]
+    weights = np.ones(num_adapters)
+    if popularity is Popularity.ZIPF:
+        weights = np.arange(1, num_adapters + 1, dtype=np.float64) ** -zipf_exponent
+    draws = np.random.default_rng(seed).choice(num_adapters, size=num_requests, p=weights / weights.sum())
+    return [int(adapter) for adapter in draws]

@@ -8,9 +8,10 @@ from typing import Annotated
 import msgspec
 import typer
 
+from loraplex.cli.bench_engine import engine_command, sweep_command
 from loraplex.cli.connection import DEFAULT_KEY_FILE, JsonOption, KeyFileOption, KeyOption, UrlOption, load_targets
 from loraplex.cli.load_output import LoadProgress, print_report, report_json, require_an_answer
-from loraplex.cli.output import print_json, print_table, shown
+from loraplex.cli.output import print_json
 from loraplex.loadgen.closed_loop import run_closed_loop
 from loraplex.loadgen.completion import CompletionClient, Sample
 from loraplex.loadgen.config import Endpoint, RequestConfig
@@ -21,56 +22,8 @@ from loraplex.loadgen.report import summarize
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Measure the engine alone or a running server.")
 
 
-@app.command("engine")
-def engine(
-    model: Annotated[
-        str, typer.Option(help="A Hugging Face directory, a .gguf file, or random:llama3-8b and the like.")
-    ],
-    requests: Annotated[int, typer.Option(min=1, help="How many in all.")] = 64,
-    input_tokens: Annotated[int, typer.Option("--input", min=1, help="Prompt tokens of each.")] = 256,
-    output_tokens: Annotated[int, typer.Option("--output", min=1, help="Output tokens of each.")] = 128,
-    adapters: Annotated[int, typer.Option(min=0, help="Distinct adapters, in turn; 0: the plain base.")] = 0,
-    rank: Annotated[int, typer.Option(min=1, help="LoRA rank of each adapter, on all seven projections.")] = 16,
-    concurrency: Annotated[int | None, typer.Option(min=1, help="How many at a time; default: all at once.")] = None,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")] = "auto",
-    threads: Annotated[int | None, typer.Option(min=1, help="torch threads on the CPU.")] = None,
-    as_json: JsonOption = False,
-) -> None:
-    """The engine alone, on CPU or GPU, without Ray and HTTP."""
-    # Imported here: torch takes seconds, and no other command needs it.
-    from loraplex.bench.engine_bench import EngineBenchOptions, run_engine_bench
-
-    result = run_engine_bench(
-        EngineBenchOptions(
-            model=model,
-            requests=requests,
-            input_tokens=input_tokens,
-            output_tokens=output_tokens,
-            adapters=adapters,
-            rank=rank,
-            concurrency=concurrency,
-            device=device,
-            dtype=dtype,
-            threads=threads,
-        )
-    )
-    if as_json:
-        print_json(msgspec.to_builtins(result))
-        return
-    typer.echo(
-        f"{shown(result.output_tokens_per_s)} output tokens/s, {shown(result.total_tokens_per_s)} tokens/s with "
-        f"prompts, {shown(result.duration_s)} s on {result.device_name}"
-    )
-    typer.echo(
-        f"{shown(result.steps)} steps of {shown(1000 * result.mean_step_s)} ms, {result.engine_share:.1%} of the time "
-        f"outside of them, {shown(result.preemptions)} preemptions"
-    )
-    rows = [("TTFT", result.ttft_s), ("TPOT", result.tpot_s), ("E2E", result.e2e_s)]
-    print_table(
-        ["ms", "mean", "p50", "p90", "p99"],
-        [[name, *(1000 * v for v in (p.mean, p.p50, p.p90, p.p99))] for name, p in rows if p is not None],
-    )
+app.command("engine")(engine_command)
+app.command("sweep")(sweep_command)
 
 
 @app.command("serve")

@@ -1,0 +1,31 @@
+"""As ``loraplex bench``, options and result as JSON, for machines without the packages of the command line:
+
+python -m loraplex.bench engine OPTIONS        the JSON of ``EngineBenchOptions``
+python -m loraplex.bench sweep FILE OPTIONS    the JSON of ``SweepOptions``; the table goes to FILE
+"""
+
+import sys
+from pathlib import Path
+
+import msgspec
+
+from loraplex.bench.engine_bench import run_engine_bench
+from loraplex.bench.options import EngineBenchOptions
+from loraplex.bench.sweep import SweepOptions, run_sweep
+
+
+def main(arguments: list[str]) -> None:
+    match arguments:
+        case ["engine", options]:
+            result = run_engine_bench(msgspec.json.decode(options, type=EngineBenchOptions))
+            print(msgspec.json.encode(result).decode())
+        case ["sweep", file, options]:
+            run_sweep(
+                msgspec.json.decode(options, type=SweepOptions), Path(file), say=lambda line: print(line, flush=True)
+            )
+        case _:
+            sys.exit(__doc__)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,151 @@
+"""An engine that remembers its steps: what each had to do and how long it took; priced when the clock has stopped.
+
+Costs two clock reads a step while it runs. Called by ``session``.
+"""
+
+import time
+from collections.abc import Sequence
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from loraplex.core.adapter import AdapterManifest
+from loraplex.core.ids import Digest
+from loraplex.core.model import ModelSpec
+from loraplex.core.request import RequestOutput
+from loraplex.core.step import ArenaSpec, StepPlan, StepResult
+from loraplex.cost.ceilings import Ceilings, FloatArray
+from loraplex.cost.roofline import HIDDEN_PARTS, StepCost, roofline
+from loraplex.cost.work import AdapterWork, StepWork, step_work
+from loraplex.engine import Engine, EngineConfig
+from loraplex.engine.instructions import Instructions
+
+BoolArray = npt.NDArray[np.bool_]
+
+
+class PhaseEta(msgspec.Struct, frozen=True, kw_only=True):
+    """Some of the steps of a run."""
+
+    steps: int
+    tokens: int
+    """Of those steps: prompt tokens and decode tokens."""
+    measured_s: float
+    ideal_s: float
+    eta: float
+    """ideal_s / measured_s."""
+    ideal_shares: dict[str, float]
+    """Part -> its share of ``ideal_s``."""
+
+
+class EtaReport(msgspec.Struct, frozen=True, kw_only=True):
+    """How near the steps came to the ideal of ``loraplex.cost.roofline``. A step lasts from the end of the one before
+    it (or from its planning, when nothing was under way) to its own end: what the engine does in between counts."""
+
+    ceilings: str
+    ceilings_source: str
+    eta: float
+    """Sum of the ideal times / sum of the measured times."""
+    eta_by_tokens: float
+    """Mean of each step's own ratio, weighted by its tokens."""
+    decode: PhaseEta | None
+    """Steps in which every row decodes one token; None without one."""
+    prefill: PhaseEta | None
+    """All others."""
+
+
+class RecordingEngine(Engine):
+    def __init__(self, config: EngineConfig, *, model: ModelSpec, arena: ArenaSpec) -> None:
+        super().__init__(config, model=model, arena=arena)
+        self._spec = model
+        self._itemsize = arena.page_bytes // (arena.page_size * model.kv_elements_per_token)
+        self._planned: dict[int, tuple[StepPlan, float]] = {}
+        self.clear()
+
+    def clear(self) -> None:
+        """Forgets what was recorded."""
+        self._steps: list[tuple[StepPlan, float]] = []
+        self._last_end_s = 0.0
+        self.num_loads = 0
+
+    def schedule(self, now_s: float) -> Instructions:
+        started_s = time.perf_counter()
+        instructions = super().schedule(now_s)
+        self.num_loads += len(instructions.loads)
+        if instructions.plan is not None:
+            self._planned[instructions.plan.step_id] = (instructions.plan, started_s)
+        return instructions
+
+    def complete(self, result: StepResult, now_s: float) -> tuple[RequestOutput, ...]:
+        ended_s = time.perf_counter()
+        plan, planned_s = self._planned.pop(result.step_id)
+        self._steps.append((plan, ended_s - max(planned_s, self._last_end_s)))
+        self._last_end_s = ended_s
+        return super().complete(result, now_s)
+
+    def step_seconds(self) -> FloatArray:
+        """(S,) of the recorded steps."""
+        return np.array([seconds for _, seconds in self._steps])
+
+    def work(self, manifests: Sequence[AdapterManifest]) -> StepWork:
+        """Of the recorded steps; ``manifests`` holds every adapter that they used."""
+        model = self._spec
+        number = {manifest.digest: index for index, manifest in enumerate(manifests)}
+        by_blocks = {manifest.blocks: AdapterWork.of_blocks(manifest.blocks, model) for manifest in manifests}
+        rows = [(step, row) for step, (plan, _) in enumerate(self._steps) for row in plan.rows]
+
+        def index(digest: Digest | None) -> int:
+            return -1 if digest is None else number[digest]
+
+        return step_work(
+            model,
+            step=np.array([step for step, _ in rows], dtype=np.int64),
+            start=np.array([row.start for _, row in rows], dtype=np.int64),
+            num_tokens=np.array([len(row.token_ids) for _, row in rows], dtype=np.int64),
+            samples=np.array([row.samples for _, row in rows], dtype=bool),
+            adapter=np.array([index(row.adapter) for _, row in rows], dtype=np.int64),
+            sizes=[by_blocks[manifest.blocks] for manifest in manifests],
+            num_steps=len(self._steps),
+        )
+
+    def eta(self, manifests: Sequence[AdapterManifest], ceilings: Ceilings) -> EtaReport:
+        """Prices the recorded steps (at least one)."""
+        work = self.work(manifests)
+        cost = roofline(self._spec, work, ceilings, itemsize=self._itemsize)
+        num_rows = np.array([len(plan.rows) for plan, _ in self._steps])
+        decodes = (work.num_tokens == num_rows) & (work.num_sampled == num_rows)
+        return eta_report(work, cost, self.step_seconds(), decodes, ceilings)
+
+
+def eta_report(
+    work: StepWork, cost: StepCost, measured_s: FloatArray, decodes: BoolArray, ceilings: Ceilings
+) -> EtaReport:
+    """``decodes``: (S,) bool, the steps that only decode."""
+    ideal_s, tokens = cost.ideal_s, work.num_tokens
+
+    def phase(chosen: BoolArray) -> PhaseEta | None:
+        if not chosen.any():
+            return None
+        ideal, measured = float(ideal_s[chosen].sum()), float(measured_s[chosen].sum())
+        shares = {
+            str(part): float(part_cost.seconds[chosen].sum()) / ideal
+            for part, part_cost in cost.parts.items()
+            if part not in HIDDEN_PARTS
+        }
+        return PhaseEta(
+            steps=int(chosen.sum()),
+            tokens=int(tokens[chosen].sum()),
+            measured_s=measured,
+            ideal_s=ideal,
+            eta=ideal / measured,
+            ideal_shares={part: share for part, share in shares.items() if share > 0},
+        )
+
+    return EtaReport(
+        ceilings=ceilings.name,
+        ceilings_source=ceilings.source,
+        eta=float(ideal_s.sum() / measured_s.sum()),
+        eta_by_tokens=float((tokens * ideal_s / measured_s).sum() / tokens.sum()),
+        decode=phase(decodes),
+        prefill=phase(~decodes),
+    )

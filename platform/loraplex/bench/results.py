@@ -1,0 +1,104 @@
+"""What a benchmark of the engine found. Pure data, the same as JSON. Made by ``session`` and ``engine_bench``."""
+
+from collections.abc import Sequence
+
+import msgspec
+import numpy as np
+
+from loraplex.bench.options import EngineBenchOptions, EngineLoad, EngineSetup
+from loraplex.bench.recorder import EtaReport
+
+
+class Percentiles(msgspec.Struct, frozen=True, kw_only=True):
+    """Of seconds."""
+
+    mean: float
+    p50: float
+    p90: float
+    p99: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Percentiles":
+        p50, p90, p99 = (float(value) for value in np.percentile(values, (50, 90, 99)))
+        return cls(mean=float(np.mean(values)), p50=p50, p90=p90, p99=p99)
+
+
+class Machine(msgspec.Struct, frozen=True, kw_only=True):
+    setup: EngineSetup
+    device_name: str
+    torch_version: str
+    num_pages: int
+    page_bytes: int
+    ready_s: float | None
+    """From the start of the process to the first token of a first base request; None where the system does not tell
+    when a process started."""
+
+
+class AdapterTraffic(msgspec.Struct, frozen=True, kw_only=True):
+    pages: float
+    """Of one adapter, on average."""
+    stage_s: float
+    """Mean time to put one adapter into host memory, before the clock."""
+    loads: int
+    """Copies onto the accelerator while the clock ran."""
+    loads_per_s: float
+    hit_rate: float
+    """Share of the requests whose adapter was on the accelerator when they were admitted."""
+
+
+class LoadResult(msgspec.Struct, frozen=True, kw_only=True):
+    """One load on one engine."""
+
+    load: EngineLoad
+    duration_s: float
+    prompt_tokens: int
+    output_tokens: int
+    output_tokens_per_s: float
+    total_tokens_per_s: float
+    ttft_s: Percentiles
+    """From the submission of a request to its first token."""
+    tpot_s: Percentiles | None
+    """(E2E - TTFT) / (output tokens - 1); None when requests generate a single token."""
+    e2e_s: Percentiles
+    steps: int
+    mean_step_s: float
+    """Of the executor's part alone."""
+    engine_share: float
+    """Part of the duration in which no step was under way. Below 0 where steps overlap."""
+    preemptions: int
+    adapters: AdapterTraffic | None
+    """None: the plain base."""
+    eta: EtaReport
+
+
+class SingleTtft(msgspec.Struct, frozen=True, kw_only=True):
+    """One request at a time, nothing else running."""
+
+    input_tokens: int
+    base_s: Percentiles
+    warm_s: Percentiles
+    """Its adapter is on the accelerator."""
+    cold_s: Percentiles
+    """Its adapter is in host memory only."""
+    added_by_cold_s: float
+    """Median cold - median warm."""
+
+
+class PartTimes(msgspec.Struct, frozen=True, kw_only=True):
+    """Where the device's time went, by the names of kernels (on the CPU: of operators)."""
+
+    steps: int
+    wall_s: float
+    busy_s: float
+    """Time in which at least one kernel ran. On the CPU: in operators."""
+    shares: dict[str, float]
+    """Part -> its share of the kernels' time; largest first."""
+
+
+class EngineBenchResult(msgspec.Struct, frozen=True, kw_only=True):
+    options: EngineBenchOptions
+    machine: Machine
+    result: LoadResult
+    single_ttft: SingleTtft | None
+    prefill_parts: PartTimes | None
+    decode_parts: PartTimes | None
