@@ -1,6 +1,7 @@
 """A driver that builds StepPlans by hand, and small random models with their transformers and PEFT references."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -69,12 +70,13 @@ class ArgmaxSampler:
         del self.logits[slot]
 
     def draw(self, logits_BV: torch.Tensor, slots: Sequence[int], *, last_token: torch.Tensor | None = None) -> Drawn:
-        assert last_token is None
-        assert logits_BV.dtype == torch.float32
         assert logits_BV.shape[0] == len(slots)
         for row, slot in zip(logits_BV, slots, strict=True):
             self.logits[slot].append(row.clone())
-        return Drawn(slots, logits_BV.argmax(-1), None)
+        tokens_B = logits_BV.argmax(-1)
+        if last_token is not None:
+            last_token[torch.tensor(slots, device=last_token.device)] = tokens_B.int()
+        return Drawn(slots, tokens_B, None)
 
 
 @dataclass(slots=True)
@@ -96,13 +98,26 @@ class Driver:
     """Stands in for the engine: hands out shuffled pages, sorts rows by adapter."""
 
     def __init__(
-        self, directory: Path | str, *, page_size: int = 4, num_pages: int = 400, device: torch.device = CPU
+        self,
+        directory: Path | str,
+        *,
+        page_size: int = 4,
+        num_pages: int = 400,
+        device: torch.device = CPU,
+        kernels: bool = False,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
+        """``kernels``: the Triton kernels instead of plain torch; on the CPU under the interpreter."""
         spec = load_model_spec(str(directory), BASE)
-        weights = load_weights(str(directory), spec, dtype=torch.float32, device=device)
-        self.arena = Arena(spec, num_pages=num_pages, page_size=page_size, dtype=torch.float32, device=device)
+        weights = load_weights(str(directory), spec, dtype=dtype, device=device)
+        self.arena = Arena(spec, num_pages=num_pages, page_size=page_size, dtype=dtype, device=device)
         self.sampler = ArgmaxSampler()
-        self.executor = TorchExecutor(spec, weights, self.arena, self.sampler, max_rows=64, max_step_tokens=1024)
+        make: Any = TorchExecutor
+        if kernels:
+            from loraplex.model_runner.gpu.executor import GpuExecutor
+
+            make = GpuExecutor
+        self.executor = make(spec, weights, self.arena, self.sampler, max_rows=64, max_step_tokens=1024)
         self._free = torch.randperm(num_pages).tolist()
         self._slots = 0
         self._steps = 0
@@ -269,3 +284,27 @@ def add_adapter(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Train
 @pytest.fixture(scope="session")
 def make_driver() -> type[Driver]:
     return Driver
+
+
+def reference_logits(base: Base, request: Request) -> torch.Tensor:
+    """(tokens, V) logits of the whole sequence in one uncached forward."""
+    model = base.model
+    if request.adapter is not None:
+        model.set_adapter(request.adapter)
+    with torch.no_grad(), model.disable_adapter() if request.adapter is None else nullcontext():
+        logits: torch.Tensor = model(torch.tensor([request.tokens])).logits[0]
+    return logits
+
+
+@pytest.fixture
+def check() -> Callable[[Base, Driver, Request], None]:
+    """Asserts that each sampled token is the reference's choice after the same tokens, and that its logits agree."""
+
+    def run(base: Base, driver: Driver, request: Request) -> None:
+        expected = reference_logits(base, request)[len(request.prompt) - 1 : -1]
+        actual = torch.stack(driver.sampler.logits[request.slot]).cpu()
+        assert actual.shape == expected.shape
+        assert (actual - expected).abs().max() <= 1e-3 * expected.abs().max()
+        assert request.generated == expected.argmax(-1).tolist()
+
+    return run

@@ -1,7 +1,6 @@
 """Greedy tokens and logits equal transformers + PEFT (fp32, eager): every family, alone, chunked, mixed and shared."""
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -47,33 +46,14 @@ def prompt(length: int, seed: int) -> list[int]:
     return torch.randint(0, 199, (length,), generator=generator).tolist()
 
 
-def reference_logits(base: Any, request: Any) -> torch.Tensor:
-    """(tokens, V) logits of the whole sequence in one uncached forward."""
-    model = base.model
-    if request.adapter is not None:
-        model.set_adapter(request.adapter)
-    with torch.no_grad(), model.disable_adapter() if request.adapter is None else nullcontext():
-        logits: torch.Tensor = model(torch.tensor([request.tokens])).logits[0]
-    return logits
-
-
-def check(base: Any, driver: Any, request: Any) -> None:
-    """Each sampled token is the reference's choice after the same tokens, and its logits agree."""
-    expected = reference_logits(base, request)[len(request.prompt) - 1 : -1]
-    actual = torch.stack(driver.sampler.logits[request.slot])
-    assert actual.shape == expected.shape
-    assert (actual - expected).abs().max() <= 1e-3 * expected.abs().max()
-    assert request.generated == expected.argmax(-1).tolist()
-
-
-def test_base_alone(world: Any, driver: Any) -> None:
+def test_base_alone(world: Any, driver: Any, check: Any) -> None:
     request = driver.open(prompt(37, seed=1))
     driver.run([request], num_tokens=24)
     check(world[0], driver, request)
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
-def test_adapter_alone(world: Any, driver: Any, name: str) -> None:
+def test_adapter_alone(world: Any, driver: Any, name: str, check: Any) -> None:
     request = driver.open(prompt(29, seed=2), name)
     base = driver.open(prompt(29, seed=2))
     driver.run([request], num_tokens=12)
@@ -84,7 +64,7 @@ def test_adapter_alone(world: Any, driver: Any, name: str) -> None:
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 16])
-def test_mixed_batch_with_chunked_prefill(world: Any, driver: Any, chunk: int) -> None:
+def test_mixed_batch_with_chunked_prefill(world: Any, driver: Any, chunk: int, check: Any) -> None:
     names = [None, *ADAPTERS, None, "everything"]
     requests = [driver.open(prompt(7 + 6 * index, seed=index), name) for index, name in enumerate(names)]
     driver.run(requests, num_tokens=16, chunk=chunk)
@@ -93,7 +73,7 @@ def test_mixed_batch_with_chunked_prefill(world: Any, driver: Any, chunk: int) -
 
 
 @pytest.mark.parametrize("name", [None, "everything"])
-def test_prefix_pages_are_shared(world: Any, driver: Any, name: str | None) -> None:
+def test_prefix_pages_are_shared(world: Any, driver: Any, name: str | None, check: Any) -> None:
     first = driver.open(prompt(26, seed=7), name)
     driver.run([first], num_tokens=5)
     second = driver.open([*first.prompt[:22], 3, 1, 4], name, prefix_of=first)
@@ -107,7 +87,7 @@ def test_prefix_pages_are_shared(world: Any, driver: Any, name: str | None) -> N
 
 
 @pytest.mark.parametrize("world", ["llama"], indirect=True)
-def test_half_precision_adapters_load(world: Any, driver: Any, add_adapter: Any) -> None:
+def test_half_precision_adapters_load(world: Any, driver: Any, add_adapter: Any, check: Any) -> None:
     for dtype, name in ((torch.bfloat16, "bf16"), (torch.float16, "fp16")):
         adapter = add_adapter(world[0], name, dtype=dtype, r=8, lora_alpha=8, target_modules=["q_proj", "o_proj"])
         driver.load(adapter.manifest, adapter.path)

@@ -8,7 +8,7 @@ import torch
 from loraplex_kernels import KvLayout, KvPages, view_kv_pages
 
 from loraplex.core.errors import BadConfig
-from loraplex.core.model import ModelSpec
+from loraplex.core.model import LORA_MODULES, ModelSpec
 from loraplex.core.step import ArenaSpec
 from loraplex.model_runner.config import ExecutorConfig
 
@@ -31,13 +31,14 @@ class Arena:
         self.dtype = dtype
         self.pages = torch.zeros((num_pages, page_bytes), dtype=torch.uint8, device=device)
         """(P, page_bytes) uint8."""
-        self._elements = self.pages.view(-1).view(dtype)
-        self.kv: KvPages = view_kv_pages(self._elements, layout)
+        self.elements = self.pages.view(-1).view(dtype)
+        """All of it, flat, in ``dtype``."""
+        self.kv: KvPages = view_kv_pages(self.elements, layout)
 
     def matrix(self, page: int, offset_bytes: int, num_rows: int, num_columns: int) -> torch.Tensor:
         """A dense (num_rows, num_columns) view of the arena's dtype, ``offset_bytes`` into ``page``."""
         first = (page * self.spec.page_bytes + offset_bytes) // self.dtype.itemsize
-        return self._elements[first : first + num_rows * num_columns].view(num_rows, num_columns)
+        return self.elements[first : first + num_rows * num_columns].view(num_rows, num_columns)
 
     def clear(self, pages: torch.Tensor) -> None:
         """Zeroes ``pages`` ((n,) int64) before their first KV: masked slots must hold finite numbers."""
@@ -57,8 +58,9 @@ def plan_num_pages(config: ExecutorConfig, model: ModelSpec, *, dtype: torch.dty
         return max(_DEFAULT_CPU_BYTES // page_bytes, 1)
     free_bytes, total_bytes = torch.cuda.mem_get_info(device)
     room_bytes = int(free_bytes - (1 - config.memory_fraction) * total_bytes) - _step_bytes(config, model, dtype)
-    # Attention gathers each layer's share of the live pages, padded to groups of rows: two layers' worth at most.
-    return int(room_bytes / (page_bytes * (1 + 2 / model.num_layers)))
+    # The table of resident adapters has a record for each page.
+    record_bytes = model.num_layers * len(LORA_MODULES) * 16
+    return room_bytes // (page_bytes + record_bytes)
 
 
 def _step_bytes(config: ExecutorConfig, model: ModelSpec, dtype: torch.dtype) -> int:

@@ -14,7 +14,8 @@ from loraplex.core.model import ModelSpec
 from loraplex.model_runner.arena import Arena, plan_num_pages
 from loraplex.model_runner.checkpoints import read_checkpoint_spec, read_checkpoint_tensors
 from loraplex.model_runner.config import ExecutorConfig
-from loraplex.model_runner.executor import TokenSampler, TorchExecutor
+from loraplex.model_runner.executor import TorchExecutor
+from loraplex.model_runner.executor_base import ExecutorBase, TokenSampler
 from loraplex.model_runner.random_models import random_spec, random_tensors
 from loraplex.model_runner.sampler import Sampler
 from loraplex.model_runner.weights import DecoderWeights, assemble_weights
@@ -50,7 +51,7 @@ def build_executor(
     model: str,
     base_model_id: BaseModelId,
     sampler: Callable[[ModelSpec, torch.device], TokenSampler] = Sampler,
-) -> TorchExecutor:
+) -> ExecutorBase:
     """Loads ``model`` on ``config.device`` and allocates the arena. BadConfig when an option or the model is wrong.
 
     ``sampler``: another one than ours, e.g. one that looks at the logits.
@@ -68,14 +69,32 @@ def build_executor(
         dtype=dtype,
         device=device,
     )
-    return TorchExecutor(
+    if device.type == "cpu":
+        if config.batch_invariant:
+            raise BadConfig("batch_invariant is for CUDA devices", param="batch_invariant")
+        return TorchExecutor(
+            spec,
+            weights,
+            arena,
+            sampler(spec, device),
+            max_rows=config.max_rows,
+            max_step_tokens=config.max_step_tokens,
+        )
+    # Triton is there on CUDA machines alone.
+    from loraplex.model_runner.gpu.executor import GpuExecutor
+
+    executor = GpuExecutor(
         spec,
         weights,
         arena,
         sampler(spec, device),
         max_rows=config.max_rows,
         max_step_tokens=config.max_step_tokens,
+        cuda_graphs=config.cuda_graphs,
+        batch_invariant=config.batch_invariant,
     )
+    executor.warm_up()
+    return executor
 
 
 def _tensors(

@@ -25,3 +25,7 @@ class ExecutorConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """Rows of a step, at most."""
     max_step_tokens: int = 8192
     """Tokens of a step, at most."""
+    cuda_graphs: bool = True
+    """Run decode steps as captured CUDA graphs; without, every kernel is launched by itself."""
+    batch_invariant: bool = False
+    """On CUDA: LoRA results of a request do not depend on what else is in its batch, at some cost."""

@@ -1,0 +1,253 @@
+"""The decoder body on Triton kernels: one forward pass over a step's tokens, eager or inside a graph capture.
+
+The same order of operations as ``model_runner.decoder``. In decode steps a LoRA's shrink runs beside the GEMM that
+reads the same input, and its expand inside the operation that reads the GEMM's output. Owns scratch and the side
+stream; weights, pages and routes are handed in. Called by the executor under ``torch.inference_mode``.
+Legend: T tokens, D hidden, B sampled rows, V vocabulary, C = q + k + v columns, J gate + up columns, I = J / 2.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from loraplex_kernels import linear
+from loraplex_kernels.gpu.activation import silu_mul
+from loraplex_kernels.gpu.attention import (
+    DecodeScratch,
+    decode_attention,
+    decode_scratch,
+    decode_splits,
+    prefill_attention,
+    prefill_block_tokens,
+)
+from loraplex_kernels.gpu.lora import (
+    MAX_RANK,
+    LoraTable,
+    LoraTiles,
+    PendingExpand,
+    Site,
+    lora_expand_,
+    lora_shrink,
+    partial_elements,
+    view_partial,
+)
+from loraplex_kernels.gpu.norm import add_rms_norm, embed
+from loraplex_kernels.gpu.rotary_kv import rotary_write_kv
+
+from loraplex.core.model import ModelSpec
+from loraplex.model_runner.arena import Arena
+from loraplex.model_runner.gpu.adapters import Arrival
+from loraplex.model_runner.gpu.inputs import DecodeRows, DeviceStep
+from loraplex.model_runner.weights import DecoderWeights, LayerWeights
+
+_DECODE_TILE_ROWS = 16
+
+_FALLBACK_SMS = 8
+"""Where there is no GPU to ask: the interpreter."""
+
+
+class GpuDecoder:
+    def __init__(
+        self,
+        model: ModelSpec,
+        weights: DecoderWeights,
+        arena: Arena,
+        *,
+        table: LoraTable,
+        page_table: torch.Tensor,
+        last_token: torch.Tensor,
+        frequencies: torch.Tensor,
+        max_rows: int,
+        max_step_tokens: int,
+    ) -> None:
+        """``page_table``: (slots, pages) int32; ``last_token``: (slots,) int32; ``frequencies``: (H / 2,) fp32."""
+        device = arena.pages.device
+        self._model = model
+        self._weights = weights
+        self._arena = arena.elements
+        self._layout = arena.kv.layout
+        self._table = table
+        self._page_table = page_table
+        self._last_token = last_token
+        self._cos_sin = _cos_sin(frequencies, page_table.shape[1] * arena.spec.page_size)
+        self._scale = float(model.head_dim) ** -0.5
+        self._block_tokens = prefill_block_tokens(self._layout, model.num_heads, arena.dtype)
+        self._num_sms = _FALLBACK_SMS
+        self._side: torch.cuda.Stream | None = None
+        if device.type == "cuda":
+            self._num_sms = torch.cuda.get_device_properties(device).multi_processor_count
+            self._side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._widths: Mapping[Site, tuple[int, ...]] = {
+            Site.QKV: (model.q_size, model.kv_size, model.kv_size),
+            Site.O: (model.hidden_size,),
+            Site.GATE_UP: (model.intermediate_size, model.intermediate_size),
+            Site.DOWN: (model.hidden_size,),
+        }
+        in_features = {
+            Site.QKV: model.hidden_size,
+            Site.O: model.q_size,
+            Site.GATE_UP: model.hidden_size,
+            Site.DOWN: model.intermediate_size,
+        }
+        self._partials = torch.empty(
+            max(partial_elements(max_step_tokens, size, site, MAX_RANK) for site, size in in_features.items()),
+            dtype=torch.float32,
+            device=device,
+        )
+        self._scratch: dict[int, DecodeScratch | None] = {}
+        self._max_rows = max_rows
+
+    def run(self, step: DeviceStep) -> torch.Tensor | None:
+        """Runs the step and stores its keys and values. Returns (B, V) logits in the dtype of the weights, None when no
+        row samples. A step with ``arrivals`` waits for each before the layer that needs it."""
+        model, weights, eps = self._model, self._weights, self._model.rms_norm_eps
+        num_tokens = step.token_ids.shape[0]
+        embedding = weights.embedding
+        residual_TD = embedding.new_empty((num_tokens, model.hidden_size))
+        normed_TD = torch.empty_like(residual_TD)
+        attended_TC = embedding.new_empty((num_tokens, model.q_size))
+        gated_TI = embedding.new_empty((num_tokens, model.intermediate_size))
+        first_norm = weights.layers[0].input_norm
+        embed(step.token_ids, step.token_slot, self._last_token, embedding, first_norm, eps, residual_TD, normed_TD)
+        next_norms = [layer.input_norm for layer in weights.layers[1:]] + [weights.final_norm]
+        for index, (layer, next_norm) in enumerate(zip(weights.layers, next_norms, strict=True)):
+            _wait(step.arrivals, index)
+            qkv_TC, lora = self._project(normed_TD, layer.qkv, layer.qkv_bias, index, Site.QKV, step)
+            self._rotate(qkv_TC, layer, index, step, lora)
+            self._attend(qkv_TC, index, step, attended_TC)
+            delta_TD, lora = self._project(attended_TC, layer.o, None, index, Site.O, step)
+            add_rms_norm(residual_TD, delta_TD, layer.post_norm, eps, normed_TD, lora=lora)
+            gate_up_TJ, lora = self._project(normed_TD, layer.gate_up, None, index, Site.GATE_UP, step)
+            silu_mul(gate_up_TJ, gated_TI, lora=lora)
+            delta_TD, lora = self._project(gated_TI, layer.down, None, index, Site.DOWN, step)
+            add_rms_norm(residual_TD, delta_TD, next_norm, eps, normed_TD, lora=lora)
+        if step.num_sampled == 0:
+            return None
+        rows_BD = normed_TD if step.sampled is None else normed_TD.index_select(0, step.sampled)
+        return linear(rows_BD, weights.lm_head)
+
+    def run_sampled(self, step: DeviceStep) -> torch.Tensor:
+        """``run`` of a step in which rows sample."""
+        logits_BV = self.run(step)
+        assert logits_BV is not None, "no row samples"
+        return logits_BV
+
+    def _project(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        layer: int,
+        site: Site,
+        step: DeviceStep,
+    ) -> tuple[torch.Tensor, PendingExpand | None]:
+        """The GEMM, and the LoRA that the next operation still has to add to its output."""
+        tiles = step.lora
+        if tiles is None:
+            return linear(x, weight, bias), None
+        partial = view_partial(self._partials, x.shape[0], x.shape[1], site, tiles.rank_cap)
+        prefill = tiles.tile_rows > _DECODE_TILE_ROWS
+        side = None if prefill or tiles.max_planes > 1 else self._side
+        if side is not None:
+            main = torch.cuda.current_stream()
+            side.wait_stream(main)
+            with torch.cuda.stream(side):
+                lora_shrink(x, self._table, layer, site, tiles, partial)
+            out = linear(x, weight, bias)
+            main.wait_stream(side)
+        else:
+            out = linear(x, weight, bias)
+            # The operation that follows adds plane 0 alone.
+            for plane in range(1, tiles.max_planes):
+                lora_shrink(x, self._table, layer, site, tiles, partial, plane=plane)
+                self._expand(out, layer, site, tiles, partial, plane=plane)
+            lora_shrink(x, self._table, layer, site, tiles, partial)
+        if prefill and site in (Site.O, Site.DOWN):
+            # Their fused form reads B once a row, which pays for few rows only.
+            self._expand(out, layer, site, tiles, partial, plane=0)
+            return out, None
+        return out, PendingExpand(table=self._table, tiles=tiles, layer=layer, site=site, partial=partial)
+
+    def _expand(
+        self, out: torch.Tensor, layer: int, site: Site, tiles: LoraTiles, partial: torch.Tensor, *, plane: int
+    ) -> None:
+        lora_expand_(out, partial, self._table, layer, site, self._widths[site], tiles, plane=plane)
+
+    def _rotate(
+        self, qkv_TC: torch.Tensor, layer: LayerWeights, index: int, step: DeviceStep, lora: PendingExpand | None
+    ) -> None:
+        rotary_write_kv(
+            qkv_TC,
+            step.position,
+            step.token_slot,
+            self._page_table,
+            self._cos_sin,
+            self._arena,
+            self._layout,
+            index,
+            q_norm_H=layer.q_norm,
+            k_norm_H=layer.k_norm,
+            eps=self._model.rms_norm_eps,
+            lora=lora,
+        )
+
+    def _attend(self, qkv_TC: torch.Tensor, index: int, step: DeviceStep, attended_TC: torch.Tensor) -> None:
+        if step.decode is not None:
+            rows = step.decode
+            num_splits = self._num_splits(rows)
+            decode_attention(
+                qkv_TC,
+                rows.tokens,
+                rows.slots,
+                rows.context_len,
+                self._page_table,
+                self._arena,
+                self._layout,
+                index,
+                attended_TC,
+                self._decode_scratch(num_splits),
+                num_splits=num_splits,
+                scale=self._scale,
+                sliding_window=self._model.sliding_window,
+            )
+        if step.prefill is not None:
+            prefill_attention(
+                qkv_TC,
+                step.prefill,
+                self._page_table,
+                self._arena,
+                self._layout,
+                index,
+                attended_TC,
+                block_tokens=self._block_tokens,
+                scale=self._scale,
+                sliding_window=self._model.sliding_window,
+            )
+
+    def _num_splits(self, rows: DecodeRows) -> int:
+        return decode_splits(rows.slots.shape[0], self._layout.num_kv_heads, self._num_sms)
+
+    def _decode_scratch(self, num_splits: int) -> DecodeScratch | None:
+        """One for each number of splits, made for the most rows that are split so often."""
+        if num_splits not in self._scratch:
+            rows = max(
+                count
+                for count in range(1, self._max_rows + 1)
+                if decode_splits(count, self._layout.num_kv_heads, self._num_sms) == num_splits
+            )
+            self._scratch[num_splits] = decode_scratch(
+                rows, self._model.num_heads, self._model.head_dim, num_splits, self._page_table.device
+            )
+        return self._scratch[num_splits]
+
+
+def _wait(arrivals: Sequence[Arrival], layer: int) -> None:
+    for arrival in arrivals:
+        if arrival.first_layer == layer:
+            torch.cuda.current_stream().wait_event(arrival.event)
+
+
+def _cos_sin(frequencies_F: torch.Tensor, num_positions: int) -> torch.Tensor:
+    """(positions, H) fp32: cosines, then sines of position * frequency."""
+    positions_P = torch.arange(num_positions, dtype=torch.float32, device=frequencies_F.device)
+    angles_PF = positions_P[:, None] * frequencies_F
+    return torch.cat((angles_PF.cos(), angles_PF.sin()), dim=-1)

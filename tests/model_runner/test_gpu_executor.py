@@ -1,0 +1,42 @@
+"""The executor on Triton kernels equals transformers + PEFT: interpreted on the CPU, compiled where there is CUDA."""
+
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "attention": {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]},
+    "everything": {
+        "r": 16,
+        "lora_alpha": 8,
+        "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+    },
+    "large": {"r": 80, "lora_alpha": 6, "target_modules": ["k_proj", "o_proj", "up_proj", "down_proj"]},
+}
+CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if CUDA else "cpu")
+FAMILIES = ["llama", "mistral", "qwen2", "qwen3"] if CUDA else ["mistral", "qwen3"]
+
+
+def prompt(length: int, seed: int) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 199, (length,), generator=generator).tolist()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_mixed_batches_equal_transformers(
+    family: str, make_base: Any, add_adapter: Any, make_driver: Any, check: Any
+) -> None:
+    base = make_base(family, num_hidden_layers=2)
+    adapters = {name: add_adapter(base, name, **options) for name, options in ADAPTERS.items()}
+    driver = make_driver(base.directory, page_size=16, device=DEVICE, kernels=True)
+    for adapter in adapters.values():
+        driver.load(adapter.manifest, adapter.path)
+    names = [None, *(adapter.manifest.digest for adapter in adapters.values())]
+    requests = [driver.open(prompt(5 + 7 * index, index), name) for index, name in enumerate(names)]
+    driver.run(requests, num_tokens=40 if CUDA else 2, chunk=12)
+    for request in requests:
+        check(base, driver, request)
