@@ -61,8 +61,8 @@ figures: setup-dev
 	$(BIN)/python kernels/benchmarks/bench_decode_cpu.py --threads 2 > $(FIGURES)/decode_cpu_2_threads.json
 	$(BIN)/python -m loraplex.bench.gateway_capacity --json > $(FIGURES)/gateway_capacity_cpu.json
 	$(BIN)/python -m loraplex_deployments.bench_platform > $(FIGURES)/platform_cpu.json
-	RAY_SERVE_ENABLE_HA_PROXY=1 $(BIN)/python -m loraplex_deployments.bench_platform --parts overhead \
-	  > $(FIGURES)/platform_haproxy_cpu.json
+	$(BIN)/python -m loraplex_deployments.bench_platform --parts overhead --proxy python \
+	  > $(FIGURES)/platform_python_proxies_cpu.json
 
 proto: setup-dev
 	$(BIN)/python -m grpc_tools.protoc -I platform --python_out=platform --pyi_out=platform --grpc_python_out=platform \

@@ -25,7 +25,7 @@ import torch
 from loraplex.bench.engine_bench import run_engine_bench
 from loraplex.bench.options import EngineBenchOptions, EngineLoad, EngineSetup
 from loraplex.bench.results import LoadResult
-from loraplex.config.platform import PlatformConfig, parse_platform_config
+from loraplex.config.platform import PlatformConfig, ServeConfig, parse_platform_config
 from loraplex.core.ids import TenantName
 from loraplex.demo import PIRATE
 from loraplex.demo.base import DEMO_BASE_ID, prepare_demo_base
@@ -47,7 +47,13 @@ _STREAMS = 16
 _ROUNDS = 3
 _STARTS = 3
 _SINGLE_REQUESTS = 8
-_PROCESSES = {"gateway": "ServeReplica:loraplex:gateway", "serve_proxy": "ProxyActor", "replica": "ReplicaActor"}
+_PROCESSES = {
+    "gateway": "ServeReplica:loraplex:gateway",
+    "serve_proxy": "ProxyActor",
+    "haproxy": "haproxy -db",
+    "haproxy_manager": "HAProxyManager",
+    "replica": "ReplicaActor",
+}
 
 
 def main() -> None:
@@ -55,24 +61,25 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=Path(".loraplex/models"))
     parser.add_argument("--adapters", type=int, default=1000, help="registered copies with different weights")
     parser.add_argument("--parts", default="overhead,adapters")
+    parser.add_argument("--proxy", choices=("haproxy", "python"), default=ServeConfig().proxy)
     options = parser.parse_args()
     base = prepare_demo_base(options.cache, _say)
     with tempfile.TemporaryDirectory(prefix="loraplex-bench-") as folder:
         root = Path(folder)
         (root / "models").symlink_to(options.cache.resolve())
         parts = {
-            "overhead": lambda: bench_overhead(base, root),
-            "adapters": lambda: bench_adapters(root, options.adapters),
+            "overhead": lambda: bench_overhead(base, root, options.proxy),
+            "adapters": lambda: bench_adapters(root, options.adapters, options.proxy),
         }
         figures = {name: parts[name]() for name in options.parts.split(",")}
     machine = {"cpus": psutil.cpu_count(), "python": sys.version.split()[0], "torch": torch.__version__}
     print(json.dumps({"machine": machine, **figures}, indent=2))
 
 
-def bench_overhead(base: Path, root: Path) -> dict[str, Any]:
+def bench_overhead(base: Path, root: Path, proxy: str) -> dict[str, Any]:
     """TTFT at concurrency 1 and tokens/s at 16 streams: the engine alone and through Serve and HTTP, in turns while the
     platform is up, so that whatever else the machine does hits both alike. Medians over the rounds."""
-    platform = start_platform(_config(root), _say)
+    platform = start_platform(_config(root, proxy), _say)
     try:
         demo = ensure_demo(platform, root / "demo.json", DEMO_BASE_ID, new_key())
         platform.wait_ready()
@@ -99,6 +106,7 @@ def bench_overhead(base: Path, root: Path) -> dict[str, Any]:
     ttft = {name: statistics.median(values) for name, values in ttft_ms.items()}
     rate = {name: statistics.median(values) for name, values in tokens_per_s.items()}
     return {
+        "proxy": proxy,
         "input_tokens": _INPUT_TOKENS,
         "output_tokens": _OUTPUT_TOKENS,
         "torch_threads": 1,
@@ -115,9 +123,9 @@ def bench_overhead(base: Path, root: Path) -> dict[str, Any]:
     }
 
 
-def bench_adapters(root: Path, count: int) -> dict[str, Any]:
+def bench_adapters(root: Path, count: int, proxy: str) -> dict[str, Any]:
     """Start-up with the demo's adapters alone and with ``count`` more; listing and one request to each of them."""
-    config = _config(root)
+    config = _config(root, proxy)
     few_s = min(_start_and_stop(config, root) for _ in range(_STARTS))
     platform = start_platform(config, _say)
     try:
@@ -152,7 +160,7 @@ def bench_adapters(root: Path, count: int) -> dict[str, Any]:
     }
 
 
-def _config(root: Path) -> PlatformConfig:
+def _config(root: Path, proxy: str) -> PlatformConfig:
     ports = []
     for _ in range(2):
         with socket.socket() as probe:
@@ -162,6 +170,7 @@ def _config(root: Path) -> PlatformConfig:
 demo: true
 data_dir: {root}
 listen: {{http_port: {ports[0]}, grpc_port: {ports[1]}}}
+serve: {{proxy: {proxy}}}
 base_models:
   - id: {DEMO_BASE_ID}
     model: demo
