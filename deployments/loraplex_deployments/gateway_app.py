@@ -30,6 +30,9 @@ from loraplex_deployments.control_client import RayControlPlane, controller_hand
 APP_NAME = "loraplex"
 SERVICE_NAME = "loraplex.v1.Loraplex"
 _HEALTH_PERIOD_S = 1.0
+MAX_REFUSALS = 256
+"""Calls that Serve passes on to a gateway beyond ``serve.max_ongoing_requests``. Serve lets what is more wait unheard;
+the gateway refuses at once."""
 GRPC_SERVICERS = (
     "loraplex.gateway.proto.loraplex_v1_pb2_grpc.add_LoraplexServicer_to_server",
     "grpc_health.v1.health_pb2_grpc.add_HealthServicer_to_server",
@@ -71,6 +74,7 @@ class GatewayDeployment:
             on_routes=self._router.update,
             loads=self._router.loads,
             num_queued=self._router.num_queued,
+            max_open_calls=config.serve.max_ongoing_requests,
         )
         self._grpc = self._gateway.grpc_servicer
         await self._recorder.start()

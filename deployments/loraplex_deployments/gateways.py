@@ -11,7 +11,7 @@ from ray.serve._private import constants
 from ray.serve.config import HTTPOptions, ProxyLocation, gRPCOptions
 from ray.serve.schema import LoggingConfig
 
-from loraplex_deployments.gateway_app import APP_NAME, GRPC_SERVICERS, GatewayDeployment
+from loraplex_deployments.gateway_app import APP_NAME, GRPC_SERVICERS, MAX_REFUSALS, GatewayDeployment
 from loraplex_deployments.proxy import ServeProxy
 
 
@@ -30,7 +30,7 @@ def start_gateways(config: PlatformConfig, proxy: ServeProxy) -> None:
     )
     deployment = GatewayDeployment.options(  # type: ignore[attr-defined]
         num_replicas=config.serve.gateways,
-        max_ongoing_requests=config.serve.max_ongoing_requests,
+        max_ongoing_requests=config.serve.max_ongoing_requests + MAX_REFUSALS,
         ray_actor_options={"num_cpus": config.serve.gateway_num_cpus},
         logging_config=quiet,
     )
@@ -47,8 +47,20 @@ def _read_switch(_controller: object) -> bool:
     return bool(constants.RAY_SERVE_ENABLE_HA_PROXY)
 
 
+def serve_runs() -> bool:
+    """Whether there is a Serve on this cluster."""
+    try:
+        ray.get_actor(constants.SERVE_CONTROLLER_NAME, namespace=constants.SERVE_NAMESPACE)
+    except ValueError:
+        return False
+    return True
+
+
 def stop_gateways(*, whole_serve: bool) -> None:
-    """Ends the gateways, which send their last trace rows; with ``whole_serve`` Serve and its proxies as well."""
+    """Ends the gateways, which send their last trace rows; with ``whole_serve`` Serve and its proxies as well, unless
+    somebody else has an application there by now. Nothing happens where Serve does not run."""
+    if not serve_runs():
+        return
     serve.delete(APP_NAME, _blocking=True)
-    if whole_serve:
+    if whole_serve and not serve.status().applications:
         serve.shutdown()

@@ -19,12 +19,19 @@ from loraplex.config.platform import PlatformConfig
 from loraplex.core.errors import BadConfig, Conflict
 
 from loraplex_deployments.haproxy_exec import BINARY_VARIABLE, haproxy_binary
+from loraplex_deployments.request_ids import CALLBACK
 
 _SWITCH = "RAY_SERVE_ENABLE_HA_PROXY"
+_MIDDLEWARES = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
 _COMMAND = "loraplex-haproxy"
 _MAX_THREADS = 4
 _LONGEST_STREAM_S = 3600
 """A stream outlives a reload of haproxy (a gateway came or went) by at most this."""
+_DRAINING = "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S"
+_DRAINING_S = 5
+"""A gateway that goes takes requests so long, until every HAProxy has heard."""
+_READY_CHECK_S = 60
+"""A proxy that takes longer to start, on a busy machine too, is started anew."""
 _STREAMS_PER_CONNECTION = 1024
 """Concurrent calls over one gRPC channel."""
 _FILES_PER_CONNECTION = 3
@@ -39,7 +46,7 @@ class ServeProxy:
         self.haproxy = config.serve.proxy == "haproxy"
         self._directory: Path | None = None
         self._link = config.root / "haproxy"
-        variables = {_SWITCH: str(int(self.haproxy))}
+        variables = {_SWITCH: str(int(self.haproxy)), _MIDDLEWARES: CALLBACK}
         _check_import(self.haproxy)
         if self.haproxy:
             variables |= {BINARY_VARIABLE: _haproxy_command(), **_settings(config)}
@@ -82,14 +89,15 @@ class ServeProxy:
             # Serve's Python proxy stands by behind HAProxy, for requests that find no gateway.
             "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(http_port),
             "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(grpc_port),
-            # No load balancer of another machine has to hear that a gateway goes.
-            "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
+            _DRAINING: "0",  # no HAProxy of another machine has to hear that a gateway goes
         }
 
 
 def _settings(config: PlatformConfig) -> dict[str, str]:
     """For long token streams: no limit on an idle answer, and an hour on an idle client."""
     return {
+        "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": str(_READY_CHECK_S),
+        _DRAINING: str(_DRAINING_S),
         "RAY_SERVE_HAPROXY_NBTHREAD": str(min(_MAX_THREADS, os.cpu_count() or 1)),
         "RAY_SERVE_HAPROXY_MAXCONN": str(_max_connections(config)),
         "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": str(_LONGEST_STREAM_S),

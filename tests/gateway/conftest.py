@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
+import grpc
 import httpx
 import pytest
 from loraplex.controller.controller import Controller
@@ -140,6 +141,28 @@ class World:
         async with asyncio.timeout(3.0):
             while await read() != expected:  # noqa: ASYNC110 (as above)
                 await asyncio.sleep(0.02)
+
+
+class ProxyContext:
+    """As much of Serve's RayServegRPCContext as the servicer may use."""
+
+    def __init__(self, metadata: list[tuple[str, str]]) -> None:
+        self._metadata = metadata
+        self.code: grpc.StatusCode | None = None
+        self.details = ""
+        self.trailing: list[tuple[str, Any]] = []
+
+    def invocation_metadata(self) -> list[tuple[str, str]]:
+        return self._metadata
+
+    def set_code(self, code: grpc.StatusCode) -> None:
+        self.code = code
+
+    def set_details(self, details: str) -> None:
+        self.details = details
+
+    def set_trailing_metadata(self, trailing_metadata: list[tuple[str, Any]]) -> None:
+        self.trailing = trailing_metadata
 
 
 async def start_control(tokenizer_dir: Path, directory: Path) -> Control:

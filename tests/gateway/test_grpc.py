@@ -16,6 +16,8 @@ from loraplex.gateway.proto import loraplex_v1_pb2 as pb
 from loraplex.gateway.proto import loraplex_v1_pb2_grpc
 from loraplex.testing.tiny_adapter import tiny_adapter
 
+from tests.gateway.conftest import ProxyContext
+
 KEY = (("authorization", "Bearer lpx_acme_admin_key_of_the_tests"),)
 
 
@@ -218,28 +220,6 @@ async def test_health_and_reflection(channel: grpc.aio.Channel) -> None:
     async for reply in reflection.ServerReflectionInfo(iter([request])):
         assert SERVICE in [service.name for service in reply.list_services_response.service]
         break
-
-
-class ProxyContext:
-    """As much of Serve's RayServegRPCContext as the servicer may use."""
-
-    def __init__(self, metadata: list[tuple[str, str]]) -> None:
-        self._metadata = metadata
-        self.code: grpc.StatusCode | None = None
-        self.details = ""
-        self.trailing: list[tuple[str, Any]] = []
-
-    def invocation_metadata(self) -> list[tuple[str, str]]:
-        return self._metadata
-
-    def set_code(self, code: grpc.StatusCode) -> None:
-        self.code = code
-
-    def set_details(self, details: str) -> None:
-        self.details = details
-
-    def set_trailing_metadata(self, trailing_metadata: list[tuple[str, Any]]) -> None:
-        self.trailing = trailing_metadata
 
 
 async def test_called_as_by_a_proxy(world: Any) -> None:

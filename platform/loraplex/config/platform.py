@@ -67,7 +67,7 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     gateways: int = 1
     gateway_num_cpus: float = 0
     max_ongoing_requests: int = 4096
-    """Open client requests per gateway before Serve refuses more."""
+    """Open client requests per gateway; it answers more with 429."""
 
 
 class RayConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -1,10 +1,21 @@
 """A generation as a client asked for it, before models, tokens and limits are known. HTTP and gRPC both build these."""
 
+import re
+import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from loraplex.core.clock import Clock
 from loraplex.core.request import Priority
+
+_SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._:@/+=-]{1,128}")
+
+
+def request_id_of(offered: str | None) -> str:
+    """The client's own when it is a sane token, else a fresh one."""
+    if offered is not None and _SANE_REQUEST_ID.fullmatch(offered):
+        return offered
+    return f"req-{secrets.token_hex(12)}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -50,10 +50,12 @@ class Gateway:
         on_routes: OnRoutes | None = None,
         loads: ReplicaLoads | None = None,
         num_queued: Callable[[], int] = lambda: 0,
+        max_open_calls: int = 4096,
         clock: Clock | None = None,
     ) -> None:
         """``loads``: the last report of each connected replica; without it a route counts as a replica that is up.
-        ``num_queued``: generations that ``dispatcher`` holds because no replica takes them yet.
+        ``num_queued``: generations that ``dispatcher`` holds because no replica takes them yet. ``max_open_calls``:
+        authenticated calls at the same time; more are refused as Overloaded.
         The caller starts and closes ``dispatcher`` and ``tracer``."""
         self._config = config
         self._gateway_id = gateway_id
@@ -81,6 +83,7 @@ class Gateway:
             tracer=tracer,
             metrics=self.metrics,
             clock=self._clock,
+            max_open_calls=max_open_calls,
         )
         adapters = AdapterService(config, view=self._view, control=control)
         self.http_app: Edge = build_http_app(

@@ -15,12 +15,21 @@ from loraplex.core.control import AdapterView
 from loraplex.core.errors import InvalidInput, LoraplexError
 from loraplex.core.request import Priority
 from loraplex.gateway.adapter_service import AdapterService
-from loraplex.gateway.call import CallInfo, ChatMessage, ChatPrompt, GenerateCall, Prompt, TextPrompt, TokenPrompt
+from loraplex.gateway.call import (
+    CallInfo,
+    ChatMessage,
+    ChatPrompt,
+    GenerateCall,
+    Prompt,
+    TextPrompt,
+    TokenPrompt,
+    request_id_of,
+)
 from loraplex.gateway.directory import Principal
 from loraplex.gateway.generation import Generation
 from loraplex.gateway.grpc_messages import adapter_message, delta_message, model_message, sampling_options
 from loraplex.gateway.proto import loraplex_v1_pb2 as pb
-from loraplex.gateway.routes.edge import bearer_key, request_id_of
+from loraplex.gateway.routes.edge import bearer_key
 from loraplex.gateway.service import GatewayService
 from loraplex.gateway.status import retry_after_s, shown, status_of
 from loraplex.telemetry.logs import request_id_var
@@ -118,7 +127,9 @@ class LoraplexServicer:
         request_id_var.set(info.request_id)
         try:
             key = bearer_key(metadata.get("authorization"), metadata.get("x-api-key"))
-            yield info, self._service.authenticate(key, path_tenant=metadata.get(TENANT_KEY))
+            principal = self._service.authenticate(key, path_tenant=metadata.get(TENANT_KEY))
+            with self._service.open_calls.one_more():
+                yield info, principal
         except Exception as error:
             told = shown(error)
             self._fail(context, info, told)

@@ -23,6 +23,7 @@ from loraplex.gateway.config import GatewayConfig
 from loraplex.gateway.directory import Principal, ResolvedModel
 from loraplex.gateway.generation import Generation
 from loraplex.gateway.merge import MergedStream
+from loraplex.gateway.open_calls import OpenCalls
 from loraplex.gateway.status import HTTP_CLIENT_GONE, status_of
 from loraplex.gateway.tokenizer import Codecs, TextCodec
 from loraplex.telemetry.metrics import GatewayMetrics
@@ -45,11 +46,13 @@ class GatewayService:
         tracer: Tracer,
         metrics: GatewayMetrics,
         clock: Clock,
+        max_open_calls: int,
     ) -> None:
         self.config = config
         self.view = view
         self.metrics = metrics
         self.clock = clock
+        self.open_calls = OpenCalls(max_open_calls)
         self._codecs = codecs
         self._quota = quota
         self._dispatcher = dispatcher

@@ -1,4 +1,5 @@
-"""The outermost ASGI layer: request id, arrival time, tenant path, key, body limit, last-resort 500.
+"""The outermost ASGI layer: request id, arrival time, tenant path, key, limits of body and of open calls, last-resort
+500.
 
 Pure ASGI, nothing is buffered: it runs on the path of every token. Knows no resource, but that
 adapter uploads alone are streamed and may be large.
@@ -6,8 +7,8 @@ adapter uploads alone are streamed and may be large.
 
 import logging
 import re
-import secrets
 from collections.abc import Awaitable, Callable, MutableMapping
+from contextlib import nullcontext
 from typing import Any
 
 from starlette.datastructures import Headers
@@ -15,7 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from loraplex.core.errors import LoraplexError, PayloadTooLarge
-from loraplex.gateway.call import CallInfo
+from loraplex.gateway.call import CallInfo, request_id_of
 from loraplex.gateway.routes.errors import error_response
 from loraplex.gateway.service import GatewayService
 from loraplex.telemetry.logs import request_id_var
@@ -31,16 +32,8 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 CALL_INFO = "loraplex.call_info"
 PRINCIPAL = "loraplex.principal"
 
-_SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._:@/+=-]{1,128}")
 _UPLOAD_PATH = "/v1/adapters"
 _TENANT_PATH = re.compile(r"/t/([^/]+)(/v1/.*)", re.DOTALL)
-
-
-def request_id_of(offered: str | None) -> str:
-    """The client's own when it is a sane token, else a fresh one."""
-    if offered is not None and _SANE_REQUEST_ID.fullmatch(offered):
-        return offered
-    return f"req-{secrets.token_hex(12)}"
 
 
 def bearer_key(authorization: str | None, api_key: str | None) -> str | None:
@@ -82,7 +75,9 @@ class Edge:
         try:
             scope[CALL_INFO] = info
             limited = self._admit(scope, headers, receive)
-            await self._app(scope, limited, send_with_id)
+            # Probes and metrics, which need no key, are answered under any load.
+            with self._service.open_calls.one_more() if PRINCIPAL in scope else nullcontext():
+                await self._app(scope, limited, send_with_id)
         except ClientDisconnect:
             logger.info("the client left before its request was read")
         except Exception as error:
