@@ -1,7 +1,7 @@
 """Starts and stops replicas on Ray: for each a placement group that pins its CPUs and GPUs, and one named actor in it.
 
-Called by the controller actor only. Replicas are detached and found again by name, so that a restarted controller
-adopts what runs instead of starting it twice.
+Called by the controller actor, and by the launcher when that could not clean up. Replicas are detached and found again
+by name, so that a restarted controller adopts what runs instead of starting it twice.
 """
 
 import contextlib
@@ -27,6 +27,29 @@ class ReplicaSpec:
     base: BaseModelConfig
 
 
+def replica_specs(config: PlatformConfig) -> tuple[ReplicaSpec, ...]:
+    """All that ``config`` wants."""
+    return tuple(
+        ReplicaSpec(replica_id=ReplicaId(f"{base.id}-{index}"), base=base)
+        for base in config.base_models
+        for index in range(base.replicas)
+    )
+
+
+def remove_replica(replica_id: ReplicaId) -> None:
+    """Ends the actor, if it still runs, and frees its placement group."""
+    handle = _find(replica_id)
+    if handle is not None:
+        ray.kill(handle)
+    _remove_group(replica_id)
+
+
+def remove_replicas(config: PlatformConfig) -> None:
+    """All of ``config``; for when no supervisor starts them again."""
+    for spec in replica_specs(config):
+        remove_replica(spec.replica_id)
+
+
 class RayActuator:
     def __init__(self, config: PlatformConfig, cluster_secret: str) -> None:
         self._config = config
@@ -37,31 +60,14 @@ class RayActuator:
 
         Raises RayActorError or RayTaskError when it dies or cannot load while starting.
         """
-        handle = self._find(spec.replica_id) or await self._start(spec)
+        handle = _find(spec.replica_id) or await self._start(spec)
         address: str = await handle.ready.remote()
         route = ReplicaRoute(replica_id=spec.replica_id, base_model_id=spec.base.base_model_id, address=address)
         return handle, route
 
-    def remove(self, replica_id: ReplicaId) -> None:
-        """Ends the actor, if it still runs, and frees its placement group."""
-        handle = self._find(replica_id)
-        if handle is not None:
-            ray.kill(handle)
-        self._remove_group(replica_id)
-
-    def _remove_group(self, replica_id: ReplicaId) -> None:
-        with contextlib.suppress(ValueError):  # there is none
-            remove_placement_group(get_placement_group(_group_name(replica_id)))
-
-    def _find(self, replica_id: ReplicaId) -> Any | None:
-        try:
-            return ray.get_actor(_actor_name(replica_id), namespace=NAMESPACE)
-        except ValueError:
-            return None
-
     async def _start(self, spec: ReplicaSpec) -> Any:
         # A group without its actor is what a controller left that died between the two.
-        self._remove_group(spec.replica_id)
+        _remove_group(spec.replica_id)
         base = spec.base
         bundle = {"CPU": base.num_cpus, "GPU": base.num_gpus}
         group = placement_group(
@@ -80,6 +86,18 @@ class RayActuator:
             max_concurrency=1000,
             scheduling_strategy=PlacementGroupSchedulingStrategy(placement_group=group),
         ).remote(spec.replica_id, base, self._config, self._cluster_secret)
+
+
+def _find(replica_id: ReplicaId) -> Any | None:
+    try:
+        return ray.get_actor(_actor_name(replica_id), namespace=NAMESPACE)
+    except ValueError:
+        return None
+
+
+def _remove_group(replica_id: ReplicaId) -> None:
+    with contextlib.suppress(ValueError):  # there is none
+        remove_placement_group(get_placement_group(_group_name(replica_id)))
 
 
 def _actor_name(replica_id: ReplicaId) -> str:

@@ -16,7 +16,7 @@ from loraplex.telemetry.logs import configure_logging
 from loraplex.traces.writer import TraceWriter
 from ray.exceptions import RayTaskError
 
-from loraplex_deployments.actuator import RayActuator, ReplicaSpec
+from loraplex_deployments.actuator import RayActuator, ReplicaSpec, remove_replica, remove_replicas, replica_specs
 from loraplex_deployments.base_models import base_model_views
 
 logger = logging.getLogger(__name__)
@@ -46,10 +46,8 @@ class ControllerActor:
             await controller.set_base_models(views, specs)
             self._controller = controller
             actuator = RayActuator(self._config, controller.cluster_secret)
-            for base in self._config.base_models:
-                for index in range(base.replicas):
-                    spec = ReplicaSpec(replica_id=ReplicaId(f"{base.id}-{index}"), base=base)
-                    self._supervisors.append(asyncio.create_task(self._supervise(actuator, spec)))
+            for spec in replica_specs(self._config):
+                self._supervisors.append(asyncio.create_task(self._supervise(actuator, spec)))
 
     async def call(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One ControlPlane (or bootstrap) method of the Controller. Its LoraplexErrors travel as they are."""
@@ -64,10 +62,12 @@ class ControllerActor:
         return dict(self._failures)
 
     async def stop(self) -> None:
-        """Clean stop: buffered trace rows are written, the database is closed."""
+        """Clean stop: replicas end, buffered trace rows are written, the database is closed. (A controller that dies
+        leaves its replicas running, and the next one adopts them.)"""
         for task in self._supervisors:
             task.cancel()
         await asyncio.gather(*self._supervisors, return_exceptions=True)
+        await asyncio.to_thread(remove_replicas, self._config)
         if self._controller is not None:
             await self._controller.stop()
         await asyncio.to_thread(self._traces.close)
@@ -90,6 +90,6 @@ class ControllerActor:
             self._failures[spec.replica_id] = reason
             logger.error("replica %s is down: %s", spec.replica_id, reason)
             await self._controller.remove_route(spec.replica_id)
-            actuator.remove(spec.replica_id)
+            remove_replica(spec.replica_id)
             await asyncio.sleep(_RESTART_BACKOFF_S[min(failures, len(_RESTART_BACKOFF_S) - 1)])
             failures += 1

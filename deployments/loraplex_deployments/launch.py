@@ -1,12 +1,14 @@
 """Brings the platform up on Ray and takes it down again. Called by ``loraplex serve`` and by the tests.
 
-Owns the order of things and what was started: a local Ray of our own, the controller actor, the Serve application.
+Owns the order of things and what was started: a local Ray of our own, the controller actor and its replicas, Serve if
+it did not run yet, the Serve application.
 Ends these and nothing else. ``gateways`` imports ``ray.serve``, so it is imported inside functions, once ``ServeProxy``
 has set what Serve reads at its import.
 """
 
 import contextlib
 import fcntl
+import logging
 import os
 import socket
 import time
@@ -19,9 +21,12 @@ import ray
 from loraplex.config.platform import PlatformConfig
 from loraplex.core.errors import BadConfig, Conflict, Unavailable
 
+from loraplex_deployments.actuator import remove_replicas
 from loraplex_deployments.control_actor import ControllerActor
 from loraplex_deployments.control_client import CONTROLLER_NAME, NAMESPACE
 from loraplex_deployments.proxy import ServeProxy
+
+logger = logging.getLogger(__name__)
 
 _READY_TIMEOUT_S = 600.0
 _STOP_TIMEOUT_S = 20.0
@@ -32,11 +37,11 @@ Progress = Callable[[str], None]
 class RunningPlatform:
     """What ``start_platform`` started."""
 
-    def __init__(self, config: PlatformConfig, controller: Any, proxy: ServeProxy, *, owns_ray: bool) -> None:
+    def __init__(self, config: PlatformConfig, controller: Any, started: contextlib.ExitStack) -> None:
+        """``started`` ends, last first, what was started."""
         self._config = config
         self._controller = controller
-        self._proxy = proxy
-        self._owns_ray = owns_ray
+        self._started = started
 
     @property
     def http_url(self) -> str:
@@ -70,18 +75,9 @@ class RunningPlatform:
         raise Unavailable(f"not ready after {_READY_TIMEOUT_S:.0f} s")
 
     def stop(self) -> None:
-        """Gateways first (they send their last trace rows), then the controller, then our Ray and the replicas in it.
-
-        On a cluster that we joined the replicas run on, for the next controller to adopt.
-        """
-        from loraplex_deployments.gateways import stop_gateways
-
-        stop_gateways(whole_serve=self._owns_ray)
-        ray.get(self._controller.stop.remote(), timeout=_STOP_TIMEOUT_S)
-        ray.kill(self._controller)
-        if self._owns_ray:
-            ray.shutdown()
-        self._proxy.close()
+        """Gateways first (they send their last trace rows), with Serve if we started it, then the controller with its
+        replicas, then our Ray or our connection to the cluster that we joined. Idempotent."""
+        self._started.close()
 
 
 def start_platform(config: PlatformConfig, progress: Progress) -> RunningPlatform:
@@ -95,19 +91,16 @@ def start_platform(config: PlatformConfig, progress: Progress) -> RunningPlatfor
         _check_port(listen.host, listen.http_port, "http_port")
         haproxy = config.serve.proxy == "haproxy"
         _check_port(listen.host if haproxy else "0.0.0.0", listen.grpc_port, "grpc_port")
-    proxy = ServeProxy(config)
-    try:
+    with contextlib.ExitStack() as started:
+        proxy = ServeProxy(config)
+        started.callback(proxy.close)
         _start_ray(config, progress)
+        started.callback(ray.shutdown)
         progress("starting the controller")
-        controller = _start_controller(config)
+        controller = _start_controller(config, started)
         progress("starting the gateway")
-        _start_gateways(config, proxy, progress)
-    except BaseException:
-        if owns_ray:
-            ray.shutdown()
-        proxy.close()
-        raise
-    return RunningPlatform(config, controller, proxy, owns_ray=owns_ray)
+        _start_gateways(config, proxy, started, progress)
+        return RunningPlatform(config, controller, started.pop_all())
 
 
 def _start_ray(config: PlatformConfig, progress: Progress) -> None:
@@ -130,7 +123,7 @@ def _start_ray(config: PlatformConfig, progress: Progress) -> None:
         ray.init(address=settings.address, namespace=NAMESPACE, log_to_driver=False, logging_level="error")
 
 
-def _start_controller(config: PlatformConfig) -> Any:
+def _start_controller(config: PlatformConfig, started: contextlib.ExitStack) -> Any:
     try:
         controller = ControllerActor.options(  # type: ignore[attr-defined]
             name=CONTROLLER_NAME,
@@ -142,17 +135,30 @@ def _start_controller(config: PlatformConfig) -> Any:
         ).remote(config)
     except ValueError:
         raise Conflict("a loraplex controller already runs on this Ray cluster") from None
+    started.callback(_stop_controller, controller, config)
     try:
         ray.get(controller.start.remote())
     except ray.exceptions.RayTaskError as error:
-        ray.kill(controller)
         raise (error.cause if isinstance(error.cause, Exception) else error) from None
     return controller
 
 
-def _start_gateways(config: PlatformConfig, proxy: ServeProxy, progress: Progress) -> None:
-    from loraplex_deployments.gateways import runs_haproxy, start_gateways
+def _stop_controller(controller: Any, config: PlatformConfig) -> None:
+    try:
+        ray.get(controller.stop.remote(), timeout=_STOP_TIMEOUT_S)
+    except (ray.exceptions.RayError, TimeoutError) as error:
+        logger.warning("the controller did not stop by itself: %s", error)
+    ray.kill(controller)
+    # Its own stop has done this, unless it could not.
+    remove_replicas(config)
 
+
+def _start_gateways(
+    config: PlatformConfig, proxy: ServeProxy, started: contextlib.ExitStack, progress: Progress
+) -> None:
+    from loraplex_deployments.gateways import runs_haproxy, serve_runs, start_gateways, stop_gateways
+
+    started.callback(stop_gateways, whole_serve=not serve_runs())
     start_gateways(config, proxy)
     found = "haproxy" if runs_haproxy() else "python"
     if found != config.serve.proxy:
