@@ -16,12 +16,12 @@ import torch
 import triton
 
 from loraplex_kernels.gpu.attention_kernels import combine_kernel, decode_kernel, prefill_kernel
+from loraplex_kernels.gpu.tuning import exact
 from loraplex_kernels.kv import KvLayout
 
 _LOG2_E = math.log2(math.e)
 _MAX_SPLITS = 64
 _MIN_DOT_ROWS = 16
-_INTERPRETED: bool = triton.knobs.runtime.interpret
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,7 +143,7 @@ def decode_attention(
         BLOCK_GROUP=max(_MIN_DOT_ROWS, triton.next_power_of_2(group)),
         BLOCK_KEYS=blocks.keys,
         NUM_STAGES=blocks.num_stages,
-        UPCAST=_INTERPRETED,
+        EXACT=exact(q.dtype),
         num_warps=blocks.num_warps,
     )
     if scratch is not None:
@@ -238,7 +238,7 @@ def prefill_attention(
         BLOCK_ROWS=blocks.rows,
         BLOCK_KEYS=blocks.keys,
         NUM_STAGES=blocks.num_stages,
-        UPCAST=_INTERPRETED,
+        EXACT=exact(q.dtype),
         num_warps=blocks.num_warps,
     )
 

@@ -4,7 +4,7 @@ Loop nest of both: one program = the queries of one KV head (the Q query heads t
 or a tile of tokens in prefill); over blocks of keys: page ids, K, scores, online softmax in fp32 (base 2: the scale
 holds log2 e), V. FlashAttention-2 (Dao 2023) over pages as in PagedAttention (Kwon et al. 2023).
 Legend: N query heads, G KV heads, Q = N / G, H head dim, M rows of a block of queries, K keys of a block.
-UPCAST computes in fp32 whatever the inputs are: Triton's interpreter has no bf16 arithmetic.
+EXACT computes dots in fp32 whatever the inputs are: for fp32 models, and because Triton's interpreter has no bf16.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
@@ -61,7 +61,7 @@ def _attend(
     HEAD_DIM: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
     NUM_STAGES: tl.constexpr,
-    UPCAST: tl.constexpr,
+    EXACT: tl.constexpr,
 ):
     """Adds keys [begin, end) to the running (acc, top, total) of each query row.
 
@@ -81,7 +81,7 @@ def _attend(
             k_KH = tl.load(k_ptr_KH, mask=present_K[:, None], other=0.0)
         else:
             k_KH = tl.load(k_ptr_KH)
-        if UPCAST:
+        if EXACT:
             k_KH = k_KH.to(tl.float32)
         score_MK = tl.dot(q_MH, tl.trans(k_KH), input_precision="ieee")
         if MASKED:
@@ -104,7 +104,7 @@ def _attend(
             v_KH = tl.load(v_ptr_KH, mask=present_K[:, None], other=0.0)
         else:
             v_KH = tl.load(v_ptr_KH)
-        if UPCAST:
+        if EXACT:
             v_KH = v_KH.to(tl.float32)
         acc_MH = acc_MH * shrink_M[:, None]
         acc_MH = tl.dot(weight_MK.to(v_KH.dtype), v_KH, acc_MH, input_precision="ieee")
@@ -138,7 +138,7 @@ def decode_kernel(
     BLOCK_GROUP: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
     NUM_STAGES: tl.constexpr,
-    UPCAST: tl.constexpr,
+    EXACT: tl.constexpr,
 ):
     """Grid (G, splits, B). One split: writes ``out``; more: normalised fp32 parts and their log2-sum-exp2."""
     kv_head = tl.program_id(0)
@@ -163,7 +163,7 @@ def decode_kernel(
     dim_H = tl.arange(0, HEAD_DIM)
     column_MH = ((kv_head * GROUP + head_M) * HEAD_DIM)[:, None] + dim_H[None, :]
     q_MH = tl.load(q_ptr + token * q_stride + column_MH, mask=real_M[:, None], other=0.0)
-    if UPCAST:
+    if EXACT:
         q_MH = q_MH.to(tl.float32)
     acc_MH, top_M, total_M = _attend(
         tl.zeros([BLOCK_GROUP, HEAD_DIM], tl.float32),
@@ -187,7 +187,7 @@ def decode_kernel(
         HEAD_DIM,
         BLOCK_KEYS,
         NUM_STAGES,
-        UPCAST,
+        EXACT,
     )
     # No key: 0 / 1 is the zero that padding rows get, and top = -inf marks an empty split.
     divisor_M = tl.where(total_M > 0, total_M, 1.0)
@@ -250,7 +250,7 @@ def prefill_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
     NUM_STAGES: tl.constexpr,
-    UPCAST: tl.constexpr,
+    EXACT: tl.constexpr,
 ):
     """Grid (G, tiles). Row r of the block is token r // Q of the tile, head r % Q of the group."""
     kv_head = tl.program_id(0)
@@ -268,7 +268,7 @@ def prefill_kernel(
     column_M = (kv_head * GROUP + row_M % GROUP) * HEAD_DIM
     q_offset_MH = (token_M * q_stride + column_M)[:, None] + dim_H[None, :]
     q_MH = tl.load(q_ptr + first_token * q_stride + q_offset_MH, mask=real_M[:, None], other=0.0)
-    if UPCAST:
+    if EXACT:
         q_MH = q_MH.to(tl.float32)
     acc_MH = tl.zeros([BLOCK_ROWS, HEAD_DIM], tl.float32)
     top_M = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
@@ -301,7 +301,7 @@ def prefill_kernel(
             HEAD_DIM,
             BLOCK_KEYS,
             NUM_STAGES,
-            UPCAST,
+            EXACT,
         )
     acc_MH, top_M, total_M = _attend(
         acc_MH,
@@ -325,7 +325,7 @@ def prefill_kernel(
         HEAD_DIM,
         BLOCK_KEYS,
         NUM_STAGES,
-        UPCAST,
+        EXACT,
     )
     out_MH = acc_MH / tl.where(total_M > 0, total_M, 1.0)[:, None]
     out_offset_MH = (token_M * out_stride + column_M)[:, None] + dim_H[None, :]
