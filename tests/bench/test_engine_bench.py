@@ -115,6 +115,17 @@ def test_single_ttft_and_parts() -> None:
         assert parts.shares["gemm"] > 0
 
 
+def test_profiled_decode_steps_hold_every_request() -> None:
+    """Though the prefill takes longer than the first ones' share of decoding."""
+    load = EngineLoad(requests=8, input_tokens=40, output_tokens=2, warmup_requests=0)
+    setup = _setup(max_running=8, max_step_tokens=16)
+    bench = run_engine_bench(EngineBenchOptions(setup=setup, load=load, profile_steps=3))
+    assert bench.prefill_parts is not None
+    assert bench.prefill_parts.steps >= 20
+    assert bench.decode_parts is not None
+    assert bench.decode_parts.steps == 3
+
+
 @pytest.mark.parametrize(
     ("kernel", "part"),
     [

@@ -41,7 +41,11 @@ def measure_phases(session: BenchSession, load: EngineLoad, num_steps: int) -> t
     """The load's prefill, all of it at once, and then ``num_steps`` decode steps: where the time of each goes."""
     device = torch.device(session.setup.device)
     manifests = session.prepare(load)
-    requests = session.requests(load, manifests, output_tokens=num_steps + 4)[: session.setup.max_running]
+    num_requests = min(load.requests, session.setup.max_running)
+    # Who is prefilled first decodes until the last one is; all are to be there when the decode steps begin.
+    per_step = max(1, session.setup.max_step_tokens - num_requests)
+    output_tokens = num_steps + 4 + -(-num_requests * load.input_tokens // per_step)
+    requests = session.requests(load, manifests, output_tokens=output_tokens)[:num_requests]
     timings: dict[RequestId, Timing] = {}
     session.submit(iter(requests), timings, len(requests))
 

@@ -22,10 +22,13 @@ def measure_ceilings(
     *,
     shapes: Sequence[tuple[int, int]] = _PLAIN_SHAPES,
     rows: Sequence[int] = (256,),
-    copy_bytes: int = 64 << 20,
+    copy_bytes: int | None = None,
 ) -> Ceilings:
     """``shapes``: (in, out) of weights that a product of each of ``rows`` (ascending) goes through in turn."""
     is_cuda = device.type == "cuda"
+    if copy_bytes is None:
+        # Past the caches.
+        copy_bytes = (1024 if is_cuda else 64) << 20
     gemms = []
     for count in rows:
         flops = 2.0 * count * sum(num_in * num_out for num_in, num_out in shapes)
@@ -71,6 +74,7 @@ def gemm_s(shapes: Sequence[tuple[int, int]], rows: int, dtype: torch.dtype, dev
         if device.type != "cuda":
             return median_s(products, device)
         stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
             products()
         stream.synchronize()

@@ -55,8 +55,10 @@ class EtaReport(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RecordingEngine(Engine):
-    def __init__(self, config: EngineConfig, *, model: ModelSpec, arena: ArenaSpec) -> None:
+    def __init__(self, config: EngineConfig, *, model: ModelSpec, arena: ArenaSpec, last_step: int) -> None:
+        """Steps are numbered from ``last_step`` + 1: to an executor that outlives engines, ids only grow."""
         super().__init__(config, model=model, arena=arena)
+        self._step_id = last_step
         self._spec = model
         self._itemsize = arena.page_bytes // (arena.page_size * model.kv_elements_per_token)
         self._planned: dict[int, tuple[StepPlan, float]] = {}
@@ -82,6 +84,10 @@ class RecordingEngine(Engine):
         self._steps.append((plan, ended_s - max(planned_s, self._last_end_s)))
         self._last_end_s = ended_s
         return super().complete(result, now_s)
+
+    @property
+    def last_step(self) -> int:
+        return self._step_id
 
     def step_seconds(self) -> FloatArray:
         """(S,) of the recorded steps."""

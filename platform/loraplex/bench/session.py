@@ -219,7 +219,9 @@ class BenchSession:
 
     def _open(self, load: EngineLoad, manifests: Sequence[AdapterManifest]) -> None:
         """A new engine: nothing is on the accelerator."""
+        last_step = 0
         if self._engine is not None:
+            last_step = self._engine.last_step
             for digest in self._engine.resident_adapters():
                 self.executor.drop_adapter(digest)
         arena = self.executor.arena
@@ -231,7 +233,7 @@ class BenchSession:
             max_host_pages=sys.maxsize,
             max_adapter_pages=None if load.adapter_bytes_cap is None else load.adapter_bytes_cap // arena.page_bytes,
         )
-        engine = self._engine = RecordingEngine(config, model=self.executor.model, arena=arena)
+        engine = self._engine = RecordingEngine(config, model=self.executor.model, arena=arena, last_step=last_step)
         self._driver = StepDriver(engine, self.executor, clock=SystemClock(), unstage=self.executor.unstage_adapter)
         for manifest in manifests:
             engine.adapter_staged(manifest.digest, self.executor.adapter_pages(manifest), time.monotonic())
@@ -256,6 +258,12 @@ class BenchSession:
             torch.device(self.setup.device),
             {4: torch.float32, 2: torch.bfloat16}[itemsize],
         )
+
+
+class _CeilingsFile(msgspec.Struct):
+    """What is used of the output of ``kernels/benchmarks/ceilings.py``."""
+
+    ceilings: Ceilings
 
 
 class Timing:
@@ -294,7 +302,7 @@ def _given_ceilings(name: str) -> Ceilings:
     if not path.suffix:
         return ceilings_of(name)
     try:
-        return msgspec.json.decode(path.read_bytes(), type=Ceilings)
+        return msgspec.json.decode(path.read_bytes(), type=_CeilingsFile).ceilings
     except (OSError, msgspec.DecodeError) as error:
         raise BadConfig(
             f"{name}: not a file of ceilings ({error}); known GPUs: {', '.join(known_gpus())}", param="ceilings"
