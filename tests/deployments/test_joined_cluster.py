@@ -41,7 +41,14 @@ class Bystander:
 bystander = Bystander.options(name="bystander", namespace="other", lifetime="detached").remote()
 ray.get(placement_group([{"CPU": 1}], name="bystanders", lifetime="detached").ready())
 print(ray.get_runtime_context().gcs_address, flush=True)
-for _ in sys.stdin:
+for command in sys.stdin:
+    if command.strip() == "crash":
+        controller = ray.get_actor("loraplex-controller", namespace="loraplex")
+        ray.kill(controller, no_restart=False)
+    if command.strip() in ("crash", "replica"):
+        replica = ray.get_actor("loraplex-replica-tiny-0", namespace="loraplex")
+        print(replica._actor_id.hex(), flush=True)
+        continue
     actors = sorted(actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True))
     groups = sorted(g["name"] for g in placement_group_table().values() if g["state"] != "REMOVED")
     print(json.dumps(actors + groups), flush=True)
@@ -59,15 +66,26 @@ class Cluster:
 
     def holds(self) -> list[str]:
         """Names of all actors and placement groups."""
-        assert self.process.stdin is not None
-        print(file=self.process.stdin, flush=True)
-        return list(json.loads(self._read()))
+        return list(json.loads(self._ask("")))
+
+    def replica(self) -> str:
+        """Ray's id of the replica."""
+        return self._ask("replica")
+
+    def crash_controller(self) -> str:
+        """Kills it; returns Ray's id of the replica."""
+        return self._ask("crash")
 
     def wait_holds(self, expected: list[str]) -> None:
         deadline_s = time.monotonic() + 30
         while self.holds() != expected:
             assert time.monotonic() < deadline_s, self.holds()
             time.sleep(0.2)
+
+    def _ask(self, command: str) -> str:
+        assert self.process.stdin is not None
+        print(command, file=self.process.stdin, flush=True)
+        return self._read()
 
     def _read(self) -> str:
         assert self.process.stdout is not None
@@ -123,6 +141,7 @@ def test_nothing_is_left_on_a_joined_cluster_and_nothing_else_is_touched(cluster
         admin = (tmp_path / "data" / "admin.key").read_text().strip()
         check_request_ids(url)
         check_refusal(url, admin)
+        check_adoption(cluster, url, admin)
     finally:
         served.send_signal(signal.SIGINT)
         assert served.wait(60) == 0, (tmp_path / "serve.log").read_text()
@@ -140,6 +159,23 @@ def wait_ready(served: subprocess.Popen[bytes], url: str, log: Path) -> None:
             pass
         time.sleep(0.2)
     raise AssertionError(log.read_text())
+
+
+def check_adoption(cluster: Cluster, url: str, key: str) -> None:
+    """A controller that died comes back and goes on with the replica that runs."""
+
+    def status() -> dict[str, Any]:
+        content = httpx.get(f"{url}/v1/status", headers={"authorization": f"Bearer {key}"}, timeout=10).json()
+        assert isinstance(content, dict)
+        return content
+
+    epoch = status()["epoch"]
+    replica = cluster.crash_controller()
+    deadline_s = time.monotonic() + _TIMEOUT_S
+    while not ((now := status())["epoch"] > epoch and now["replicas"]):
+        assert time.monotonic() < deadline_s, now
+        time.sleep(0.2)
+    assert cluster.replica() == replica
 
 
 def check_request_ids(url: str) -> None:
