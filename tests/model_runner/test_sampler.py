@@ -14,8 +14,9 @@ from loraplex.core.ids import BaseModelId
 from loraplex.core.model import ModelSpec
 from loraplex.core.request import SamplingParams
 from loraplex.core.step import RowStart, SampledToken
-from loraplex.model_runner.noise import exponentials, row_key
-from loraplex.model_runner.sampler import MIN_LOGPROB, MIN_TEMPERATURE, Sampler
+from loraplex.model_runner.sampler import MIN_LOGPROB, Sampler
+from loraplex.model_runner.sampling_slots import MIN_TEMPERATURE
+from loraplex_kernels.noise import exponentials, row_keys
 
 Array = npt.NDArray[np.float64]
 
@@ -99,7 +100,7 @@ def reference_token(row: Array, sampling: SamplingParams, index: int) -> tuple[i
     """The token, and by what factor it beats the second (minus one)."""
     if sampling.temperature < MIN_TEMPERATURE:
         return int(row.argmax()), 1.0
-    noise = exponentials([row_key(sampling.seed, index)], len(row), CPU)[0].double().numpy()
+    noise = exponentials(row_keys(torch.tensor([sampling.seed]), torch.tensor([index])), len(row))[0].double().numpy()
     scores = reference_distribution(row, sampling) / noise
     second, first = np.sort(scores)[-2:]
     return int(scores.argmax()), float(first / max(second, 1e-300) - 1.0)
@@ -385,13 +386,59 @@ def test_last_token_gets_the_tokens_of_the_rows_and_no_others() -> None:
 
 
 @pytest.mark.gpu
-def test_cuda_draws_what_the_cpu_draws() -> None:
+@pytest.mark.parametrize(
+    "sampling", [{}, {"temperature": 0.0}, {"top_p": 0.9}, {"top_k": 20, "min_p": 0.01}, EVERYTHING], ids=str
+)
+def test_cuda_draws_what_the_cpu_draws(sampling: dict[str, object]) -> None:
     vocab_size = 32000
-    logits_SV = random_logits(8, vocab_size, seed=9)
-    for sampling in ({}, {"temperature": 0.0}, EVERYTHING):
-        tokens = {}
-        for device in (CPU, torch.device("cuda")):
-            sampler = Sampler(make_spec(vocab_size), device)
-            open_row(sampler, 0, params(seed=11, **sampling), [1, 2, 5])
-            tokens[device.type] = [sampler.draw(row.to(device)[None], [0]).result()[0].token_id for row in logits_SV]
-        assert tokens["cpu"] == tokens["cuda"]
+    logits_SBV = random_logits(24, vocab_size, seed=9).view(8, 3, vocab_size)
+    tokens = {}
+    for device in (CPU, torch.device("cuda")):
+        sampler = Sampler(make_spec(vocab_size), device)
+        for slot in range(3):
+            open_row(sampler, slot, params(seed=slot, **sampling), [1, 2, 5])
+        drawn = [sampler.draw(logits_BV.to(device), [2, 0, 1]) for logits_BV in logits_SBV]
+        tokens[device.type] = [[token.token_id for token in step.result()] for step in drawn]
+    assert tokens["cpu"] == tokens["cuda"]
+
+
+@pytest.mark.gpu
+def test_cuda_draws_never_wait_for_the_device() -> None:
+    """Rows of every kind come and go; only ``result`` may wait."""
+    vocab_size, device = 32000, torch.device("cuda")
+    kinds: list[dict[str, object]] = [{}, {"temperature": 0.0}, {"top_p": 0.9}, {"top_k": 20, "top_p": 0.8}, EVERYTHING]
+    logits_BV = random_logits(len(kinds), vocab_size, seed=9).to(device, torch.bfloat16)
+    last_token = torch.full((len(kinds),), -1, dtype=torch.int32, device=device)
+    sampler = Sampler(make_spec(vocab_size), device)
+    drawn = []
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for num_rows in (1, 3, 4, 5, 5, 2):
+            for slot in range(num_rows):
+                open_row(sampler, slot, params(seed=slot, **kinds[slot]), [1, 2, 5], [7])
+            for _ in range(3):
+                drawn.append(sampler.draw(logits_BV[:num_rows], range(num_rows), last_token=last_token))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    tokens = [[token.token_id for token in step.result()] for step in drawn]
+    assert [step.tokens.tolist() for step in drawn] == tokens
+    assert last_token[:2].tolist() == tokens[-1]
+
+
+@pytest.mark.gpu
+def test_cuda_results_wait_for_their_own_step_alone() -> None:
+    """A result is there while work that was submitted after its draw still runs."""
+    device = torch.device("cuda")
+    sampler = Sampler(make_spec(32000), device)
+    open_row(sampler, 0, params(seed=3), [1])
+    logits_BV = random_logits(1, 32000, seed=9).to(device)
+    for _ in range(2):  # The first draw compiles.
+        drawn = sampler.draw(logits_BV, [0])
+        torch.cuda._sleep(2_000_000_000)  # About a second of the device's clock.
+        later = torch.cuda.Event()
+        later.record()
+        token = drawn.result()[0].token_id
+        finished = later.query()
+        torch.cuda.synchronize()
+    assert 0 <= token < 32000
+    assert not finished
