@@ -433,11 +433,14 @@ def test_aborts_free_pages_at_once_or_after_the_step() -> None:
     harness.add(make("b", max_tokens=50))
     plan = harness.engine.schedule(5.0).plan
     assert plan is not None
-    assert harness.engine.abort(RequestId("b")) == ()
-    (output,) = harness.engine.complete(run_step(harness.executor, plan), 6.0)
+    (output,) = harness.engine.abort(RequestId("b"))
     assert (output.finish_reason, output.tokens) == (FinishReason.ABORT, ())
     assert harness.engine.num_unfinished == 0
     assert harness.engine.abort(RequestId("b")) == ()
+    assert harness.engine.load_report().num_free_pages < 64, "the step still writes to its pages"
+    harness.engine.validate()
+    assert harness.engine.complete(run_step(harness.executor, plan), 6.0) == ()
+    assert harness.engine.load_report().num_free_pages == 64
 
 
 def test_a_resumed_request_goes_on_where_it_was() -> None:

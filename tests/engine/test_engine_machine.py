@@ -5,6 +5,7 @@ import random
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Literal
 
 import pytest
 from hypothesis import HealthCheck, event, settings
@@ -44,6 +45,8 @@ class EngineMachine(RuleBasedStateMachine):
         prefix_cache=st.booleans(),
         max_host_pages=st.sampled_from([1, 6, 100]),
         max_adapter_pages=st.sampled_from([None, 5, 6]),
+        max_in_flight=st.integers(1, 3),
+        raises_in=st.sampled_from(["submit", "collect"]),
     )
     def start(
         self,
@@ -53,6 +56,8 @@ class EngineMachine(RuleBasedStateMachine):
         prefix_cache: bool,
         max_host_pages: int,
         max_adapter_pages: int | None,
+        max_in_flight: int,
+        raises_in: Literal["submit", "collect"],
     ) -> None:
         self.executor = FakeExecutor(
             model=fake_model(vocab_size=VOCAB, max_context_tokens=48, eos_token_ids=(EOS,)),
@@ -60,7 +65,10 @@ class EngineMachine(RuleBasedStateMachine):
             page_size=4,
             poisoned=[POISONED],
             unloadable=[UNLOADABLE],
+            max_in_flight=max_in_flight,
+            raises_in=raises_in,
         )
+        self.num_glitches = 0
         config = EngineConfig(
             max_step_tokens=max_step_tokens,
             max_running=max_running,
@@ -182,6 +190,14 @@ class EngineMachine(RuleBasedStateMachine):
             self.engine.validate()
             assert not self.executor.violations
 
+    @precondition(lambda self: self.num_glitches < 5)
+    @rule(call=st.sampled_from(["submit", "collect"]), steps=st.integers(0, 3))
+    def glitch(self, call: Literal["submit", "collect"], steps: int) -> None:
+        """One step fails through nobody's fault."""
+        self.step(steps)
+        self.executor.fails_once_in = call
+        self.num_glitches += 1
+
     @invariant()
     def valid(self) -> None:
         if hasattr(self, "engine"):
@@ -207,6 +223,10 @@ class EngineMachine(RuleBasedStateMachine):
             )
             self.take(outcome.outputs)
         assert self.engine.num_unfinished == 0, "requests starve"
+        while self.engine.num_in_flight:
+            assert self.driver.step().outputs == ()
+        assert not self.executor.violations
+        event(f"in flight: {self.executor.max_in_flight}")
         event(f"preempted: {self.engine.num_preemptions > 0}")
         self.engine.validate()
         report = self.engine.load_report()
@@ -223,10 +243,10 @@ class EngineMachine(RuleBasedStateMachine):
             case FinishReason.ABORT:
                 assert request.request_id in self.aborted
             case FinishReason.ERROR:
-                assert digest is not None
+                assert digest is not None or self.num_glitches
                 assert last.error
                 expected = {"no file"}
-                if digest == POISONED:
+                if digest == POISONED or self.num_glitches:
                     expected.add("the model failed while it computed this request")
                 if digest == UNLOADABLE:
                     expected.add("the adapter could not be loaded onto the accelerator")

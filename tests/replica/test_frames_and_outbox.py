@@ -1,6 +1,6 @@
 import asyncio
-from dataclasses import replace
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -94,6 +94,8 @@ def test_load_reports_do_not_pile_up() -> None:
 
 
 def test_an_error_that_is_merged_with_tokens_keeps_its_kind() -> None:
-    failed = replace(output("a"), finish_reason=FinishReason.ERROR, error="away", error_code="unavailable")
+    failed = msgspec.structs.replace(
+        output("a"), finish_reason=FinishReason.ERROR, error="away", error_code="unavailable"
+    )
     (merged,) = merge_frames([frame(output("a", 1)), frame(failed)]).outputs
     assert (merged.error, merged.error_code, len(merged.tokens)) == ("away", "unavailable", 1)

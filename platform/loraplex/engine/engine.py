@@ -1,16 +1,19 @@
 """The engine's door: requests, aborts, adapter events and step results go in; instructions and outputs come out.
 
-Holds the request ids and the one step under way; the decisions are the scheduler's. Not thread-safe, never blocks,
-reads no clock. Called by ``replica.driver`` and the simulator.
+Holds the request ids and the steps in flight; the decisions are the scheduler's. Not thread-safe, never blocks, reads
+no clock. Called by ``replica.driver`` and the simulator.
 """
 
+from collections import Counter, deque
+
 from loraplex.core.errors import BadConfig, Conflict, ContextTooLong, InvalidInput, LoraplexError
-from loraplex.core.ids import Digest, RequestId
+from loraplex.core.ids import Digest, RequestId, TenantName
 from loraplex.core.model import ModelSpec
 from loraplex.core.request import EngineRequest, FinishReason, OutputToken, RequestOutput
-from loraplex.core.step import ArenaSpec, Row, RowStart, SampledToken, StepPlan, StepResult
+from loraplex.core.step import ArenaSpec, SampledToken, StepResult
 from loraplex.core.wire import LoadReport
 from loraplex.engine.config import EngineConfig
+from loraplex.engine.in_flight import StepInFlight
 from loraplex.engine.instructions import Instructions
 from loraplex.engine.memory import Memory
 from loraplex.engine.probe import probe_request
@@ -21,7 +24,8 @@ _FAILURES_BEFORE_PROBE = 8
 
 
 class Engine:
-    """Events may come in any order between two calls; ``complete`` or ``step_failed`` answers each plan."""
+    """Events may come in any order between two calls. Several plans may be in flight; ``complete`` or ``step_failed``
+    answers the oldest."""
 
     def __init__(self, config: EngineConfig, *, model: ModelSpec, arena: ArenaSpec) -> None:
         """Raises BadConfig when a step could not hold one token of each running request."""
@@ -36,9 +40,8 @@ class Engine:
         self._memory = Memory(config, model=model, arena=arena)
         self._scheduler = Scheduler(config, self._memory)
         self._sequences: dict[RequestId, Sequence] = {}
-        self._plan: StepPlan | None = None
-        self._in_step: dict[Sequence, int] = {}
-        self._starting: list[Sequence] = []
+        self._in_flight: deque[StepInFlight] = deque()
+        self._submit_failed = False
         self._num_failed_alone = 0
         self._probe: Sequence | None = None
         self._executor_broken = False
@@ -49,6 +52,11 @@ class Engine:
     @property
     def num_unfinished(self) -> int:
         return len(self._sequences)
+
+    @property
+    def num_in_flight(self) -> int:
+        """Steps that were planned and not answered."""
+        return len(self._in_flight)
 
     @property
     def num_preemptions(self) -> int:
@@ -76,8 +84,7 @@ class Engine:
         """
         if request.request_id in self._sequences:
             raise Conflict(f"request {request.request_id} is running already")
-        limit = self._checked_limit(request)
-        sequence = Sequence(request, order=self._order, now_s=now_s, max_tokens_total=limit)
+        sequence = self._sequence(request, now_s)
         if sequence.adapter is not None:
             self._check_fits(sequence, self._memory.adapters.num_pages(sequence.adapter))
         self._check_fits(sequence, 0)
@@ -86,17 +93,12 @@ class Engine:
         self._scheduler.add(sequence)
 
     def abort(self, request_id: RequestId) -> tuple[RequestOutput, ...]:
-        """Ends a request; its pages are free at once, or after the step that it is in. Unknown ids are ignored.
+        """Ends a request at once; its pages are free when no step in flight holds it. Unknown ids are ignored.
 
         Changes state.
         """
         sequence = self._sequences.get(request_id)
-        if sequence is None or sequence.aborted:
-            return ()
-        if sequence in self._in_step:
-            sequence.aborted = True
-            return ()
-        return (self._end(sequence, FinishReason.ABORT),)
+        return () if sequence is None else (self._end(sequence, FinishReason.ABORT),)
 
     def wanted_adapters(self) -> tuple[Digest, ...]:
         """Adapters that waiting requests need in host memory; each is named once. Changes state: to staging."""
@@ -131,61 +133,107 @@ class Engine:
         return outputs
 
     def schedule(self, now_s: float) -> Instructions:
-        """What to do next. Changes state; a plan in the answer must be answered before the next call."""
-        assert self._plan is None, "the step under way was not completed"
+        """What to do next, also while steps are in flight; with no plan the oldest of them is to be answered first.
+
+        Changes state.
+        """
+        if self._submit_failed:
+            return Instructions()
         shares = self._scheduler.plan(now_s)
         unstages = self._memory.adapters.trim_host()
+        if not shares:
+            return Instructions(unstages=unstages)
         drops, loads = self._memory.take_instructions()
-        if shares:
-            self._plan = self._build_plan(shares)
-        return Instructions(drops=drops, unstages=unstages, loads=loads, plan=self._plan)
+        self._step_id += 1
+        step = StepInFlight.begin(self._step_id, shares, self._scheduler.take_releases())
+        self._in_flight.append(step)
+        return Instructions(drops=drops, unstages=unstages, loads=loads, plan=step.plan)
 
     def complete(self, result: StepResult, now_s: float) -> tuple[RequestOutput, ...]:
-        """The step ran: what it adds to each request. Changes state."""
-        assert self._plan is not None, "no step is under way"
-        assert result.step_id == self._plan.step_id, "the result is of another step"
-        sampled = {token.slot: token for token in result.tokens}
-        in_step = self._take_step()
+        """The oldest step in flight ran: what it adds to each request. Changes state."""
+        assert self._in_flight, "no step is in flight"
+        step = self._in_flight.popleft()
+        assert result.step_id == step.plan.step_id, "the result is of another step"
+        self._step_ended(step)
         self._scheduler.step_done()
         self._num_failed_alone = 0
-        outputs = (self._advance(sequence, count, sampled) for sequence, count in in_step.items())
-        return tuple(output for output in outputs if output is not None)
+        self._charge(step)
+        outputs: list[RequestOutput] = []
+        sampled = iter(result.tokens)
+        page_size, prefix = self._arena.page_size, self._memory.prefix
+        for row, sequence in zip(step.plan.rows, step.sequences, strict=True):
+            token = next(sampled) if row.samples else None
+            sequence.num_in_flight -= 1
+            if sequence.end_reason is not None:
+                if sequence.num_in_flight == 0:
+                    self._scheduler.left(sequence)
+                continue
+            if sequence is self._probe:
+                self._end_probe()
+                continue
+            sequence.num_computed += len(row.token_ids)
+            if sequence.num_computed // page_size > sequence.num_sealed:
+                prefix.seal(sequence)
+            if token is not None:
+                outputs.append(self._append(sequence, token))
+        assert next(sampled, None) is None, "more tokens were sampled than planned"
+        return tuple(outputs)
 
     def loads_failed(self, failures: dict[Digest, LoraplexError]) -> tuple[RequestOutput, ...]:
-        """Some loads of the last instructions failed and the plan was therefore not executed: it is withdrawn, the
+        """Some loads of the last instructions failed and the plan was therefore not submitted: it is withdrawn, the
         requests of those adapters end with their error, the others are planned again. Changes state.
 
         The adapters are missing from now on: the caller drops them from host memory before it reports another event.
         """
-        assert self._plan is not None, "no step is under way"
-        releases, starting = self._plan.releases, self._starting
-        in_step = self._take_step()
-        self._scheduler.withdraw(releases, starting)
+        assert self._in_flight, "no step is in flight"
+        step = self._in_flight.pop()
+        step.undo()
+        self._scheduler.withdraw(step.plan.releases, step.starting)
         outputs: list[RequestOutput] = []
-        for sequence in in_step:
-            if sequence.aborted:
-                outputs.append(self._end(sequence, FinishReason.ABORT))
-            elif sequence.adapter in failures:
+        for sequence in tuple(self._scheduler.running):
+            if sequence.adapter in failures:
                 outputs.append(self._end(sequence, FinishReason.ERROR, error=failures[sequence.adapter]))
         for digest, error in failures.items():
             outputs.extend(self._fail_waiting(digest, error))
             self._memory.undo_load(digest)
         return tuple(outputs)
 
+    def submit_failed(self, error: LoraplexError) -> tuple[RequestOutput, ...]:
+        """The executor refused the last plan. Changes state.
+
+        Beside steps in flight nobody is blamed: the plan comes again when they are done.
+        """
+        if len(self._in_flight) == 1:
+            return self.step_failed(error)
+        step = self._in_flight.pop()
+        step.undo()
+        self._scheduler.restart(step.plan.releases, step.sequences, num_steps=1)
+        self._submit_failed = True
+        return ()
+
     def step_failed(self, error: LoraplexError) -> tuple[RequestOutput, ...]:
-        """The executor raised within the step. Changes state.
+        """The executor raised within the oldest step in flight, and knows of no step any more. Changes state.
 
         Of one request it ends that with ``error``; of several nobody ends yet: smaller steps find the culprit. After
-        several that failed alone in a row the next step is a probe's.
+        several that failed alone in a row the next step is a probe's. What only later steps held is planned again.
         """
-        assert self._plan is not None, "no step is under way"
-        releases = self._plan.releases
-        in_step = self._take_step()
-        self._scheduler.step_done()
-        sequences = list(in_step)
-        self._scheduler.restart(releases, sequences)
-        outputs = [self._end(s, FinishReason.ABORT) for s in sequences if s.aborted]
-        suspects = [sequence for sequence in sequences if not sequence.aborted]
+        assert self._in_flight, "no step is in flight"
+        steps = tuple(self._in_flight)
+        for step in reversed(steps):
+            self._in_flight.pop()
+            step.undo()
+        self._step_ended(steps[-1])
+        held = dict.fromkeys(sequence for step in steps for sequence in step.sequences)
+        for sequence in held:
+            if sequence.end_reason is not None:
+                self._scheduler.left(sequence)
+        self._scheduler.restart(
+            [slot for step in steps for slot in step.plan.releases],
+            [sequence for sequence in held if sequence.end_reason is None],
+            num_steps=len(steps),
+        )
+        suspects = [sequence for sequence in steps[0].sequences if sequence.end_reason is None]
+        outputs: list[RequestOutput] = []
         if self._probe in suspects:
             self._end_probe()
             self._executor_broken = True
@@ -195,13 +243,12 @@ class Engine:
             if self._num_failed_alone == _FAILURES_BEFORE_PROBE:
                 self._start_probe()
         elif suspects:
-            self._scheduler.isolate(suspects)
+            self._scheduler.quarantine.isolate(suspects)
         return tuple(outputs)
 
     def _start_probe(self) -> None:
         request = probe_request(self._model.base_model_id)
-        limit = self._checked_limit(request)
-        self._probe = Sequence(request, order=self._order, now_s=0.0, max_tokens_total=limit)
+        self._probe = self._sequence(request, now_s=0.0)
         self._order += 1
         self._sequences[request.request_id] = self._probe
         self._scheduler.run_alone(self._probe)
@@ -222,7 +269,7 @@ class Engine:
             num_free_pages=self._memory.num_available,
             num_queued_tokens=queued + scheduler.waiting.num_tokens,
             credits=max(0, self._config.max_running + self._config.max_waiting - len(self._sequences)),
-            steps=self._step_id,
+            steps=self._memory.last_done_step,
             generated_tokens=self._num_generated,
         )
 
@@ -231,7 +278,21 @@ class Engine:
         self._scheduler.validate()
         known = {*self._scheduler.running, *self._scheduler.waiting}
         assert known == set(self._sequences.values()), "a request is in no queue, or in one too many"
-        assert set(self._in_step) <= set(self._scheduler.running), "a step holds a request that does not run"
+        rows = Counter(sequence for step in self._in_flight for sequence in step.sequences)
+        for sequence in self._sequences.values():
+            assert sequence.num_in_flight == rows.pop(sequence, 0), "steps that hold a request are miscounted"
+            assert sequence.num_in_flight > 0 or sequence.num_scheduled == sequence.num_computed
+            assert 0 <= sequence.num_known - len(sequence.token_ids) <= sequence.num_in_flight
+        assert all(sequence.end_reason is not None for sequence in rows), "a step holds a request that does not run"
+
+    def _sequence(self, request: EngineRequest, now_s: float) -> Sequence:
+        return Sequence(
+            request,
+            order=self._order,
+            now_s=now_s,
+            max_tokens_total=self._checked_limit(request),
+            eos_token_ids=self._model.eos_token_ids,
+        )
 
     def _checked_limit(self, request: EngineRequest) -> int:
         """Prompt + output tokens at most."""
@@ -271,88 +332,37 @@ class Engine:
                 param="max_tokens",
             )
 
-    def _build_plan(self, shares: dict[Sequence, int]) -> StepPlan:
-        rows: list[Row] = []
-        starts: list[RowStart] = []
-        self._step_id += 1
-        self._in_step = dict(sorted(shares.items(), key=lambda item: item[0].adapter or ""))
-        self._starting = [sequence for sequence in self._in_step if sequence.needs_start]
-        for sequence, count in self._in_step.items():
-            assert sequence.slot is not None, "a request without a slot was planned"
-            start = sequence.num_computed
-            if sequence.needs_start:
-                sequence.needs_start = False
-                starts.append(
-                    RowStart(
-                        slot=sequence.slot,
-                        sampling=sequence.request.sampling,
-                        token_ids=tuple(sequence.token_ids),
-                        num_prompt_tokens=sequence.num_prompt,
-                    )
-                )
-            rows.append(
-                Row(
-                    slot=sequence.slot,
-                    token_ids=tuple(sequence.token_ids[start : start + count]),
-                    start=start,
-                    pages=sequence.pages,
-                    adapter=sequence.adapter,
-                    samples=start + count == len(sequence.token_ids),
-                )
-            )
-        return StepPlan(
-            step_id=self._step_id,
-            releases=self._scheduler.take_releases(),
-            starts=tuple(starts),
-            rows=tuple(rows),
-        )
+    def _step_ended(self, step: StepInFlight) -> None:
+        self._memory.last_done_step = step.plan.step_id
+        if not self._in_flight:
+            self._submit_failed = False
 
-    def _take_step(self) -> dict[Sequence, int]:
-        assert self._plan is not None, "no step is under way"
-        self._memory.last_done_step = self._plan.step_id
-        in_step, self._in_step = self._in_step, {}
-        self._plan, self._starting = None, []
-        return in_step
+    def _charge(self, step: StepInFlight) -> None:
+        """An aborted request still pays for what it made us compute; a row past the last token was our guess."""
+        prefill_cost, decode_cost = self._config.prefill_token_cost, self._config.decode_token_cost
+        costs: dict[TenantName, float] = {}
+        for row, sequence in zip(step.plan.rows, step.sequences, strict=True):
+            if sequence.end_reason is not None and sequence.end_reason is not FinishReason.ABORT:
+                continue
+            cost = decode_cost if row.samples else 0.0
+            if row.start < sequence.num_prompt:
+                end = min(row.start + len(row.token_ids), sequence.num_prompt)
+                cost += max(0, end - max(row.start, sequence.charged_tokens)) * prefill_cost
+            costs[sequence.tenant] = costs.get(sequence.tenant, 0.0) + cost
+        for tenant, cost in costs.items():
+            self._scheduler.counters.charge(tenant, cost)
 
-    def _advance(self, sequence: Sequence, count: int, sampled: dict[int, SampledToken]) -> RequestOutput | None:
-        assert sequence.slot is not None, "a request in a step has no slot"
-        self._charge(sequence, count)
-        token = sampled.get(sequence.slot)
-        assert (token is not None) == (count == sequence.num_uncomputed), "sampled tokens differ from the plan"
-        if sequence.aborted:
-            return self._end(sequence, FinishReason.ABORT)
-        if sequence is self._probe:
-            self._end_probe()
-            return None
-        sequence.num_computed += count
-        self._memory.prefix.seal(sequence)
-        if token is None:
-            return None
-        sequence.token_ids.append(token.token_id)
+    def _append(self, sequence: Sequence, token: SampledToken) -> RequestOutput:
+        assert token.slot == sequence.slot, "sampled tokens are not in the plan's order"
+        token_id, token_ids = token.token_id, sequence.token_ids
+        token_ids.append(token_id)
         self._num_generated += 1
-        output = OutputToken(token_id=token.token_id, logprob=token.logprob, top_logprobs=token.top_logprobs)
-        reason = self._finish_reason(sequence)
-        if reason is not None:
-            return self._end(sequence, reason, tokens=(output,))
-        return self._output(sequence, tokens=(output,))
-
-    def _charge(self, sequence: Sequence, count: int) -> None:
-        start, end = sequence.num_computed, sequence.num_computed + count
-        prefilled = min(end, sequence.num_prompt) - max(start, sequence.charged_tokens)
-        cost = max(0, prefilled) * self._config.prefill_token_cost
-        sequence.charged_tokens = max(sequence.charged_tokens, end)
-        if end == len(sequence.token_ids):
-            cost += self._config.decode_token_cost
-        self._scheduler.counters.charge(sequence.tenant, cost)
-
-    def _finish_reason(self, sequence: Sequence) -> FinishReason | None:
-        sampling, token_id = sequence.request.sampling, sequence.token_ids[-1]
-        if sequence.num_generated > sampling.min_tokens:
-            if token_id in self._model.eos_token_ids and not sampling.ignore_eos:
-                return FinishReason.STOP
-            if token_id in sampling.stop_token_ids:
-                return FinishReason.STOP
-        return FinishReason.LENGTH if len(sequence.token_ids) >= sequence.max_tokens_total else None
+        tokens = (OutputToken(token_id=token_id, logprob=token.logprob, top_logprobs=token.top_logprobs),)
+        if token_id in sequence.stop_ids and sequence.num_generated > sequence.request.sampling.min_tokens:
+            return self._end(sequence, FinishReason.STOP, tokens=tokens)
+        if len(token_ids) >= sequence.max_tokens_total:
+            return self._end(sequence, FinishReason.LENGTH, tokens=tokens)
+        return self._output(sequence, tokens=tokens)
 
     def _fail_waiting(self, digest: Digest, error: LoraplexError) -> tuple[RequestOutput, ...]:
         waiting = self._scheduler.waiting.of_adapter(digest)
@@ -366,6 +376,7 @@ class Engine:
         tokens: tuple[OutputToken, ...] = (),
         error: LoraplexError | None = None,
     ) -> RequestOutput:
+        sequence.end_reason = reason
         self._scheduler.remove(sequence)
         del self._sequences[sequence.request_id]
         return self._output(sequence, tokens=tokens, reason=reason, error=error)

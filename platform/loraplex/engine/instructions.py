@@ -25,4 +25,4 @@ class Instructions:
     loads: tuple[AdapterLoad, ...] = ()
     """Adapters to copy from host memory into pages."""
     plan: StepPlan | None = None
-    """None: nothing can run until another event arrives."""
+    """None: nothing can run until the oldest step in flight is answered or another event arrives."""

@@ -96,8 +96,8 @@ class Memory:
                 self._loads[digest] = pages
             self.adapters.pin(digest)
         count = self.num_pages_for(len(sequence.token_ids)) - len(shared)
-        sequence.pages = shared + self._take(count)
-        sequence.num_computed = len(shared) * self.page_size
+        sequence.pages = [*shared, *self._take(count)]
+        sequence.num_computed = sequence.num_scheduled = len(shared) * self.page_size
         sequence.num_sealed = len(shared)
         self.prefix.begin(sequence)
         if sequence.num_cached is None:
@@ -107,16 +107,20 @@ class Memory:
         """One more page for a running sequence; False when there is none to be had. Changes state."""
         if self.num_available < 1:
             return False
-        sequence.pages += self._take(1)
+        sequence.pages.extend(self._take(1))
         return True
 
     def release(self, sequence: Sequence) -> None:
-        """Takes back the pages and the pin of a running sequence; sealed pages stay findable. Changes state."""
+        """Takes back the pages and the pin of a sequence that is in no step; sealed pages stay findable.
+
+        Changes state.
+        """
+        assert sequence.num_in_flight == 0, "pages released that a step in flight uses"
         self.prefix.end(sequence)
         # The end of the chain goes first: without its head the rest could not be found.
         self.pool.release(reversed(sequence.pages), stamp=self._stamp)
-        sequence.pages = ()
-        sequence.num_computed = 0
+        sequence.pages = []
+        sequence.num_computed = sequence.num_scheduled = 0
         sequence.num_sealed = 0
         if sequence.adapter is not None:
             self.adapters.unpin(sequence.adapter, stamp=self._stamp)
@@ -142,7 +146,10 @@ class Memory:
         self.adapters.forget(digest)
 
     def take_instructions(self) -> tuple[tuple[Digest, ...], tuple[AdapterLoad, ...]]:
-        """(drops, loads) since the last call. Changes state."""
+        """(drops, loads) since the last call. Changes state.
+
+        Pages are given back when no step in flight uses them, so a load waits for no step in flight.
+        """
         drops = tuple(self._drops)
         loads = tuple(
             AdapterLoad(digest=digest, pages=pages, after_step=self.last_done_step)
@@ -163,14 +170,17 @@ class Memory:
                 self._drop_idle(idle[0])
         return self.pool.take(count)
 
-    def validate(self, running: list[Sequence], waiting: list[Sequence]) -> None:
-        """Raises AssertionError when a page leaked or a count differs from what the sequences hold."""
-        references = Counter(page for sequence in running for page in sequence.pages)
+    def validate(self, holders: list[Sequence], waiting: list[Sequence]) -> None:
+        """Raises AssertionError when a page leaked or a count differs from what the sequences hold.
+
+        ``holders``: all that hold pages.
+        """
+        references = Counter(page for sequence in holders for page in sequence.pages)
         references.update(self.adapters.pages_in_use())
         self.pool.validate(dict(references))
-        self.prefix.validate(running)
+        self.prefix.validate(holders)
         assert self.adapters.num_resident_pages <= self.max_adapter_pages, "adapters hold more than their share"
         self.adapters.validate(
-            dict(Counter(s.adapter for s in running if s.adapter is not None)),
+            dict(Counter(s.adapter for s in holders if s.adapter is not None)),
             dict(Counter(s.adapter for s in waiting if s.adapter is not None)),
         )

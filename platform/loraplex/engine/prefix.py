@@ -72,10 +72,10 @@ class PrefixCache:
             self._arrived(sequence.page_keys[index], sequence)
         sequence.num_sealed = full
 
-    def validate(self, running: list[Sequence]) -> None:
-        """Raises AssertionError when a page counts as being computed that no running request computes."""
+    def validate(self, holders: list[Sequence]) -> None:
+        """Raises AssertionError when a page counts as being computed by a request that holds no pages."""
         for key, sequence in self._coming.items():
-            assert sequence in running, "a page is awaited from a request that does not run"
+            assert sequence in holders, "a page is awaited from a request that does not run"
             assert key in sequence.page_keys[sequence.num_sealed :], "a page is awaited that is there"
 
     def _num_sharable(self, sequence: Sequence) -> int:

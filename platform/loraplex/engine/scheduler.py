@@ -7,20 +7,33 @@ prompts one computes the pages and the others wait for them, until they are over
 for all known tokens, so only decoding can run short of pages; then the running request of greatest rank (offline,
 latest arrival) is preempted: its pages are released and it is recomputed later, mostly from the prefix cache.
 
+A step may be planned while others are in flight. Then nobody is preempted and nobody runs alone: where that is due the
+plan is empty, and the caller asks again when a step is done. A request that ends while a step in flight holds a row of
+it keeps slot, pages and adapter until that step is done.
+
 Knows nothing of tokens' values or outputs; called by ``engine``.
 """
 
 from bisect import insort
 from collections import Counter, defaultdict, deque
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from math import inf
 
 from loraplex.core.ids import Digest, TenantName
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.fairness import TenantCounters
 from loraplex.engine.memory import Memory
+from loraplex.engine.quarantine import Quarantine
 from loraplex.engine.queue import WaitingQueue
 from loraplex.engine.sequence import Sequence
+
+
+def _rank(sequence: Sequence) -> tuple[bool, float, int]:
+    return sequence.rank
+
+
+def _row_order(sequence: Sequence) -> tuple[str, tuple[bool, float, int]]:
+    return sequence.adapter or "", sequence.rank
 
 
 class Scheduler:
@@ -32,11 +45,19 @@ class Scheduler:
         self._shares: dict[Sequence, int] = {}
         self._budget = 0
         self._preempted = False
-        self._admitted_cost: defaultdict[TenantName, float] = defaultdict(float)
-        self._quarantine: deque[frozenset[Sequence]] = deque()
+        self._blocked = False
+        self._in_row_order = True
+        self._admitted_costs: deque[defaultdict[TenantName, float]] = deque()
+        """Of each step in flight, and last of the one being planned: what its newly admitted cost, not yet charged."""
+        self._num_in_flight = 0
         self.waiting = WaitingQueue()
         self.running: list[Sequence] = []
         """By rank, least first."""
+        self._by_adapter: list[Sequence] = []
+        """The running in the order of a step's rows."""
+        self._leaving: set[Sequence] = set()
+        """Ended, but in a step in flight."""
+        self.quarantine = Quarantine()
         self.counters = TenantCounters()
         self.num_preemptions = 0
 
@@ -46,30 +67,42 @@ class Scheduler:
         self._enqueue(sequence)
 
     def remove(self, sequence: Sequence) -> None:
-        """The request ended, for whatever reason: gives back all that it holds. Changes state."""
+        """The request ended, for whatever reason: gives back all that it holds, now or in ``left``. Changes state."""
+        if sequence.num_in_flight > 0:
+            self._take_out(sequence)
+            self._leaving.add(sequence)
+            return
         if sequence.slot is None:
             self._dequeue(sequence)
         else:
             self._stop(sequence)
         self.counters.leave(sequence.tenant)
 
+    def left(self, sequence: Sequence) -> None:
+        """An ended request is in no step any more. Changes state."""
+        self._leaving.remove(sequence)
+        self._give_back(sequence)
+        self.counters.leave(sequence.tenant)
+
     def plan(self, now_s: float) -> dict[Sequence, int]:
-        """Running requests and how many tokens of each the next step computes; empty when nothing can run.
+        """Running requests and how many tokens of each the next step computes, sorted by adapter; empty when nothing
+        can run before another event or the end of a step in flight. A plan that is not empty is in flight from now on.
 
         Changes state: admits, preempts, moves adapters.
         """
-        self._memory.tick()
         self._shares = {}
-        self._budget = self._config.max_step_tokens
+        self._blocked = self._num_in_flight > 0 and bool(self.quarantine)
+        if self._blocked:
+            return {}
+        self._memory.tick()
         self._preempted = False
-        self._admitted_cost.clear()
-        only = self._next_quarantined()
-        self._share_decodes(only)
-        admitting = only is None and not self._preempted
-        for offline in (False, True):
-            self._share_prefills(only, offline=offline)
-            if admitting and not self._preempted:
-                admitting = self._admit_class(now_s, offline=offline)
+        self._in_row_order = True
+        self._admitted_costs.append(defaultdict(float))
+        self._share_all(now_s)
+        if self._blocked or not self._shares:
+            self._admitted_costs.pop()
+            return {}
+        self._num_in_flight += 1
         return self._shares
 
     def take_releases(self) -> tuple[int, ...]:
@@ -78,92 +111,99 @@ class Scheduler:
         self._releases.clear()
         return releases
 
-    def withdraw(self, releases: tuple[int, ...], starting: list[Sequence]) -> None:
+    def withdraw(self, releases: tuple[int, ...], starting: Iterable[Sequence]) -> None:
         """The executor never saw the last plan: its releases and starts are due again. Changes state."""
+        self._num_in_flight -= 1
+        self._admitted_costs.pop()
         self._releases[:0] = releases
         for sequence in starting:
             sequence.needs_start = True
 
-    def restart(self, releases: tuple[int, ...], sequences: list[Sequence]) -> None:
-        """The executor failed within a plan: its releases are repeated and its slots opened anew. Changes state.
+    def restart(self, releases: Iterable[int], sequences: Collection[Sequence], *, num_steps: int) -> None:
+        """The last ``num_steps`` plans failed or are void: their releases are repeated and the slots of their
+        ``sequences`` opened anew. Changes state.
 
-        Pages and progress stay: what the step wrote lies past ``num_computed``.
+        Pages and progress stay: what the steps wrote lies past ``num_computed``.
         """
+        for _ in range(num_steps):
+            self._num_in_flight -= 1
+            self._admitted_costs.pop()
+        self.quarantine.step_done()
         slots = [sequence.slot for sequence in sequences if sequence.slot is not None]
         self._releases[:0] = dict.fromkeys((*releases, *slots))
         for sequence in sequences:
             sequence.needs_start = True
 
-    def isolate(self, sequences: list[Sequence]) -> None:
-        """A step of these failed: run smaller sets alone until the culprit is found. Changes state.
-
-        First apart by adapter, then by halves: one poisoned request or adapter costs a logarithm of steps, and
-        nobody else fails with it.
-        """
-        by_adapter: dict[str, list[Sequence]] = {}
-        for sequence in sequences:
-            by_adapter.setdefault(sequence.adapter or "", []).append(sequence)
-        if len(by_adapter) > 1:
-            parts = list(by_adapter.values())
-        else:
-            middle = len(sequences) // 2
-            parts = [sequences[:middle], sequences[middle:]]
-        self._quarantine.extendleft(frozenset(part) for part in reversed(parts))
-
     def run_alone(self, sequence: Sequence) -> None:
         """A new request gets the next step for itself; who is last in the order gives way for it. Changes state."""
+        assert self._num_in_flight == 0, "a request was to run alone beside steps in flight"
         self.add(sequence)
         while not self._fits(sequence, reserve=0):
             self._preempt(self.running[-1])
         self._open(sequence)
-        self._quarantine.appendleft(frozenset((sequence,)))
+        self.quarantine.put_first((sequence,))
 
     def step_done(self) -> None:
-        """The last planned step ended, well or not: a quarantined set has had its turn. Changes state."""
-        if self._quarantine:
-            self._quarantine.popleft()
+        """The oldest step in flight was computed. Changes state."""
+        self._num_in_flight -= 1
+        self._admitted_costs.popleft()
+        self.quarantine.step_done()
 
-    def _next_quarantined(self) -> frozenset[Sequence] | None:
-        while self._quarantine:
-            alive = frozenset(sequence for sequence in self._quarantine[0] if sequence.slot is not None)
-            if alive:
-                return alive
-            self._quarantine.popleft()
-        return None
+    def _share_all(self, now_s: float) -> None:
+        only = self.quarantine.next_set()
+        chunks = self._share_decodes(only)
+        if self._blocked:
+            return
+        admitting = only is None and not self._preempted
+        for offline in (False, True):
+            self._share_prefills(chunks, offline=offline)
+            if admitting and not self._preempted and not self._blocked:
+                admitting = self._admit_class(now_s, offline=offline)
+        if not self._in_row_order:
+            self._shares = dict(sorted(self._shares.items(), key=lambda share: share[0].adapter or ""))
 
-    def _share_decodes(self, only: frozenset[Sequence] | None) -> None:
-        for sequence in tuple(self.running):
-            if sequence.slot is None or sequence.num_uncomputed != 1 or (only is not None and sequence not in only):
+    def _share_decodes(self, only: frozenset[Sequence] | None) -> list[Sequence]:
+        """One token for everybody who has one, a pending one too. Answers with those who have several, by rank."""
+        shares, page_size = self._shares, self._memory.page_size
+        chunks: list[Sequence] = []
+        for sequence in tuple(self._by_adapter):
+            if only is not None and sequence not in only:
                 continue
-            if self._has_room(sequence):
-                self._shares[sequence] = 1
-                self._budget -= 1
+            position, known = sequence.num_scheduled, sequence.num_known
+            if known - position > 1:
+                chunks.append(sequence)
+            elif (
+                # Nothing follows the last token that it may have, even while that token is pending.
+                known < sequence.max_tokens_total
+                and sequence.slot is not None
+                and (position < len(sequence.pages) * page_size or self._has_room(sequence))
+            ):
+                shares[sequence] = 1
+        self._budget = self._config.max_step_tokens - len(shares)
+        return sorted(chunks, key=_rank)
 
     def _has_room(self, sequence: Sequence) -> bool:
         """Makes sure of a page for the next token, preempting from the end of the order; False when it was its turn."""
-        while len(sequence.pages) * self._memory.page_size <= sequence.num_computed:
-            if self._memory.grow(sequence):
-                continue
+        while not self._memory.grow(sequence):
+            if self._num_in_flight > 0:
+                self._blocked = True
+                return False
             victim = self.running[-1]
             self._preempt(victim)
             if victim is sequence:
                 return False
         return True
 
-    def _share_prefills(self, only: frozenset[Sequence] | None, *, offline: bool) -> None:
-        for sequence in self.running:
+    def _share_prefills(self, chunks: list[Sequence], *, offline: bool) -> None:
+        for sequence in chunks:
             if self._budget <= 0:
                 return
-            if (
-                sequence.offline is not offline
-                or sequence in self._shares
-                or (only is not None and sequence not in only)
-            ):
-                continue
-            self._share_chunk(sequence)
+            if sequence.offline is offline and sequence.slot is not None:
+                self._share_chunk(sequence)
 
     def _share_chunk(self, sequence: Sequence) -> None:
-        count = min(sequence.num_uncomputed, self._budget)
+        count = min(sequence.num_unscheduled, self._budget)
+        self._in_row_order = False
         self._shares[sequence] = count
         self._budget -= count
 
@@ -187,7 +227,7 @@ class Scheduler:
                 deferred.add(head)
             elif self._make_way(head):
                 self._admit(head)
-            elif overdue:
+            elif overdue or self._blocked:
                 return False
             else:
                 passed.add(head)
@@ -204,11 +244,12 @@ class Scheduler:
         return sequence.since_s + self._config.overdue_s <= now_s
 
     def _turn(self, sequence: Sequence, now_s: float) -> tuple[float, tuple[bool, float, int]]:
-        """Who is least goes next. What was admitted in this plan counts already, though its tokens are yet to be
-        computed: otherwise the tenant that is least at the start of a step would take all that is free."""
+        """Who is least goes next. What this plan and those in flight admit counts already, though its tokens are yet to
+        be computed: otherwise the tenant that is least at the start of a step would take all that is free."""
         if sequence.since_s == -inf:
             return -inf, sequence.rank
-        score = self.counters.value(sequence.tenant) + self._admitted_cost[sequence.tenant]
+        score = self.counters.value(sequence.tenant)
+        score += sum(costs.get(sequence.tenant, 0.0) for costs in self._admitted_costs)
         if sequence.adapter is not None and not self._is_overdue(sequence, now_s):
             score += self._price(sequence.adapter)
         return score, sequence.rank
@@ -218,11 +259,15 @@ class Scheduler:
         return 0.0 if adapters.num_users(adapter) else adapters.num_pages(adapter) * self._config.adapter_page_price
 
     def _make_way(self, sequence: Sequence) -> bool:
-        """True when it can be admitted now; an online request may preempt offline ones for that, if it helps."""
+        """True when it can be admitted now; an online request may preempt offline ones for that, if it helps and no
+        step is in flight."""
         if self._fits(sequence):
             return True
         victims = [] if sequence.offline else [running for running in self.running if running.offline]
         if not victims or self._shortage(sequence, without=victims) > 0:
+            return False
+        if self._num_in_flight > 0:
+            self._blocked = True
             return False
         while not self._fits(sequence):
             self._preempt(victims.pop())
@@ -244,17 +289,19 @@ class Scheduler:
         self._dequeue(sequence)
         sequence.slot = self._free_slots.pop()
         sequence.needs_start = True
-        insort(self.running, sequence, key=lambda s: s.rank)
+        insort(self.running, sequence, key=_rank)
+        insort(self._by_adapter, sequence, key=_row_order)
 
     def _admit(self, sequence: Sequence) -> None:
         self._open(sequence)
         uncharged = len(sequence.token_ids) - max(sequence.num_computed, sequence.charged_tokens)
-        self._admitted_cost[sequence.tenant] += (
+        self._admitted_costs[-1][sequence.tenant] += (
             max(0, uncharged) * self._config.prefill_token_cost + self._config.decode_token_cost
         )
         self._share_chunk(sequence)
 
     def _preempt(self, sequence: Sequence) -> None:
+        sequence.charged_tokens = max(sequence.charged_tokens, sequence.num_computed)
         self._stop(sequence)
         sequence.since_s = -inf
         self._enqueue(sequence)
@@ -263,8 +310,15 @@ class Scheduler:
         self.num_preemptions += 1
 
     def _stop(self, sequence: Sequence) -> None:
-        assert sequence.slot is not None, "a request without a slot cannot stop"
+        self._take_out(sequence)
+        self._give_back(sequence)
+
+    def _take_out(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
+        self._by_adapter.remove(sequence)
+
+    def _give_back(self, sequence: Sequence) -> None:
+        assert sequence.slot is not None, "a request without a slot cannot stop"
         if not sequence.needs_start:
             self._releases.append(sequence.slot)
         self._free_slots.append(sequence.slot)
@@ -285,19 +339,24 @@ class Scheduler:
     def validate(self) -> None:
         """Raises AssertionError on a broken invariant of queues, slots or pages."""
         self.waiting.validate()
-        slots = [sequence.slot for sequence in self.running]
+        holders = [*self.running, *self._leaving]
+        slots = [sequence.slot for sequence in holders]
         assert None not in slots
         assert sorted([*self._free_slots, *(s for s in slots if s is not None)]) == list(
             range(self._config.max_running)
         )
-        assert self.running == sorted(self.running, key=lambda s: s.rank), "running is out of order"
+        assert self.running == sorted(self.running, key=_rank), "running is out of order"
+        assert self._by_adapter == sorted(self.running, key=_row_order), "rows are out of order"
         waiting = list(self.waiting)
         for sequence in self.running:
             assert 0 <= sequence.num_computed < len(sequence.token_ids)
-            assert sequence.num_computed <= len(sequence.pages) * self._memory.page_size
+            assert sequence.num_computed <= sequence.num_scheduled < sequence.num_known <= sequence.max_tokens_total
+            assert sequence.num_scheduled <= len(sequence.pages) * self._memory.page_size
             assert sequence.num_sealed <= sequence.num_computed // self._memory.page_size
         for sequence in waiting:
             assert sequence.slot is None, "a waiting request holds a slot"
             assert not sequence.pages, "a waiting request holds pages"
-        self._memory.validate(self.running, waiting)
-        self.counters.validate(dict(Counter(sequence.tenant for sequence in (*self.running, *waiting))))
+        assert len(self._admitted_costs) == self._num_in_flight, "costs of a step were lost"
+        assert all(sequence.num_in_flight > 0 for sequence in self._leaving), "an ended request stayed"
+        self._memory.validate(holders, waiting)
+        self.counters.validate(dict(Counter(sequence.tenant for sequence in (*holders, *waiting))))

@@ -1,23 +1,29 @@
 """The engine's mutable record of one request: its tokens, pages, slot and progress. Owned by the scheduler."""
 
 from loraplex.core.ids import Digest, RequestId, TenantName
-from loraplex.core.request import EngineRequest, Priority
+from loraplex.core.request import EngineRequest, FinishReason, Priority
 
 
 class Sequence:
-    """KV of tokens [0, num_computed) lies in ``pages``; a request without a slot holds no pages."""
+    """KV of tokens [0, num_computed) lies in ``pages``; a request without a slot holds no pages.
+
+    Steps in flight will compute [num_computed, num_scheduled) and sample the tokens [len(token_ids), num_known).
+    """
 
     __slots__ = (
-        "aborted",
         "adapter",
         "awaited_key",
         "charged_tokens",
         "emitted",
+        "end_reason",
         "max_tokens_total",
         "needs_start",
         "num_cached",
         "num_computed",
+        "num_in_flight",
+        "num_known",
         "num_prompt",
+        "num_scheduled",
         "num_sealed",
         "offline",
         "page_keys",
@@ -27,11 +33,20 @@ class Sequence:
         "request_id",
         "since_s",
         "slot",
+        "stop_ids",
         "tenant",
         "token_ids",
     )
 
-    def __init__(self, request: EngineRequest, *, order: int, now_s: float, max_tokens_total: int) -> None:
+    def __init__(
+        self,
+        request: EngineRequest,
+        *,
+        order: int,
+        now_s: float,
+        max_tokens_total: int,
+        eos_token_ids: tuple[int, ...] = (),
+    ) -> None:
         self.request = request
         self.request_id: RequestId = request.request_id
         self.tenant: TenantName = request.tenant
@@ -43,10 +58,18 @@ class Sequence:
         self.num_prompt = len(request.prompt_token_ids)
         self.max_tokens_total = max_tokens_total
         """Prompt + output at most."""
+        sampling = request.sampling
+        self.stop_ids = frozenset((*sampling.stop_token_ids, *(() if sampling.ignore_eos else eos_token_ids)))
+        """Tokens that end it once ``min_tokens`` are generated."""
         self.num_computed = 0
+        self.num_scheduled = 0
+        self.num_known = len(self.token_ids)
+        self.num_in_flight = 0
+        """Steps in flight that hold a row of it."""
         self.num_cached: int | None = None
         """Prompt tokens found in the prefix cache at the first admission."""
-        self.pages: tuple[int, ...] = ()
+        self.pages: list[int] = []
+        """Rows of steps show this very list: it grows at its end, and is never cut or reused."""
         self.page_keys: list[bytes] = []
         self.awaited_key: bytes | None = None
         """Of the page that it last waited for; see ``PrefixCache.awaited``."""
@@ -57,9 +80,10 @@ class Sequence:
         self.since_s = now_s
         """When it became ready to be admitted; minus infinity after a preemption."""
         self.charged_tokens = 0
-        """Positions whose prefill the tenant has paid for."""
+        """Positions whose prefill the tenant has paid for before it was preempted."""
         self.emitted = False
-        self.aborted = False
+        self.end_reason: FinishReason | None = None
+        """Set when its last output went out; it may still be in a step in flight."""
 
     @property
     def num_generated(self) -> int:
@@ -68,3 +92,8 @@ class Sequence:
     @property
     def num_uncomputed(self) -> int:
         return len(self.token_ids) - self.num_computed
+
+    @property
+    def num_unscheduled(self) -> int:
+        """Tokens that the next step may compute, the pending one too."""
+        return self.num_known - self.num_scheduled

@@ -1,4 +1,5 @@
-"""Carries out what the engine instructs on an executor, one step at a time, and turns failures into events.
+"""Carries out what the engine instructs on an executor, keeps as many steps in flight as it takes, and turns failures
+into events.
 
 Knows no threads, no network and no clock but the one it is given. Called by ``engine_loop`` and by ``loraplex.bench``.
 """
@@ -12,7 +13,7 @@ from loraplex.core.errors import LoraplexError
 from loraplex.core.ids import Digest
 from loraplex.core.request import RequestOutput
 from loraplex.core.step import Executor
-from loraplex.engine import Engine
+from loraplex.engine import Engine, Instructions
 from loraplex.replica.failures import request_failure
 
 STEP_FAILED = "the model failed while it computed this request"
@@ -40,8 +41,35 @@ class StepDriver:
         """Time that the executor has spent in steps that did not raise."""
 
     def step(self) -> StepOutcome:
-        """Schedules and runs one step. An executor's exception ends the requests that caused it, never the caller."""
-        instructions = self._engine.schedule(self._clock.monotonic_s())
+        """Submits steps until the executor holds as many as it takes or nothing can be planned, then collects the
+        oldest. An executor's exception ends the requests that caused it, never the caller."""
+        while self._engine.num_in_flight < self._executor.max_in_flight:
+            instructions = self._engine.schedule(self._clock.monotonic_s())
+            failed = self._prepare(instructions)
+            if failed is not None:
+                return failed
+            if instructions.plan is None:
+                break
+            try:
+                self._executor.submit(instructions.plan)
+            except Exception as error:
+                _log.exception("step %d could not be started", instructions.plan.step_id)
+                failure = request_failure(error, STEP_FAILED)
+                return StepOutcome(progressed=True, outputs=self._engine.submit_failed(failure))
+        if self._engine.num_in_flight == 0:
+            return StepOutcome(progressed=False)
+        try:
+            result = self._executor.collect()
+        except Exception as error:
+            _log.exception("the oldest step in flight failed")
+            failure = request_failure(error, STEP_FAILED)
+            return StepOutcome(progressed=True, outputs=self._engine.step_failed(failure))
+        self.num_steps += 1
+        self.busy_s += result.duration_s
+        return StepOutcome(progressed=True, outputs=self._engine.complete(result, self._clock.monotonic_s()))
+
+    def _prepare(self, instructions: Instructions) -> StepOutcome | None:
+        """Carries out all but the plan; an outcome when a load failed and the plan is therefore withdrawn."""
         for digest in instructions.drops:
             self._executor.drop_adapter(digest)
         for digest in instructions.unstages:
@@ -53,21 +81,10 @@ class StepDriver:
             except Exception as error:
                 _log.exception("loading adapter %s failed", load.digest)
                 failures[load.digest] = request_failure(error, LOAD_FAILED)
-        if failures:
-            outputs = self._engine.loads_failed(failures)
-            # At once: a request that comes next finds the adapter missing and has it staged again.
-            for digest in failures:
-                self._unstage(digest)
-            return StepOutcome(progressed=True, outputs=outputs)
-        if instructions.plan is None:
-            return StepOutcome(progressed=False)
-        try:
-            self._executor.submit(instructions.plan)
-            result = self._executor.collect()
-        except Exception as error:
-            _log.exception("step %d failed", instructions.plan.step_id)
-            failure = request_failure(error, STEP_FAILED)
-            return StepOutcome(progressed=True, outputs=self._engine.step_failed(failure))
-        self.num_steps += 1
-        self.busy_s += result.duration_s
-        return StepOutcome(progressed=True, outputs=self._engine.complete(result, self._clock.monotonic_s()))
+        if not failures:
+            return None
+        outputs = self._engine.loads_failed(failures)
+        # At once: a request that comes next finds the adapter missing and has it staged again.
+        for digest in failures:
+            self._unstage(digest)
+        return StepOutcome(progressed=True, outputs=outputs)

@@ -7,6 +7,8 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import replace
 
+import msgspec
+
 from loraplex.core.errors import LoraplexError
 from loraplex.core.ids import ReplicaId, RequestId
 from loraplex.core.request import EngineRequest, RequestOutput
@@ -34,7 +36,7 @@ class Generation:
         for token in output.tokens:
             self.token_ids.append(token.token_id)
         if self.emitted and output.num_cached_tokens:
-            output = replace(output, num_cached_tokens=0)
+            output = msgspec.structs.replace(output, num_cached_tokens=0)
         self.emitted = True
         return output
 

@@ -1,20 +1,26 @@
 """An Executor without a network: the next token is a hash of what lies in the pages that the plan points to.
 
 KV entries, adapters and page tables are all read back from a dictionary of pages, so a wrong page table, stale or
-shared KV, or an adapter that was overwritten gives tokens that differ from ``expected_tokens``. Used by tests and by
-capacity measurements that need an engine without its compute.
+shared KV, or an adapter that was overwritten gives tokens that differ from ``expected_tokens``. A step is computed when
+it is collected, so what the engine changes too early while it is in flight shows. Used by tests and by capacity
+measurements that need an engine without its compute.
 """
 
 import hashlib
 import time
+from collections import defaultdict, deque
 from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import msgspec
 
 from loraplex.core.adapter import AdapterBlock, AdapterManifest
 from loraplex.core.errors import BadAdapter
 from loraplex.core.ids import BaseModelId, Digest
 from loraplex.core.model import ModelSpec
 from loraplex.core.request import EngineRequest
-from loraplex.core.step import ArenaSpec, Row, RowStart, SampledToken, StepPlan, StepResult
+from loraplex.core.step import PENDING, ArenaSpec, Row, RowStart, SampledToken, StepPlan, StepResult
 
 _Cell = tuple[int, int, int]
 """What one token leaves behind: (position, token id, key of the adapter that computed it)."""
@@ -74,12 +80,22 @@ def _next_token(cells: Iterable[_Cell], vocab_size: int) -> int:
     return hash(tuple(cells)) % vocab_size
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Submitted:
+    plan: StepPlan
+    rows: tuple[Row, ...]
+    """With page tables as they were when the step was submitted."""
+    done_s: float
+
+
 class FakeExecutor:
     """Strict about the contract of ``core.step``: a plan that breaks it is an AssertionError, also kept in
     ``violations``.
 
-    ``poisoned``: adapters whose rows raise, after the rows before them have run. ``unloadable``: adapters whose load
-    raises. ``unstageable``: adapters whose staging raises BadAdapter.
+    Steps take ``step_s`` each, one after the other; ``max_in_flight`` of them may be submitted. ``poisoned``: adapters
+    whose rows raise, in ``submit`` or in ``collect`` (after the rows before them have run). ``unloadable``: adapters
+    whose load raises. ``unstageable``: adapters whose staging raises BadAdapter.
+    ``fails_once_in``: the next such call raises.
     """
 
     def __init__(
@@ -90,7 +106,9 @@ class FakeExecutor:
         page_size: int = 4,
         step_s: float = 0.0,
         stage_s: float = 0.0,
+        max_in_flight: int = 1,
         poisoned: Iterable[str] = (),
+        raises_in: Literal["submit", "collect"] = "collect",
         unloadable: Iterable[str] = (),
         unstageable: Iterable[str] = (),
     ) -> None:
@@ -106,8 +124,12 @@ class FakeExecutor:
         self._staged: dict[Digest, int] = {}
         self._loaded: dict[Digest, tuple[int, ...]] = {}
         self._step_id = 0
-        self._result: StepResult | None = None
-        self._failed = False
+        self._max_in_flight = max_in_flight
+        self._raises_in = raises_in
+        self.fails_once_in: Literal["submit", "collect"] | None = None
+        self._in_flight: deque[_Submitted] = deque()
+        self._void_slots: set[int] = set()
+        """Slots of failed steps: they are released again whether they are open or not."""
         self.violations: list[str] = []
         self.closed = False
 
@@ -121,7 +143,7 @@ class FakeExecutor:
 
     @property
     def max_in_flight(self) -> int:
-        return 1
+        return self._max_in_flight
 
     @property
     def staged(self) -> frozenset[Digest]:
@@ -147,6 +169,10 @@ class FakeExecutor:
         assert digest in self._staged, f"adapter {digest} is not staged"
         assert digest not in self._loaded, f"adapter {digest} is loaded already"
         assert len(pages) == self._staged[digest], "wrong number of pages"
+        self._check(all(step.plan.step_id > after_step for step in self._in_flight), "the pages are still used")
+        self._check(
+            not set(pages) & set(self._users_in_flight()), "an adapter is loaded over pages of a step in flight"
+        )
         if digest in self.unloadable:
             raise RuntimeError("the copy failed")
         for index, page in enumerate(pages):
@@ -154,42 +180,99 @@ class FakeExecutor:
         self._loaded[digest] = pages
 
     def drop_adapter(self, digest: Digest) -> None:
+        in_flight = {row.adapter for step in self._in_flight for row in step.rows}
+        self._check(digest not in in_flight, "an adapter is dropped that a step in flight names")
         del self._loaded[digest]
 
     def submit(self, plan: StepPlan) -> None:
-        assert self._result is None, "a step was not collected"
+        self._check(len(self._in_flight) < self._max_in_flight, "too many steps in flight")
+        self._check(not self.closed, "the executor is closed")
+        self._check_plan(plan)
         try:
-            self._result = self._execute(plan)
+            self._raise_if_failing("submit", plan.rows)
+        except RuntimeError:
+            self._void(plan)
+            raise
+        # As an executor would that uploads its page tables here and reads nothing of the plan afterwards.
+        rows = tuple(msgspec.structs.replace(row, pages=tuple(row.pages)) for row in plan.rows)
+        started_s = max(time.monotonic(), self._in_flight[-1].done_s if self._in_flight else 0.0)
+        self._in_flight.append(_Submitted(plan=plan, rows=rows, done_s=started_s + self._step_s))
+
+    def collect(self) -> StepResult:
+        assert self._in_flight, "no step is in flight"
+        step = self._in_flight[0]
+        time.sleep(max(0.0, step.done_s - time.monotonic()))
+        try:
+            tokens = self._compute(step)
+        except RuntimeError:
+            for void in self._in_flight:
+                self._void(void.plan)
+            self._in_flight.clear()
+            raise
         except AssertionError as error:
             self.violations.append(str(error))
             raise
-        except RuntimeError:
-            self._failed = True
-            raise
-        self._failed = False
-
-    def collect(self) -> StepResult:
-        result, self._result = self._result, None
-        assert result is not None, "no step is in flight"
-        return result
+        self._in_flight.popleft()
+        return StepResult(step_id=step.plan.step_id, tokens=tokens, duration_s=self._step_s)
 
     def close(self) -> None:
         self.closed = True
 
-    def _execute(self, plan: StepPlan) -> StepResult:
-        assert not self.closed
-        assert plan.step_id > self._step_id, "step ids must grow"
-        assert [row.adapter or "" for row in plan.rows] == sorted(row.adapter or "" for row in plan.rows)
+    def _check(self, holds: bool, violation: str) -> None:
+        if not holds:
+            self.violations.append(violation)
+            raise AssertionError(violation)
+
+    def _check_plan(self, plan: StepPlan) -> None:
+        check, size = self._check, self._arena.page_size
+        check(plan.step_id > self._step_id, "step ids must grow")
         self._step_id = plan.step_id
-        for slot in plan.releases:
-            # After a failed step its releases come again.
-            assert slot in self._slots or self._failed, f"slot {slot} is not open"
+        adapters = [row.adapter or "" for row in plan.rows]
+        check(adapters == sorted(adapters), "rows are not sorted by adapter")
+        slots = [row.slot for row in plan.rows]
+        check(len(set(slots)) == len(slots), "a slot has two rows")
+        in_flight = {row.slot for step in self._in_flight for row in step.rows}
+        check(not in_flight & set(plan.releases), "a slot is released that a step in flight uses")
+        check(not in_flight & {start.slot for start in plan.starts}, "a slot is opened that a step in flight uses")
+        sampling = {row.slot for row in self._in_flight[-1].rows if row.samples} if self._in_flight else set()
+        users = self._users_in_flight()
+        for row in plan.rows:
+            end = row.start + len(row.token_ids)
+            check(len(set(row.pages)) == len(row.pages), "a page occurs twice in a page table")
+            check(len(row.pages) * size >= end, "the page table is too short")
+            check(PENDING not in row.token_ids or row.token_ids == (PENDING,), "a pending token in a chunk")
+            check(PENDING not in row.token_ids or row.slot in sampling, "no step samples the pending token")
+            written = {row.pages[position // size] for position in range(row.start, end)}
+            check(all(users[page] <= {row.slot} for page in written), "a page of a step in flight is written")
+
+    def _users_in_flight(self) -> defaultdict[int, set[int]]:
+        """Pages that steps in flight read or write, and the slots for which they do."""
+        users: defaultdict[int, set[int]] = defaultdict(set)
+        for step in self._in_flight:
+            for row in step.rows:
+                adapter = () if row.adapter is None else self._loaded[row.adapter]
+                for page in (*row.pages, *adapter):
+                    users[page].add(row.slot)
+        return users
+
+    def _raise_if_failing(self, call: str, rows: Iterable[Row]) -> None:
+        if self.fails_once_in == call:
+            self.fails_once_in = None
+            raise RuntimeError("a passing failure")
+        if call == self._raises_in and any(row.adapter in self.poisoned for row in rows):
+            raise RuntimeError("poisoned adapter")
+
+    def _void(self, plan: StepPlan) -> None:
+        self._void_slots.update(plan.releases, (row.slot for row in plan.rows))
+
+    def _compute(self, step: "_Submitted") -> tuple[SampledToken, ...]:
+        for slot in step.plan.releases:
+            assert slot in self._slots or slot in self._void_slots, f"slot {slot} is not open"
             self._slots.pop(slot, None)
-        for start in plan.starts:
+            self._void_slots.discard(slot)
+        for start in step.plan.starts:
             self._start(start)
-        sampled = [token for row in plan.rows if (token := self._run(row)) is not None]
-        time.sleep(self._step_s)
-        return StepResult(step_id=plan.step_id, tokens=tuple(sampled), duration_s=self._step_s)
+        return tuple(token for row in step.rows if (token := self._run(row)) is not None)
 
     def _start(self, start: RowStart) -> None:
         assert start.slot not in self._slots, f"slot {start.slot} is open already"
@@ -198,14 +281,13 @@ class FakeExecutor:
 
     def _run(self, row: Row) -> SampledToken | None:
         tokens, end, size = self._slots[row.slot], row.start + len(row.token_ids), self._arena.page_size
-        assert row.token_ids == tuple(tokens[row.start : end]), "the row's tokens are not the slot's"
+        token_ids = tuple(tokens[row.start : end])
+        assert row.token_ids in (token_ids, (PENDING,)), "the row's tokens are not the slot's"
+        assert len(token_ids) == len(row.token_ids), "the pending token was not sampled"
         assert row.samples == (end == len(tokens))
-        assert len(set(row.pages)) == len(row.pages), "a page occurs twice in a page table"
-        assert len(row.pages) * size >= end, "the page table is too short"
-        if row.adapter in self.poisoned:
-            raise RuntimeError("poisoned adapter")
+        self._raise_if_failing("collect", (row,))
         key = self._read_adapter(row.adapter)
-        for position, token in enumerate(row.token_ids, row.start):
+        for position, token in enumerate(token_ids, row.start):
             page = self._pages[row.pages[position // size]]
             if position % size == 0:
                 page.clear()
