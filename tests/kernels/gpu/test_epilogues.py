@@ -15,7 +15,7 @@ from loraplex_kernels.gpu.twins import rotary_kv as rotary_twin
 from loraplex_kernels.kv import KvLayout
 from loraplex_kernels.rotary import apply_rotary_
 
-from tests.kernels.gpu.check import assert_close
+from tests.kernels.gpu.check import assert_close, run_tiny_benchmark
 
 LAYER = 1
 SMALL = LayerShape(hidden=72, q=9 * 16, kv=3 * 16, intermediate=136)
@@ -199,3 +199,9 @@ def test_large_shapes(name: str, dtype: torch.dtype, device: torch.device) -> No
     check_add_rms_norm(name, Site.DOWN, LARGE, dtype, device)
     check_rotary(name, False, LARGE, LARGE_KV, dtype, device)
     check_rotary(name, True, LARGE, LARGE_KV, dtype, device)
+
+
+def test_the_benchmark_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    results = run_tiny_benchmark("bench_epilogues", monkeypatch, capsys)
+    assert {result["operation"] for result in results} >= {"embed", "rotary_write_kv", "silu_mul", "silu_mul_lora"}
+    assert all(result["error"] <= 1e-5 and result["best_us"] > 0 for result in results)

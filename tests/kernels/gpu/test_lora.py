@@ -21,7 +21,7 @@ from loraplex_kernels.gpu.lora import (
 from loraplex_kernels.gpu.lora_random import Adapter, LayerShape, device_tiles, random_table
 from loraplex_kernels.gpu.twins import lora as twins
 
-from tests.kernels.gpu.check import assert_close
+from tests.kernels.gpu.check import assert_close, run_tiny_benchmark
 
 SMALL = LayerShape(hidden=72, q=80, kv=24, intermediate=1032)
 """Nothing is a multiple of a block, and down has two splits."""
@@ -232,3 +232,9 @@ def test_tiles_of_256_rows_take_little_time() -> None:
         build_tiles(rows, ones, ones, 16, 64)
         best = min(best, time.perf_counter() - start)
     assert best < 1e-3
+
+
+def test_the_benchmark_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    _, *results = run_tiny_benchmark("bench_lora", monkeypatch, capsys)
+    assert [result["case"] for result in results] == ["1x1", "3x2"]
+    assert all(result["error"] <= 1e-5 and {"default", "serial"} <= set(result["added_ms"]) for result in results)

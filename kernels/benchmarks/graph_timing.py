@@ -1,0 +1,50 @@
+"""Timing of GPU work as CUDA graphs, shared by the kernel benchmarks here; on the CPU it times plain calls."""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from typing import Any
+
+import torch
+
+
+def median_ms(step: Callable[[], None], *, repeats: int = 7, target_ms: float = 10.0) -> float:
+    """Milliseconds of one ``step``: captured once, then the median over ``repeats`` runs of enough replays."""
+    if not torch.cuda.is_available():
+        start = time.perf_counter()
+        step()
+        return (time.perf_counter() - start) * 1e3
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    graph.replay()
+    replays = max(1, min(100, int(target_ms / max(_replay_ms(graph, 1), 1e-3))))
+    return statistics.median(_replay_ms(graph, replays) for _ in range(repeats))
+
+
+def _replay_ms(graph: torch.cuda.CUDAGraph, replays: int) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(replays):
+        graph.replay()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / replays
+
+
+def compile_apart(build: Callable[[Any], None], jobs: Sequence[Any], processes: int) -> None:
+    """Runs ``build(job)`` of all jobs in ``processes`` processes: Triton's cache on disk then holds their kernels."""
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        list(pool.map(build, jobs))
+
+
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """Relative L2."""
+    return float((actual.double() - expected.double()).norm() / expected.double().norm())
