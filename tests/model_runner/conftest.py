@@ -105,6 +105,7 @@ class Driver:
         num_pages: int = 400,
         device: torch.device = CPU,
         kernels: bool = False,
+        max_rows: int = 64,
         dtype: torch.dtype = torch.float32,
     ) -> None:
         """``kernels``: the Triton kernels instead of plain torch; on the CPU under the interpreter."""
@@ -117,7 +118,7 @@ class Driver:
             from loraplex.model_runner.gpu.executor import GpuExecutor
 
             make = GpuExecutor
-        self.executor = make(spec, weights, self.arena, self.sampler, max_rows=64, max_step_tokens=1024)
+        self.executor = make(spec, weights, self.arena, self.sampler, max_rows=max_rows, max_step_tokens=1024)
         self._free = torch.randperm(num_pages).tolist()
         self._slots = 0
         self._steps = 0

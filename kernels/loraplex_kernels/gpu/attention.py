@@ -36,7 +36,7 @@ class AttentionBlocks:
 
 _DECODE_BLOCKS = AttentionBlocks(keys=64, num_warps=4, num_stages=3)
 _DECODE_BLOCKS_FP32 = AttentionBlocks(keys=32, num_warps=4, num_stages=2)
-_PREFILL_BLOCKS = AttentionBlocks(rows=128, keys=64, num_warps=8, num_stages=3)
+_PREFILL_BLOCKS = AttentionBlocks(rows=64, keys=64, num_warps=4, num_stages=3)
 _PREFILL_BLOCKS_H64 = AttentionBlocks(rows=128, keys=64, num_warps=4, num_stages=3)
 _PREFILL_BLOCKS_FP32 = AttentionBlocks(rows=32, keys=16, num_warps=8, num_stages=2)
 

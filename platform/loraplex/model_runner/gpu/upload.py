@@ -38,10 +38,10 @@ class FixedSections:
         ]
 
     def send(self, sections: Sequence[npt.NDArray[np.int32]]) -> None:
-        """Asynchronous; what lies behind a section's end becomes 0."""
+        """Asynchronous; what lies behind a section's end, and in sections that are not given, becomes 0."""
         staging = torch.zeros(self._buffer.shape, dtype=torch.int32, pin_memory=self._buffer.is_cuda)
         packed = staging.numpy()
-        for start, section in zip(self._starts, sections, strict=True):
+        for start, section in zip(self._starts, sections, strict=False):
             packed[start : start + len(section)] = section
         self._buffer.copy_(staging, non_blocking=True)
 
