@@ -23,7 +23,7 @@ from loraplex.core.adapter import AdapterBlock, AdapterManifest
 from loraplex.core.ids import BaseModelId, Digest
 from loraplex.core.request import SamplingParams
 from loraplex.core.step import Row, RowStart, StepPlan
-from loraplex.model_runner import ExecutorConfig, TorchExecutor, build_executor
+from loraplex.model_runner import ExecutorBase, ExecutorConfig, build_executor
 from loraplex.model_runner.random_models import random_tensors
 from loraplex.testing.steps import run_step
 from safetensors.torch import save_file
@@ -40,7 +40,7 @@ class OurBatch:
     """Rows of one batch, prefilled; each ``step`` decodes one token a row."""
 
     def __init__(
-        self, executor: TorchExecutor, prompts: list[list[int]], adapters: list[str | None], pages: list[int], slot: int
+        self, executor: ExecutorBase, prompts: list[list[int]], adapters: list[str | None], pages: list[int], slot: int
     ) -> None:
         self._executor = executor
         self._adapters = sorted(adapters, key=lambda name: name or "")
@@ -102,7 +102,7 @@ class TransformersBatch:
             self._ids.tolist()
 
 
-def transformers_model(executor: TorchExecutor) -> Any:
+def transformers_model(executor: ExecutorBase) -> Any:
     spec = executor.model
     config = transformers.LlamaConfig(
         vocab_size=spec.vocab_size,
@@ -122,7 +122,7 @@ def transformers_model(executor: TorchExecutor) -> Any:
     return model
 
 
-def write_adapters(executor: TorchExecutor, directory: Path) -> None:
+def write_adapters(executor: ExecutorBase, directory: Path) -> None:
     """PEFT directories with random A and B, small enough to leave the activations in range."""
     spec = executor.model
     for name, (lora_rank, modules) in ADAPTERS.items():
@@ -142,7 +142,7 @@ def write_adapters(executor: TorchExecutor, directory: Path) -> None:
         config.save_pretrained(directory / name)
 
 
-def load_adapters(executor: TorchExecutor, directory: Path, pages: list[int]) -> None:
+def load_adapters(executor: ExecutorBase, directory: Path, pages: list[int]) -> None:
     """Takes their pages from the end of ``pages``."""
     for name, (lora_rank, modules) in ADAPTERS.items():
         blocks = tuple(
@@ -159,7 +159,7 @@ def load_adapters(executor: TorchExecutor, directory: Path, pages: list[int]) ->
         executor.unstage_adapter(manifest.digest)
 
 
-def peft_model(executor: TorchExecutor, directory: Path) -> Any:
+def peft_model(executor: ExecutorBase, directory: Path) -> Any:
     first, *others = ADAPTERS
     model: Any = peft.PeftModel.from_pretrained(
         transformers_model(executor), directory / first, adapter_name=first
@@ -182,7 +182,7 @@ def measure(contenders: dict[str, Callable[[], None]], steps: int) -> dict[str, 
 
 
 def bench_batch(
-    executor: TorchExecutor, model: Any, with_peft: Any, directory: Path, *, batch: int, context: int, steps: int
+    executor: ExecutorBase, model: Any, with_peft: Any, directory: Path, *, batch: int, context: int, steps: int
 ) -> dict[str, float]:
     pages = list(range(executor.arena.num_pages))
     random.Random(0).shuffle(pages)

@@ -1,6 +1,6 @@
 """Manifests of made-up adapters: which blocks they have, and which one each request asks for.
 
-Their weights are drawn by ``TorchExecutor.stage_random_adapter`` straight into host memory: thousands of adapters need
+Their weights are drawn by ``ExecutorBase.stage_random_adapter`` straight into host memory: thousands of adapters need
 no files. Knows nothing of engines. Called by ``session`` and by tests.
 """
 

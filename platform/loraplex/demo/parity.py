@@ -29,7 +29,7 @@ from loraplex.core.step import RowStart, StepPlan
 from loraplex.demo import DEMO_ADAPTERS
 from loraplex.demo.base import DEMO_BASE_ID, prepare_demo_base
 from loraplex.engine import Engine, EngineConfig
-from loraplex.model_runner import ExecutorConfig, TorchExecutor, build_executor
+from loraplex.model_runner import ExecutorBase, ExecutorConfig, build_executor
 from loraplex.model_runner.drawn import Drawn
 from loraplex.model_runner.sampler import Sampler
 from loraplex.registry.config import RegistryConfig
@@ -99,7 +99,7 @@ class _Tap:
 class _Recorder:
     """An executor that remembers which request each slot was, so that the tap's logits find their request."""
 
-    def __init__(self, inner: TorchExecutor, tap: _Tap) -> None:
+    def __init__(self, inner: ExecutorBase, tap: _Tap) -> None:
         self._inner = inner
         self._tap = tap
         self.logits: dict[tuple[Digest | None, tuple[int, ...]], list[torch.Tensor]] = {}

@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from loraplex.model_runner.build import build_executor, load_model_spec
     from loraplex.model_runner.config import ExecutorConfig
-    from loraplex.model_runner.executor import TorchExecutor
+    from loraplex.model_runner.executor_base import ExecutorBase
 
 _HOMES = {
+    "ExecutorBase": "executor_base",
     "ExecutorConfig": "config",
-    "TorchExecutor": "executor",
     "build_executor": "build",
     "load_model_spec": "build",
 }
 
-__all__ = ["ExecutorConfig", "TorchExecutor", "build_executor", "load_model_spec"]
+__all__ = ["ExecutorBase", "ExecutorConfig", "build_executor", "load_model_spec"]
 
 
 def __getattr__(name: str) -> Any:
