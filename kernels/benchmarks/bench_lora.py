@@ -101,10 +101,12 @@ VARIANTS = {
     "silu_256": Variant(silu={"block_n": 256, "num_warps": 2}),
     "silu_256_4_warps": Variant(silu={"block_n": 256, "num_warps": 4}),
     "silu_512_4_warps": Variant(silu={"block_n": 512, "num_warps": 4}),
+    "silu_512_8_warps": Variant(silu={"block_n": 512, "num_warps": 8}),
     "silu_1024_8_warps": Variant(silu={"block_n": 1024, "num_warps": 8}),
     "heads_64": Variant(heads={"block_n": 64, "num_warps": 1}),
     "heads_128": Variant(heads={"block_n": 128, "num_warps": 2}),
-    "heads_256_4_warps": Variant(heads={"block_n": 256, "num_warps": 4}),
+    "heads_256_2_warps": Variant(heads={"block_n": 256, "num_warps": 2}),
+    "heads_512_8_warps": Variant(heads={"block_n": 512, "num_warps": 8}),
     "expand_keep": Variant(silu={"evict_first": False}, heads={"evict_first": False}, norm={"evict_first": False}),
     "apart_expand_512": Variant(fused_norm=False, expand={"block_n": 512, "num_warps": 4}),
 }

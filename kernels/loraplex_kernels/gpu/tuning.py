@@ -103,7 +103,8 @@ def heads_config(heads: int, head_dim: int, num_tiles: int | None, tile_rows: in
         return ExpandConfig(block_n=min(512, limit), num_warps=4)
     if tile_rows > 16:
         return ExpandConfig(block_n=half, num_warps=4, evict_first=False)
-    return ExpandConfig(block_n=min(128 if num_tiles < 16 else 256, limit), num_warps=2)
+    block_n = 128 if num_tiles < 16 else 256
+    return ExpandConfig(block_n=min(block_n, limit), num_warps=2 if block_n == 128 else 4)
 
 
 def norm_config(features: int, *, lora: bool) -> NormConfig:
