@@ -125,10 +125,11 @@ class GpuExecutor(ExecutorBase):
 
     @torch.inference_mode()
     def warm_up(self) -> None:
-        """Captures the graphs of base-only decode steps."""
+        """Captures the graphs of decode steps: of the base alone, and with adapters up to rank 16."""
         for num_rows in self._inputs.row_buckets:
-            step = self._inputs.idle_decode(num_rows)
-            self._graphs.run(step.key, partial(self._decoder.run_sampled, step))
+            for num_tiles in (0, *self._inputs.tile_buckets(num_rows)):
+                step = self._inputs.idle_decode(num_rows, num_tiles)
+                self._graphs.run(step.key, partial(self._decoder.run_sampled, step))
 
     def close(self) -> None:
         """Frees weights and arena; the executor cannot be used afterwards. Idempotent."""

@@ -86,11 +86,8 @@ class StepInputs:
         self.last_token = torch.zeros(max_rows, dtype=torch.int32, device=device)
         """(S,)"""
         self.row_buckets = row_buckets(max_rows)
-        # Beyond one tile a row, padding may add its own.
-        max_tiles = max_rows + -(-max_rows // _DECODE_TILE_ROWS)
-        self._tile_buckets = tile_buckets(max_tiles)
         # Token ids, slots, positions, context lengths; record, row, count, planes of tiles; records of tokens.
-        self._fixed = FixedSections([max_rows] * 4 + [max_tiles] * 4 + [max_rows], device)
+        self._fixed = FixedSections([max_rows] * 9, device)
 
     def decode(self, rows: Sequence[Row]) -> DeviceStep:
         """Every row holds one token and samples. Padded to a bucket, at fixed addresses. Conflict: not loaded."""
@@ -115,14 +112,18 @@ class StepInputs:
             _DECODE_TILE_ROWS,
         )
         self._fixed.send([*fields, *tiles.fields, tiles.token_record])
-        return self._decode_step(num_rows, bucket_of(tiles.num_live, self._tile_buckets), runs)
+        return self._decode_step(num_rows, bucket_of(tiles.num_live, self.tile_buckets(num_rows)), runs)
 
-    def idle_decode(self, num_rows: int) -> DeviceStep:
-        """A base-only decode step of padding alone, to capture its graph before it is needed."""
+    def tile_buckets(self, num_rows: int) -> tuple[int, ...]:
+        """Of LoRA tiles in a decode step that is padded to ``num_rows``."""
+        return tile_buckets(num_rows, _DECODE_TILE_ROWS)
+
+    def idle_decode(self, num_rows: int, num_tiles: int) -> DeviceStep:
+        """A decode step of padding alone, to capture its graph before it is needed. 0 tiles: the base-only graph."""
         fields = np.zeros((4, num_rows), dtype=np.int32)
         fields[1] = -1
         self._fixed.send(list(fields))
-        return self._decode_step(num_rows, 0, None)
+        return self._decode_step(num_rows, num_tiles, _Runs((), self._adapters) if num_tiles else None)
 
     def mixed(self, rows: Sequence[Row]) -> DeviceStep:
         """Any rows. Conflict: an adapter is not loaded."""
