@@ -15,7 +15,7 @@ class Root(LazyGroup):
         "tenant": ("loraplex.cli.tenant:app", "Create, change and delete tenants; see their usage."),
         "key": ("loraplex.cli.key:app", "API keys of a tenant."),
         "adapter": ("loraplex.cli.adapter:app", "Register, list, roll back and delete adapters."),
-        "trace": ("loraplex.cli.trace:app", "Look at recorded traffic."),
+        "trace": ("loraplex.cli.trace:app", "Look at traffic; make, convert and split traces."),
         "replay": ("loraplex.cli.replay:replay_command", "Send a trace back as open-loop load and report latencies."),
         "bench": ("loraplex.cli.bench:app", "Measure the engine alone or a running server."),
     }

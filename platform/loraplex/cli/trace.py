@@ -1,4 +1,4 @@
-"""``loraplex trace ...``: recorded traffic in numbers."""
+"""``loraplex trace ...``: traffic, recorded or made up, in numbers, pictures and files."""
 
 from collections.abc import Sequence
 from typing import Annotated
@@ -7,14 +7,24 @@ import typer
 
 from loraplex.cli.connection import JsonOption
 from loraplex.cli.output import print_json, print_table, shown, shown_time
+from loraplex.cli.trace_convert import convert_command
+from loraplex.cli.trace_plot import plot_command
+from loraplex.cli.trace_split import split_command
+from loraplex.cli.trace_synth import synth_command
 from loraplex.traces.stats import Distribution, GroupStats, Skew, TraceStats, trace_stats
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="Look at recorded traffic.")
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="Look at traffic; make, convert and split traces.")
 
 
 @app.callback()
 def trace() -> None:
-    """Look at recorded traffic."""
+    """Look at traffic; make, convert and split traces."""
+
+
+app.command("synth")(synth_command)
+app.command("convert")(convert_command)
+app.command("split")(split_command)
+app.command("plot")(plot_command)
 
 
 @app.command("stats")
@@ -60,9 +70,10 @@ def _print_summary(found: TraceStats) -> None:
 
 
 def _skew_line(word: str, skew: Skew) -> str:
+    zipf = "" if skew.zipf is None else f", Zipf exponent {skew.zipf:.2f}"
     return (
         f"{shown(skew.distinct)} {word}: the busiest has {skew.top_share:.0%} of the requests, the busiest tenth "
-        f"{skew.top_tenth_share:.0%}; Gini {skew.gini:.2f}"
+        f"{skew.top_tenth_share:.0%}; Gini {skew.gini:.2f}{zipf}"
     )
 
 
@@ -73,12 +84,15 @@ def _row(name: str, values: Distribution | None) -> list[object]:
 
 
 def _print_groups(title: str, groups: Sequence[GroupStats], *, with_adapter: bool) -> None:
-    columns = ["tenant", "adapter", "requests", "prompt", "output", "errors", "TTFT p50 s", "TTFT p99 s", "E2E p50 s"]
+    columns = ["tenant", "adapter", "requests", "per s", "CV", "prompt", "output", "errors"]
+    columns += ["TTFT p50 s", "TTFT p99 s", "E2E p50 s"]
     rows = [
         [
             group.tenant,
             group.adapter or "(base)",
             group.requests,
+            group.rate_per_s,
+            group.gap_cv,
             group.prompt_tokens,
             group.output_tokens,
             group.errors,

@@ -31,7 +31,8 @@ def iter_tables(
     ``columns``: the only ones to read, in our words; those that the file lacks are left out; None reads all.
     Raises InvalidInput naming the file when it is not Parquet or is damaged; FileNotFoundError when it is gone.
     """
-    with _reported(path), filesystem.open_input_file(path) as source, pq.ParquetFile(source) as file:
+    # pre_buffer would keep the whole file's columns in memory until the end.
+    with _reported(path), filesystem.open_input_file(path) as source, pq.ParquetFile(source, pre_buffer=False) as file:
         in_file = file.schema_arrow.names
         ours = {name: name if "arrival_s" in in_file else _PUBLIC_NAMES.get(name, name) for name in in_file}
         wanted = [name for name in in_file if columns is None or ours[name] in columns]

@@ -137,12 +137,12 @@ class _JsonLines(_Reader):
 
 class _Parquet(_Reader):
     def columns(self) -> list[str]:
-        with self._filesystem.open_input_file(self._path) as source, pq.ParquetFile(source) as file:
+        with self._filesystem.open_input_file(self._path) as source, pq.ParquetFile(source, pre_buffer=False) as file:
             names: list[str] = file.schema_arrow.names
             return names
 
     def tables(self, types: Mapping[str, pa.DataType]) -> Iterator[pa.Table]:
-        with self._filesystem.open_input_file(self._path) as source, pq.ParquetFile(source) as file:
+        with self._filesystem.open_input_file(self._path) as source, pq.ParquetFile(source, pre_buffer=False) as file:
             for batch in file.iter_batches(batch_size=BATCH_ROWS, columns=list(types)):
                 yield pa.Table.from_batches([batch])
 
