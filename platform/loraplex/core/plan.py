@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from loraplex.core.ids import BaseModelId, Digest
+from loraplex.core.ids import BaseModelId
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,11 +18,28 @@ class Shape:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterShare:
+    """An adapter that a group serves. A name, not a version: a plan outlives the upload of a new version."""
+
+    tenant: str | None
+    """Owner; None where the trace that was planned for has no tenants."""
+    name: str
+    weight: float = 1.0
+    """Greater than 0. Among replicas that are alike (residency, load) the adapter's requests choose in proportion."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BasePlacement:
-    """One base on one group, and the adapters that should be resident there."""
+    """One base on one group, and the adapters that should be resident there.
+
+    Requests of an adapter go to the replicas that list it; of one that no replica of its base lists, to any of them.
+    So empty sets everywhere mean: every replica takes every adapter.
+    """
 
     base_model_id: BaseModelId
-    adapters: tuple[Digest, ...] = ()
+    adapters: tuple[AdapterShare, ...] = ()
+    arena_share: float = 1.0
+    """Of the arena that the weights of the group's bases leave: its part is this over the sum of the group's shares."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +47,10 @@ class GroupPlan:
     name: str
     shape: Shape
     bases: tuple[BasePlacement, ...]
+    gpu: str = ""
+    """GPU type of all its GPUs, e.g. ``h100-80gb``; empty: the fleet has one type."""
+    nodes: tuple[str, ...] = ()
+    """Node of each rank, ``shape.num_ranks`` of them; empty: left to the actuator."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
