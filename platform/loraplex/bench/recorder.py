@@ -16,7 +16,7 @@ from loraplex.core.model import ModelSpec
 from loraplex.core.request import RequestOutput
 from loraplex.core.step import ArenaSpec, StepPlan, StepResult
 from loraplex.cost.ceilings import Ceilings, FloatArray
-from loraplex.cost.roofline import HIDDEN_PARTS, StepCost, roofline
+from loraplex.cost.roofline import HIDDEN_PARTS, RooflineCost, roofline
 from loraplex.cost.work import AdapterWork, StepWork, step_work
 from loraplex.engine import Engine, EngineConfig
 from loraplex.engine.instructions import Instructions
@@ -124,7 +124,7 @@ class RecordingEngine(Engine):
 
 
 def eta_report(
-    work: StepWork, cost: StepCost, measured_s: FloatArray, decodes: BoolArray, ceilings: Ceilings
+    work: StepWork, cost: RooflineCost, measured_s: FloatArray, decodes: BoolArray, ceilings: Ceilings
 ) -> EtaReport:
     """``decodes``: (S,) bool, the steps that only decode."""
     ideal_s, tokens = cost.ideal_s, work.num_tokens

@@ -53,7 +53,7 @@ class PartCost:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StepCost:
+class RooflineCost:
     parts: Mapping[Part, PartCost]
 
     @property
@@ -67,14 +67,14 @@ class StepCost:
         return _sum(cost.seconds for cost in self.parts.values())
 
 
-def roofline(model: ModelSpec, work: StepWork, ceilings: Ceilings, *, itemsize: int = 2, tp: int = 1) -> StepCost:
+def roofline(model: ModelSpec, work: StepWork, ceilings: Ceilings, *, itemsize: int = 2, tp: int = 1) -> RooflineCost:
     """One micro-batch through the whole model on ``tp`` GPUs. ``itemsize``: bytes of a weight, KV or activation."""
     return _stage(model, work, ceilings, itemsize=itemsize, tp=tp, num_layers=model.num_layers, first=True, last=True)
 
 
 def stage_costs(
     model: ModelSpec, work: StepWork, ceilings: Ceilings, shape: Shape, *, itemsize: int = 2
-) -> tuple[StepCost, ...]:
+) -> tuple[RooflineCost, ...]:
     """Per pipeline stage, layers cut as evenly as they go (the later stages are the smaller ones: the last one holds
     the head). A step's latency is the sum of the stages, a full pipeline's pace is that of the slowest."""
     size, larger = divmod(model.num_layers, shape.pp)
@@ -108,7 +108,7 @@ def _stage(
     num_layers: int,
     first: bool,
     last: bool,
-) -> StepCost:
+) -> RooflineCost:
     share = num_layers / model.num_layers
     tokens, none = work.num_tokens, np.zeros(len(work))
     d, i, q = model.hidden_size, model.intermediate_size / tp, model.q_size / tp
@@ -159,7 +159,7 @@ def _stage(
         vocabulary = model.vocab_size / tp
         parts[Part.LM_HEAD] = gemm(d * vocabulary, work.num_sampled, 1)
         parts[Part.SAMPLING] = cost(2.0 * work.num_sampled * vocabulary * itemsize, none)
-    return StepCost(parts=parts)
+    return RooflineCost(parts=parts)
 
 
 def _collectives(

@@ -16,7 +16,8 @@ from loraplex.core.model import ModelSpec
 from loraplex.cost.ceilings import FloatArray
 
 _RANK_MULTIPLE = 8
-_ROW_PARALLEL = ("o_proj", "down_proj")
+ROW_PARALLEL_MODULES = ("o_proj", "down_proj")
+"""Split by rows under tensor parallelism: their A is divided and their B is whole; of the others the reverse."""
 
 IntArray = npt.NDArray[np.int64]
 
@@ -39,9 +40,9 @@ class AdapterWork:
         """One adapter, arrays of shape (1,); ranks rounded up to multiples of 8, as they are stored."""
         sums = np.zeros(4)
         for block in blocks:
-            lora_rank = -(-block.lora_rank // _RANK_MULTIPLE) * _RANK_MULTIPLE
+            lora_rank = padded_rank(block.lora_rank)
             in_features, out_features = model.projection_shape(block.module)
-            if block.module in _ROW_PARALLEL:
+            if block.module in ROW_PARALLEL_MODULES:
                 sums += (lora_rank * in_features, lora_rank * out_features, 0, out_features)
             else:
                 sums += (lora_rank * out_features, lora_rank * in_features, out_features, 0)
@@ -90,12 +91,8 @@ def step_work(
     """Sums the rows of ``num_steps`` steps. Arguments from ``step`` to ``adapter`` have one element per row, (B,):
     ``step`` 0 <= s < num_steps; tokens [start, start + num_tokens) of its sequence; ``adapter`` an index into ``sizes``
     or -1 for the plain base."""
-    window = np.int64(model.sliding_window or np.iinfo(np.int64).max // 4)
     tokens = num_tokens.astype(np.float64)
-    # The first `growing` tokens of a row see all that lies before them, the rest a full window.
-    growing = np.clip(window - start, 0, num_tokens)
-    pairs = growing * start + growing * (growing + 1) / 2 + (num_tokens - growing) * np.float64(window)
-    read = np.minimum(start + num_tokens, window + num_tokens - 1)
+    pairs, read = attention_of_rows(model, start=start, num_tokens=num_tokens)
 
     def per_step(values: FloatArray) -> FloatArray:
         return _sum_by(step, values, num_steps)
@@ -114,11 +111,27 @@ def step_work(
     return StepWork(
         num_tokens=per_step(tokens),
         num_sampled=per_step(samples.astype(np.float64)),
-        kv_read_tokens=per_step(read.astype(np.float64)),
+        kv_read_tokens=per_step(read),
         attended_pairs=per_step(pairs),
         adapters=sums(used_steps, used, np.ones(len(used))) if len(used) else no_adapter,
         lora=sums(step[with_adapter], adapter[with_adapter], tokens[with_adapter]) if len(used) else no_adapter,
     )
+
+
+def padded_rank(lora_rank: int) -> int:
+    """As it is stored: rounded up to a multiple of 8."""
+    return -(-lora_rank // _RANK_MULTIPLE) * _RANK_MULTIPLE
+
+
+def attention_of_rows(model: ModelSpec, *, start: IntArray, num_tokens: IntArray) -> tuple[FloatArray, FloatArray]:
+    """Of rows that compute tokens [start, start + num_tokens) of their sequences, all (B,): the (query, key) pairs that
+    the mask leaves, and the keys that are read, each once."""
+    window = np.int64(model.sliding_window or np.iinfo(np.int64).max // 4)
+    # The first `growing` tokens of a row see all that lies before them, the rest a full window.
+    growing = np.clip(window - start, 0, num_tokens)
+    pairs = growing * start + growing * (growing + 1) / 2 + (num_tokens - growing) * np.float64(window)
+    read = np.minimum(start + num_tokens, window + num_tokens - 1)
+    return np.asarray(pairs, dtype=np.float64), read.astype(np.float64)
 
 
 def _sum_by(steps: IntArray, values: FloatArray, num_steps: int) -> FloatArray:
