@@ -3,14 +3,14 @@
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import pytest
 from loraplex.core.adapter import AdapterManifest, AdapterRef
 from loraplex.core.errors import BadAdapter, Conflict, ContextTooLong, LoraplexError, NotFound, StorageFull, Unavailable
 from loraplex.core.ids import BaseModelId, Digest, ReplicaId, RequestId, TenantName
 from loraplex.core.request import EngineRequest, FinishReason, SamplingParams
-from loraplex.core.step import StepPlan
+from loraplex.core.step import Row
 from loraplex.core.wire import ReplicaFrame
 from loraplex.engine import EngineConfig
 from loraplex.replica.config import ReplicaConfig
@@ -68,9 +68,10 @@ class Harness:
         return {name: reasons()[RequestId(name)] for name in names}
 
 
-@pytest.fixture
-def harness() -> Iterator[Harness]:
-    harness = Harness(FakeExecutor(num_pages=256, step_s=0.001), EngineConfig(max_running=8, max_waiting=4))
+@pytest.fixture(params=[1, 2], ids=["one-step-in-flight", "two-steps-in-flight"])
+def harness(request: pytest.FixtureRequest) -> Iterator[Harness]:
+    executor = FakeExecutor(num_pages=256, step_s=0.001, max_in_flight=request.param)
+    harness = Harness(executor, EngineConfig(max_running=8, max_waiting=4))
     yield harness
     harness.loop.stop()
     harness.loop.join()
@@ -248,12 +249,16 @@ def test_an_adapter_that_could_not_be_loaded_is_staged_again_for_the_next_reques
 
 
 @pytest.mark.parametrize("tenants", ["a", "ab"])
-def test_a_replica_whose_device_is_broken_ends_before_it_has_failed_all_that_wait(tenants: str) -> None:
+@pytest.mark.parametrize(("call", "max_in_flight"), [("submit", 1), ("submit", 2), ("collect", 2)])
+def test_a_replica_whose_device_is_broken_ends_before_it_has_failed_all_that_wait(
+    tenants: str, call: str, max_in_flight: int
+) -> None:
     class Broken(FakeExecutor):
-        def submit(self, plan: StepPlan) -> None:
-            raise RuntimeError("illegal memory access")
+        def _raise_if_failing(self, current: str, rows: Iterable[Row]) -> None:
+            if current == call:
+                raise RuntimeError("illegal memory access")
 
-    running = Harness(Broken(), EngineConfig(max_running=16))
+    running = Harness(Broken(max_in_flight=max_in_flight), EngineConfig(max_running=16))
     running.loop.open_session(1)
     running.loop.submit(1, tuple(make(f"r{i}", tenant=tenants[i % len(tenants)], adapter=A) for i in range(16)))
     assert running.ended.wait(10)
@@ -263,9 +268,11 @@ def test_a_replica_whose_device_is_broken_ends_before_it_has_failed_all_that_wai
     assert len(ended) <= 8, "the others go on at another replica"
 
 
-def test_broken_adapters_alone_do_not_end_a_replica() -> None:
+@pytest.mark.parametrize("max_in_flight", [1, 2])
+def test_broken_adapters_alone_do_not_end_a_replica(max_in_flight: int) -> None:
     adapters = [letter * 64 for letter in "abcdef"]
-    running = Harness(FakeExecutor(num_pages=256, poisoned=adapters), EngineConfig(max_running=4))
+    executor = FakeExecutor(num_pages=256, poisoned=adapters, max_in_flight=max_in_flight)
+    running = Harness(executor, EngineConfig(max_running=4))
     running.loop.open_session(1)
     requests = tuple(make(f"r{i}", tenant="xyz"[i % 3], adapter=adapters[i % 6]) for i in range(24))
     running.loop.submit(1, requests)

@@ -17,8 +17,8 @@ from loraplex.core.model import ModelSpec
 from loraplex.core.request import SamplingParams, TokenLogprob
 
 PENDING = -1
-"""Stands in a row for the token that the step before samples: an executor with several steps in flight reads it on the
-device."""
+"""Stands in a row for the token that its slot samples in the step before, which is in flight: an executor with several
+steps in flight reads it on the device."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,13 +131,16 @@ class Executor(Protocol):
     def submit(self, plan: StepPlan) -> None:
         """Start a step; fewer than ``max_in_flight`` are under way. May return before it is done.
 
-        When it raises nothing of the plan counts, and earlier steps stay in flight.
+        When it raises nothing of the plan counts, and earlier steps stay in flight. The slots that the plan names are
+        released and started anew before they are used again.
         """
 
     def collect(self) -> StepResult:
-        """Block until the oldest step in flight is done.
+        """Block until the oldest step in flight is done, also when it samples nothing: its pages may have another owner
+        at once.
 
         When it raises, that step and all later ones are void: the executor has forgotten them and touches no page.
         """
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Ends the executor; steps in flight have no result."""

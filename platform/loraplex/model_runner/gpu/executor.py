@@ -15,7 +15,7 @@ import torch
 from loraplex.core.errors import Conflict
 from loraplex.core.ids import Digest
 from loraplex.core.model import ModelSpec
-from loraplex.core.step import Row, StepPlan, StepResult
+from loraplex.core.step import Row, SampledToken, StepPlan, StepResult
 from loraplex.model_runner.arena import Arena
 from loraplex.model_runner.drawn import Drawn
 from loraplex.model_runner.executor_base import ExecutorBase, TokenSampler
@@ -114,8 +114,12 @@ class GpuExecutor(ExecutorBase):
         if not self._in_flight:
             raise Conflict("no step is in flight")
         step = self._in_flight.popleft()
+        tokens: tuple[SampledToken, ...] = ()
         try:
-            tokens = tuple(step.drawn.result()) if step.drawn is not None else ()
+            if step.drawn is not None:
+                tokens = tuple(step.drawn.result())
+            elif step.done is not None:
+                step.done.synchronize()
         except BaseException:
             self._in_flight.clear()
             raise
