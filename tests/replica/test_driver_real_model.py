@@ -1,8 +1,12 @@
 """Engine and the real executor together: tokens do not depend on what memory, batch and cache do."""
 
 import random
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 
 import pytest
+import torch
 from loraplex.bench.random_adapters import random_manifests
 from loraplex.core.adapter import AdapterRef
 from loraplex.core.clock import SystemClock
@@ -11,16 +15,41 @@ from loraplex.core.ids import BaseModelId, Digest, RequestId, TenantName
 from loraplex.core.request import EngineRequest, FinishReason, SamplingParams
 from loraplex.engine import Engine, EngineConfig
 from loraplex.model_runner import ExecutorConfig, build_executor
+from loraplex.model_runner.arena import Arena
+from loraplex.model_runner.build import load_model_spec, load_weights
+from loraplex.model_runner.executor_base import ExecutorBase
+from loraplex.model_runner.sampler import Sampler
 from loraplex.replica.driver import StepDriver
 
 BASE = BaseModelId("tiny")
+MODEL = "random:tiny-llama"
 
 
-def run(requests: list[EngineRequest], *, num_pages: int, **engine_settings: int) -> tuple[dict[str, list[int]], int]:
+def torch_executor(num_pages: int, *, page_size: int = 4) -> ExecutorBase:
+    config = ExecutorConfig(num_threads=1, num_pages=num_pages, page_size=page_size)
+    return build_executor(config, model=MODEL, base_model_id=BASE)
+
+
+def kernel_executor(num_pages: int) -> ExecutorBase:
+    """Keeps two steps in flight; its kernels are interpreted where there is no CUDA."""
+    from loraplex.model_runner.gpu.executor import GpuExecutor
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    spec = load_model_spec(MODEL, BASE)
+    weights = load_weights(MODEL, spec, dtype=torch.float32, device=device)
+    arena = Arena(spec, num_pages=num_pages, page_size=16, dtype=torch.float32, device=device)
+    return GpuExecutor(spec, weights, arena, Sampler(spec, device), max_rows=4, max_step_tokens=32)
+
+
+def run(
+    requests: list[EngineRequest],
+    *,
+    num_pages: int,
+    build: Callable[[int], ExecutorBase] = torch_executor,
+    **engine_settings: int,
+) -> tuple[dict[str, list[int]], int]:
     """Tokens per request, and how often somebody was preempted."""
-    executor = build_executor(
-        ExecutorConfig(num_threads=1, num_pages=num_pages, page_size=4), model="random:tiny-llama", base_model_id=BASE
-    )
+    executor = build(num_pages)
     adapters = random_manifests(executor.model, count=3, lora_ranks=(8,))
     config = EngineConfig(**engine_settings)  # type: ignore[arg-type]
     engine = Engine(config, model=executor.model, arena=executor.arena)
@@ -44,9 +73,7 @@ def run(requests: list[EngineRequest], *, num_pages: int, **engine_settings: int
 
 @pytest.fixture
 def requests() -> list[EngineRequest]:
-    executor = build_executor(
-        ExecutorConfig(num_threads=1, num_pages=64, page_size=4), model="random:tiny-llama", base_model_id=BASE
-    )
+    executor = torch_executor(64)
     digests = [None, *(manifest.digest for manifest in random_manifests(executor.model, count=3, lora_ranks=(8,)))]
     vocab_size = executor.model.vocab_size
     executor.close()
@@ -99,3 +126,12 @@ def test_a_tight_arena_changes_no_token(requests: list[EngineRequest]) -> None:
             break
     assert preemptions[-1] == 0
     assert max(preemptions) > 0, "no arena was tight"
+
+
+def test_two_steps_in_flight_on_the_kernels_change_no_token(requests: list[EngineRequest]) -> None:
+    pytest.importorskip("triton")
+    few = [replace(request, sampling=replace(request.sampling, max_tokens=5)) for request in requests[:6]]
+    # Random adapters are drawn in the layout of the arena: they are equal where pages are.
+    alone, _ = run(few, num_pages=512, build=partial(torch_executor, page_size=16))
+    ahead, _ = run(few, num_pages=24, build=kernel_executor, max_running=4, max_step_tokens=32)
+    assert ahead == alone
