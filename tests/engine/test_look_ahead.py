@@ -247,6 +247,22 @@ def test_a_step_that_cannot_be_started_beside_another_is_blamed_on_nobody() -> N
     assert world.tokens("r") == expected_tokens(request, 12)
 
 
+def test_a_slot_is_released_once_when_two_steps_fail_one_after_the_other() -> None:
+    world = World()
+    requests = [world.add(make(f"r{index}", max_tokens=12, tenant=f"{index}")) for index in range(2)]
+    assert world.plan() is not None
+    assert world.engine.schedule(0.0).plan is not None
+    world.engine.submit_failed(LoraplexError("no memory"))
+    world.executor.fails_once_in = "collect"
+    world.take(world.driver.step().outputs)
+    plan = world.plan()
+    assert plan is not None
+    assert len(set(plan.releases)) == len(plan.releases) == 2
+    world.run()
+    for request in requests:
+        assert world.tokens(request.request_id) == expected_tokens(request, 12)
+
+
 def test_the_culprit_of_the_oldest_step_ends_alone() -> None:
     world = World()
     world.executor.poisoned = frozenset({A})

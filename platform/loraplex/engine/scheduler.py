@@ -130,7 +130,8 @@ class Scheduler:
             self._admitted_costs.pop()
         self.quarantine.step_done()
         slots = [sequence.slot for sequence in sequences if sequence.slot is not None]
-        self._releases[:0] = dict.fromkeys((*releases, *slots))
+        # A slot may be due already: its step could not be started, and then the one before it failed.
+        self._releases = list(dict.fromkeys((*releases, *slots, *self._releases)))
         for sequence in sequences:
             sequence.needs_start = True
 
