@@ -17,7 +17,8 @@ from loraplex.core.ids import BaseModelId, Digest
 from loraplex.core.model import LORA_MODULES, ModelSpec
 from loraplex.core.request import SamplingParams
 from loraplex.core.step import Row, RowStart, StepPlan
-from loraplex.model_runner import ExecutorConfig, TorchExecutor, build_executor
+from loraplex.model_runner import ExecutorConfig, build_executor
+from loraplex.model_runner.executor import TorchExecutor
 from loraplex.testing.steps import run_step
 from safetensors.torch import save_file
 
