@@ -7,12 +7,18 @@ plan, a trace and cost profiles), by ``planner`` and by tests; knows no files.
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
 
 from loraplex.core.ids import BaseModelId
+from loraplex.core.model import LORA_MODULES, ModelSpec
 from loraplex.core.plan import Plan, Shape
+from loraplex.cost.loads import LoadRates, Tier
+from loraplex.cost.memory import MemoryModel
+from loraplex.cost.profile import CostProfile
+from loraplex.cost.step_cost import StepCost
 from loraplex.engine import EngineConfig
 from loraplex.router.config import RouterConfig
 from loraplex.traces.arrivals import Arrivals
@@ -22,45 +28,33 @@ IntArray = npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StepTimes:
-    """Coefficients of a step's seconds: not negative, of one replica on its whole group (tp and pp included).
-
-    seconds = fixed + prefill_token * (prompt tokens computed) + prefill_pair * (query-key pairs of those tokens)
-    + decode_row * (rows that compute one token) + kv_token * (context tokens of those rows)
-    + adapter_byte * (bytes per GPU of the distinct adapters in the step) + lora_token * (tokens that have an adapter).
-    A chunk of c tokens that starts at position s has c * s + c * (c + 1) / 2 pairs; a decode row at position p (its
-    own token among them) has p + 1 context tokens.
-    """
-
-    fixed_s: float
-    prefill_token_s: float = 0.0
-    prefill_pair_s: float = 0.0
-    decode_row_s: float = 0.0
-    kv_token_s: float = 0.0
-    adapter_byte_s: float = 0.0
-    lora_token_s: float = 0.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaCost:
-    """What one base costs on one GPU type in one shape. Bytes are of the GPU that holds most."""
+    """What one base costs on one GPU type in one shape."""
 
-    step: StepTimes
+    model: ModelSpec
+    itemsize: int = 2
+    """Bytes of an adapter's element."""
+    step: StepCost
+    """A step of a group with pp stages is cut into m = min(pp, rows) equal micro-batches and takes the greater of their
+    latency and m times their interval."""
+    memory: MemoryModel
+    loads: LoadRates
     stage_s: tuple[float, ...] = ()
-    """Seconds of each of ``shape.pp`` stages for one request alone, needed by unbatched serving only."""
-    weight_bytes: int
-    memory_bytes: int
-    """Of the GPU."""
-    reserve_bytes: int
-    """Activations, graphs and what the framework takes."""
-    page_size: int = 16
-    """Tokens of KV in a page."""
-    page_bytes: int
-    """KV of ``page_size`` tokens on one GPU."""
-    host_bytes_per_s: float
-    """Pinned host memory to one GPU."""
-    load_fixed_s: float = 0.0
-    """Of an adapter load, whatever its size."""
+    """Seconds of each of ``shape.pp`` stages for one request alone; unbatched serving needs them, nothing else does."""
+
+    @classmethod
+    def of(cls, profile: CostProfile, key: "CostKey", engine: EngineConfig) -> Self:
+        """BadConfig naming what the profile does not know."""
+        base, gpu = str(key.base_model_id), key.gpu
+        return cls(
+            model=profile.base(base).model,
+            itemsize=profile.base(base).itemsize,
+            step=profile.step_cost(base, gpu, key.shape),
+            memory=profile.memory(
+                base, gpu, key.shape, max_step_tokens=engine.max_step_tokens, max_rows=engine.max_running
+            ),
+            loads=profile.gpu(gpu).loads,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,17 +65,11 @@ class CostKey:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class AdapterBytes:
-    """Bytes of A and B of one adapter as they lie in the arena. On a GPU of tp shards and pp stages it takes
-    (sharded / tp + replicated) / pp."""
+class AdapterSize:
+    """An adapter of one rank."""
 
-    sharded: int
-    replicated: int = 0
-
-    def per_gpu(self, shape: Shape) -> int:
-        """Rounded up."""
-        elements = self.sharded + self.replicated * shape.tp
-        return -(-elements // shape.num_ranks)
+    lora_rank: int
+    modules: tuple[str, ...] = LORA_MODULES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,22 +95,23 @@ class SimulationInput:
     plan: Plan
     arrivals: Arrivals
     """Every request has a base (or an adapter with one), prompt and output tokens."""
-    adapters: tuple[AdapterBytes, ...]
+    adapters: tuple[AdapterSize, ...]
     """Of ``arrivals.adapters``, in their order."""
     costs: Mapping[CostKey, ReplicaCost]
     """For every (gpu, base, shape) in ``plan``; others may be there too."""
     slo: Slo
+    slo_of_base: Mapping[BaseModelId, Slo] = field(default_factory=dict)
+    """Instead of ``slo``, for the requests of some bases."""
     engine: EngineConfig = field(default_factory=EngineConfig)
     router: RouterConfig = field(default_factory=RouterConfig)
     serving: Serving = Serving.BATCHED
-    max_in_flight: int = 1
-    """Steps that a replica plans ahead, 1 or 2: with 2 a step starts at the very end of the one before it, and what
-    arrives meanwhile waits one step longer. Unbatched: ignored."""
+    max_in_flight: int = 2
+    """Steps that a replica has planned and not finished, 1 or 2. With 2 a step is planned while the one before it runs:
+    its adapters load meanwhile, and what arrives waits for one more step. Unbatched: ignored."""
     overhead_s: float = 0.0
     """Added to each request's TTFT: what neither router nor engine knows of (network, tokenizer)."""
-    warm_adapters: bool = False
-    """Adapters that a replica lists lie in its arena at the start, in the plan's order, as long as there is room in
-    half of it."""
+    adapter_tier: Tier = Tier.HOST
+    """Where each replica finds an adapter when it first needs it; once fetched, it stays in its host memory."""
     score_from_s: float = 0.0
     score_until_s: float = np.inf
     """Requests that arrive in [from, until) count in the result's figures; all are simulated."""
