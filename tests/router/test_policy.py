@@ -97,3 +97,10 @@ def test_a_choice_is_cheap() -> None:
     for _ in range(200):
         choose(*replicas, request=request)
     assert time.process_time() - started_s < 0.5
+
+
+def test_weights_divide_cold_adapters_in_proportion() -> None:
+    light = ReplicaView(replica_id=ReplicaId("a"), resident=False, load=0, credits=9)
+    heavy = ReplicaView(replica_id=ReplicaId("b"), resident=False, load=0, credits=9, weight=3.0)
+    chosen = Counter(choose(light, heavy, request=make(adapter=f"x{i}")) for i in range(4000))
+    assert 0.72 < chosen["b"] / 4000 < 0.78

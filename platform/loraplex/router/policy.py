@@ -2,14 +2,16 @@
 
 A replica that has the adapter goes first unless it is overloaded, then load, then affinity by rendezvous hashing
 (Thaler and Ravishankar, 1998): alike replicas are told apart by a hash of (key, replica), so that equal prefixes meet
-again, a cold adapter has one home, and a replica that comes or goes moves only its own share. The bound on the load is
-that of consistent hashing with bounded loads (Mirrokni et al., 2018).
+again, a cold adapter has one home, and a replica that comes or goes moves only its own share; weights divide the keys
+in proportion (Schindelhauer and Schomaker, 2005). The bound on the load is that of consistent hashing with bounded
+loads (Mirrokni et al., 2018).
 """
 
 import hashlib
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import log
 
 from loraplex.core.ids import ReplicaId
 from loraplex.core.request import EngineRequest
@@ -28,6 +30,8 @@ class ReplicaView:
     """Requests running and waiting there."""
     credits: int
     """Requests that it will take now."""
+    weight: float = 1.0
+    """Greater than 0: its part among replicas that are alike, for this request's adapter."""
 
 
 def prefix_key(request: EngineRequest) -> bytes:
@@ -55,8 +59,11 @@ def choose_replica(
     key = prefix_key(request) if resident else adapter_key(request)
     least = min(view.load for view in pool)
     alike = [view for view in pool if view.load <= least + load_slack]
-    return max(alike, key=lambda view: _weight(key, view.replica_id)).replica_id
+    return max(alike, key=lambda view: affinity(key, view.replica_id, view.weight)).replica_id
 
 
-def _weight(key: bytes, replica_id: ReplicaId) -> bytes:
-    return hashlib.blake2b(key, digest_size=8, key=replica_id.encode()[:64]).digest()
+def affinity(key: bytes, replica_id: ReplicaId, weight: float = 1.0) -> float:
+    """Greatest on the replica where ``key`` has its home: weight / -ln(u), u uniform in (0, 1) by (key, replica)."""
+    digest = hashlib.blake2b(key, digest_size=8, key=replica_id.encode()[:64]).digest()
+    # 52 bits and a half: a double holds them, so u is never 0 or 1.
+    return weight / -log(((int.from_bytes(digest) >> 12) + 0.5) * 2.0**-52)
