@@ -50,10 +50,6 @@ class SamplingRows:
     """(B,) int64: where a row stands in ``cut_rows``, or -1."""
     num_drawing: int
     """Rows that are not greedy."""
-    has_bound: bool
-    """Whether some row has top_k or top_p."""
-    has_both: bool
-    """Whether some row has top_k and top_p."""
 
 
 def draw_tokens(

@@ -1,14 +1,20 @@
 """The sampling kernels: device code alone. ``sampling`` sizes the scratch and launches.
 
-Loop nest of all but the last: one program = one block of one row's vocabulary, read once, straight through; what the
-blocks found is combined by whoever needs it next (the programs of the following launch), so there is no other launch.
+Loop nest of ``stats``, ``collect`` and ``race``: one program = one block of one row's vocabulary, read once, straight
+through. Rows without a cut: ``race`` finds the best token of each block, ``pick`` the best of a row's blocks. Rows with
+a cut (top_k, top_p, min_p): ``stats`` sums groups of tokens, ``bound`` derives a logit below which no token is kept,
+``collect`` gathers the candidates above it, ``finish`` searches the exact bound among them and races those it leaves.
+  top_k: of the groups' largest logits, the k-th largest is such a bound;
+  top_p: a logit t is, if the groups all below t and, of the others, the lesser of their mass and of what it would be
+  were all their tokens at t, make less than (1 - p) of the mass.
+Where more candidates come than fit (flat distributions), ``finish`` searches and races the whole row: slow and right.
 
-Search: the bound of top_k is the largest logit t with count(x >= t) >= k, that of top_p the largest with
-mass(x >= t) >= p * mass. Both by the same search over the floats in order, as integers ("keys"): a launch sums the
-weight (1, or the probability) above ``NUM_CUTS`` keys that divide the row's bracket evenly, the next one keeps the
-part in which the answer lies. bf16 has 2**16 keys, fp32 2**32; a row that is done early costs its launches only.
+The exact bound of top_k is the largest logit t with count(x >= t) >= k, that of top_p the largest with
+mass(x >= t) >= p * mass: a bisection over the floats in order, as integers ("keys"; those of bf16 are 16 bits wide).
 
-Legend: B rows, R rows with a cut, N blocks of a row (NP: rounded up to a power of two), S = 16 sums of a block.
+Infinite logits count as the largest finite ones, NaN as the smallest; so every difference is a number or infinite.
+Legend: B rows, R rows with a cut, N blocks of a row (NP: rounded up to a power of two), G groups of a row (GP), C
+candidates at most.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
@@ -18,12 +24,10 @@ import triton.language as tl
 
 from loraplex_kernels import noise
 
-NUM_CUTS = 9
-NUM_SUMS = 16
-"""Sums at the lower end of the bracket and at each cut, rounded up to a power of two."""
+GROUP = 64
+"""Tokens that share a largest logit and a mass in ``bound``."""
 
-_NUM_CUTS = tl.constexpr(NUM_CUTS)
-_NUM_SUMS = tl.constexpr(NUM_SUMS)
+_GROUP = tl.constexpr(GROUP)
 _MULTIPLIER_1 = tl.constexpr(noise.MULTIPLIER_1)
 _MULTIPLIER_2 = tl.constexpr(noise.MULTIPLIER_2)
 _GOLDEN_64 = tl.constexpr(noise.GOLDEN_64)
@@ -32,7 +36,13 @@ _MULTIPLIER_64_2 = tl.constexpr(noise.MULTIPLIER_64_2)
 _LARGEST_UNIFORM = tl.constexpr(noise.LARGEST_UNIFORM)
 _TO_UNIT = tl.constexpr(2.0**-31)
 _LOG2_E = tl.constexpr(1.4426950408889634)
+_LOG_2 = tl.constexpr(0.6931471805599453)
+_LARGEST = tl.constexpr(3.4028234663852886e38)
 _INF = tl.constexpr(float("inf"))
+_FIXED_ONE = tl.constexpr(2.0**40)
+"""Masses of candidates are summed as integers of this unit: the order in which they were collected does not matter."""
+_ONE_ULP = tl.constexpr(2.0**-23)
+_BIG_ID = tl.constexpr(2**31 - 1)
 
 
 @triton.jit
@@ -64,163 +74,66 @@ def uniforms(ids, seed, index):
 
 @triton.jit
 def exponentials(uniform):
-    """-log1p(-uniform); the quotient corrects the rounding of 1 - uniform (Kahan; see Goldberg 1991, theorem 4)."""
-    rest = 1.0 - uniform
-    taken = tl.where(rest == 1.0, 1.0, 1.0 - rest)
-    return tl.where(rest == 1.0, uniform, -tl.log(rest) * (uniform / taken))
+    """-log1p(-uniform) for 0 < uniform < 1, within 1e-7 of it.
 
-
-@triton.jit
-def _relative_weights(x, largest, scale):
-    """exp((x - largest) / temperature), scale = log2(e) / temperature; no NaN for infinite logits."""
-    return tl.where(x == largest, 1.0, tl.exp2((x - largest) * scale))
+    log1p(a) = e * log(2) + log1p(m) with 1 + a = 2**e * (1 + m), m in [-1/3, 1/3]. m is computed from a itself, so that
+    a small a keeps its digits; log1p(m) = m - m**2 / 2 + m**3 * P(m), P by a minimax fit of the relative error.
+    """
+    a = -uniform
+    e = ((1.0 + a).to(tl.int32, bitcast=True) - 0x3F2AAAAB) & -0x800000
+    m = (a.to(tl.int32, bitcast=True) - e).to(tl.float32, bitcast=True)
+    m += tl.fma((0x40800000 - e).to(tl.float32, bitcast=True), 0.25, -1.0)
+    s = m * m
+    odd = tl.fma(s, -0.128916666, -0.121842645)
+    even = tl.fma(s, 0.139844462, 0.140058666)
+    odd = tl.fma(odd, s, -0.166804865)
+    even = tl.fma(even, s, 0.200104058)
+    odd = tl.fma(odd, s, -0.249997973)
+    p = tl.fma(tl.fma(even, m, odd), m, 0.333332151)
+    p = tl.fma(tl.fma(p, m, -0.5), s, m)
+    return -tl.fma(e.to(tl.float32) * _ONE_ULP, _LOG_2, p)
 
 
 @triton.jit
 def _load_block(logits_ptr, row, stride, vocab_size, block, BLOCK: tl.constexpr):
-    """(ids, logits in fp32); NaN and what lies past the vocabulary count as minus infinity."""
+    """(ids, logits in fp32, finite); what lies past the vocabulary is the smallest number."""
     ids = block * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(logits_ptr + row * stride + ids, mask=ids < vocab_size, other=-float("inf")).to(tl.float32)
-    return ids, tl.where(x == x, x, -_INF)
+    return ids, tl.minimum(tl.maximum(x, -_LARGEST), _LARGEST)
 
 
 @triton.jit
-def _key_of(x, SHIFT: tl.constexpr):
-    """The place of a float among all floats in order; SHIFT 16: among those of bf16, rounded down."""
+def _costs(ids, x, reference, scale, seed, index):
+    """(E / w, 1 / w): the least cost wins. w = exp((x - reference) / temperature), scale = log2(e) / temperature."""
+    inverse = tl.exp2((reference - x) * scale)
+    return exponentials(uniforms(ids, seed, index)) * inverse, inverse
+
+
+@triton.jit
+def _key_of(x, BF16: tl.constexpr):
+    """The place of a float among all floats in order; BF16: among those of bf16, rounded down."""
     bits = x.to(tl.int32, bitcast=True)
-    return ((bits ^ ((bits >> 31) & 0x7FFFFFFF)) >> SHIFT).to(tl.int64)
+    key = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64)
+    if BF16:
+        key = key >> 16
+    return key
 
 
 @triton.jit
-def _value_of(key, SHIFT: tl.constexpr):
-    if SHIFT > 0:
-        key = (key << SHIFT) | tl.where(key < 0, (1 << SHIFT) - 1, 0)
+def _value_of(key, BF16: tl.constexpr):
+    if BF16:
+        key = (key << 16) | tl.where(key < 0, 0xFFFF, 0)
     bits = key.to(tl.int32)
     return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _row_stats(max_ptr, sum_ptr, place, num_blocks, scale, NP: tl.constexpr):
-    """(largest logit, sum of the weights relative to it) of a row."""
-    block_N = tl.arange(0, NP)
-    present_N = block_N < num_blocks
-    max_N = tl.load(max_ptr + place * num_blocks + block_N, mask=present_N, other=-float("inf"))
-    sum_N = tl.load(sum_ptr + place * num_blocks + block_N, mask=present_N, other=0.0)
-    largest = tl.max(max_N, axis=0)
-    return largest, tl.sum(sum_N * _relative_weights(max_N, largest, scale), axis=0)
-
-
-@triton.jit
-def _narrowed(low, high, goal, share, sums_ptr, place, num_blocks, NP: tl.constexpr):
-    """The bracket [low, high) and the goal after the sums of one launch. A negative goal: ``share`` of what lies above
-    ``low``, which is known now."""
-    if high - low > 1:
-        block_N = tl.arange(0, NP)
-        cut_S = tl.arange(0, _NUM_SUMS)
-        at_NS = (place * num_blocks + block_N[:, None]) * _NUM_SUMS + cut_S[None, :]
-        inside_NS = (block_N[:, None] < num_blocks) & (cut_S[None, :] <= _NUM_CUTS)
-        sums_S = tl.sum(tl.load(sums_ptr + at_NS, mask=inside_NS, other=0.0).to(tl.float64), axis=0)
-        if goal < 0.0:
-            goal = share * tl.sum(tl.where(cut_S == 0, sums_S, 0.0), axis=0)
-        key_S = low + (high - low) * cut_S.to(tl.int64) // (_NUM_CUTS + 1)
-        # A cut equal to ``low`` tells nothing, and sums of all but equal masses may be rounded either way.
-        tells_S = (cut_S <= _NUM_CUTS) & (key_S > low)
-        enough_S = sums_S >= goal
-        old_low = low
-        low = tl.max(tl.where(tells_S & enough_S, key_S, old_low), axis=0)
-        high = tl.min(tl.where(tells_S & (key_S > low) & (enough_S == 0), key_S, high), axis=0)
-    return low, high, goal
-
-
-@triton.jit
-def stats_kernel(
-    logits_ptr,
-    stride,
-    vocab_size,
-    cut_rows_ptr,
-    temperature_ptr,
-    max_ptr,
-    sum_ptr,
-    BLOCK: tl.constexpr,
-):
-    """Grid (N, R). Largest logit of each block, and the sum of the weights relative to it."""
-    block, place = tl.program_id(0), tl.program_id(1)
-    row = tl.load(cut_rows_ptr + place)
-    scale = _LOG2_E / tl.load(temperature_ptr + row).to(tl.float32)
-    _, x = _load_block(logits_ptr, row, stride, vocab_size, block, BLOCK)
-    largest = tl.max(x, axis=0)
-    tl.store(max_ptr + place * tl.num_programs(0) + block, largest)
-    tl.store(sum_ptr + place * tl.num_programs(0) + block, tl.sum(_relative_weights(x, largest, scale), axis=0))
-
-
-@triton.jit
-def search_kernel(
-    logits_ptr,
-    stride,
-    vocab_size,
-    cut_rows_ptr,
-    temperature_ptr,
-    top_k_ptr,
-    top_p_ptr,
-    max_ptr,
-    sum_ptr,
-    old_bracket_ptr,
-    old_goal_ptr,
-    old_sums_ptr,
-    bracket_ptr,
-    goal_ptr,
-    sums_ptr,
-    BEGIN: tl.constexpr,
-    SECOND: tl.constexpr,
-    SHIFT: tl.constexpr,
-    BLOCK: tl.constexpr,
-    NP: tl.constexpr,
-):
-    """Grid (N, R). The first search is for top_k, or top_p in rows without top_k; the ``SECOND`` for top_p in rows
-    that have both, over what top_k left. ``BEGIN``: the first launch of a search."""
-    block, place = tl.program_id(0), tl.program_id(1)
-    num_blocks = tl.num_programs(0)
-    row = tl.load(cut_rows_ptr + place)
-    scale = _LOG2_E / tl.load(temperature_ptr + row).to(tl.float32)
-    top_k = tl.load(top_k_ptr + row)
-    top_p = tl.load(top_p_ptr + row)
-    largest, mass = _row_stats(max_ptr, sum_ptr, place, num_blocks, scale, NP)
-    top = _key_of(largest, SHIFT)
-    counts = (top_k > 0) & (top_k < vocab_size)
-    if BEGIN and not SECOND:
-        low = _key_of(tl.cast(-_INF, tl.float32), SHIFT)
-        high = low + 1
-        goal = top_k.to(tl.float64)
-        if counts:
-            high = top + 1
-        elif top_p < 1.0:
-            goal = top_p * mass.to(tl.float64)
-            # Less than 1 - p of the mass lies below this weight, even if every token did.
-            negligible = (1.0 - top_p).to(tl.float32) * mass / vocab_size
-            least = largest + (tl.log2(negligible) - 0.01) / scale
-            low = tl.minimum(_key_of(tl.where(least == least, least, -_INF), SHIFT), top)
-            high = top + 1
-    else:
-        low = tl.load(old_bracket_ptr + 2 * place)
-        high = tl.load(old_bracket_ptr + 2 * place + 1)
-        goal = tl.load(old_goal_ptr + place)
-        low, high, goal = _narrowed(low, high, goal, top_p, old_sums_ptr, place, num_blocks, NP)
-        if BEGIN and counts and top_p < 1.0:
-            high = top + 1
-            goal = tl.cast(-1.0, tl.float64)
-    if block == 0:
-        tl.store(bracket_ptr + 2 * place, low)
-        tl.store(bracket_ptr + 2 * place + 1, high)
-        tl.store(goal_ptr + place, goal)
-    if high - low > 1:
-        _, x = _load_block(logits_ptr, row, stride, vocab_size, block, BLOCK)
-        weights = _relative_weights(x, largest, scale)
-        if not SECOND:
-            weights = tl.where(counts, 1.0, weights)
-        sums_ptr += (place * num_blocks + block) * _NUM_SUMS
-        for cut in tl.static_range(_NUM_CUTS + 1):
-            least = _value_of(low + (high - low) * cut // (_NUM_CUTS + 1), SHIFT)
-            tl.store(sums_ptr + cut, tl.sum(tl.where(x >= least, weights, 0.0), axis=0))
+def _emit(token, row, vocab_size, slot_ptr, token_ptr, last_token_ptr, LAST: tl.constexpr):
+    # A row of nothing but minus infinity may yield an id past its end.
+    token = tl.minimum(token, vocab_size - 1)
+    tl.store(token_ptr + row, token.to(tl.int64))
+    if LAST:
+        tl.store(last_token_ptr + tl.load(slot_ptr + row), token)
 
 
 @triton.jit(do_not_specialize=["step"])
@@ -232,56 +145,31 @@ def race_kernel(
     index_ptr,
     step,
     temperature_ptr,
-    top_p_ptr,
-    min_p_ptr,
     cut_place_ptr,
-    max_ptr,
-    sum_ptr,
-    bracket_ptr,
-    goal_ptr,
-    sums_ptr,
     cost_ptr,
     reference_ptr,
     id_ptr,
     DRAWS: tl.constexpr,
     CUTS: tl.constexpr,
-    SEARCHED: tl.constexpr,
-    SHIFT: tl.constexpr,
     BLOCK: tl.constexpr,
-    NP: tl.constexpr,
 ):
     """Grid (N, B). The best token of each block: id, cost (the less the better) and the logit it is relative to.
 
-    A greedy row's cost is minus its logit; a drawing row's is E / w, the weight relative to the reference."""
+    A greedy row's cost is minus its logit. Rows with a cut are left out."""
     block, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    num_blocks = tl.num_programs(0)
+    if CUTS:  # noqa: SIM102 (known when compiled)
+        if tl.load(cut_place_ptr + row) >= 0:
+            return
     ids, x = _load_block(logits_ptr, row, stride, vocab_size, block, BLOCK)
     costs = -x
     reference = tl.max(x, axis=0)
     if DRAWS:
         temperature = tl.load(temperature_ptr + row).to(tl.float32)
         if temperature > 0.0:
-            scale = _LOG2_E / temperature
-            floor = tl.cast(-_INF, tl.float32)
-            min_p = tl.load(min_p_ptr + row).to(tl.float32)
-            if CUTS:
-                place = tl.load(cut_place_ptr + row)
-                if place >= 0:
-                    reference, _ = _row_stats(max_ptr, sum_ptr, place, num_blocks, scale, NP)
-                    if SEARCHED:
-                        low = tl.load(bracket_ptr + 2 * place)
-                        high = tl.load(bracket_ptr + 2 * place + 1)
-                        goal = tl.load(goal_ptr + place)
-                        top_p = tl.load(top_p_ptr + row)
-                        low, high, goal = _narrowed(low, high, goal, top_p, sums_ptr, place, num_blocks, NP)
-                        floor = _value_of(low, SHIFT)
             seed, index = tl.load(seed_ptr + row), tl.load(index_ptr + row) + step
-            inverse = tl.where(x == reference, 1.0, tl.exp2((reference - x) * scale))
-            costs = exponentials(uniforms(ids, seed, index)) * inverse
-            costs = tl.where((x >= floor) & (inverse * min_p <= 1.0), costs, _INF)
-    # Past the vocabulary the cost is infinite and the ids are higher, so that these never win.
+            costs, _ = _costs(ids, x, reference, _LOG2_E / temperature, seed, index)
     cost, best = tl.min(costs, axis=0, return_indices=True)
-    at = row * num_blocks + block
+    at = row * tl.num_programs(0) + block
     tl.store(cost_ptr + at, cost)
     tl.store(reference_ptr + at, reference)
     tl.store(id_ptr + at, block * BLOCK + best)
@@ -289,11 +177,13 @@ def race_kernel(
 
 @triton.jit
 def pick_kernel(
+    vocab_size,
     temperature_ptr,
-    slot_ptr,
+    cut_place_ptr,
     cost_ptr,
     reference_ptr,
     id_ptr,
+    slot_ptr,
     token_ptr,
     last_token_ptr,
     num_blocks,
@@ -302,18 +192,285 @@ def pick_kernel(
 ):
     """Grid (B,). The best of a row's blocks; the first of equals."""
     row = tl.program_id(0)
+    if tl.load(cut_place_ptr + row) >= 0:
+        return
     block_N = tl.arange(0, NP)
     at_N = row * num_blocks + block_N
     present_N = block_N < num_blocks
     cost_N = tl.load(cost_ptr + at_N, mask=present_N, other=float("inf"))
     temperature = tl.load(temperature_ptr + row).to(tl.float32)
     if temperature > 0.0:
-        reference_N = tl.load(reference_ptr + at_N, mask=present_N, other=-float("inf"))
-        largest = tl.max(reference_N, axis=0)
-        scale = _LOG2_E / temperature
-        cost_N *= tl.where(reference_N == largest, 1.0, tl.exp2((largest - reference_N) * scale))
+        reference_N = tl.load(reference_ptr + at_N, mask=present_N, other=-3.4028234663852886e38)
+        cost_N *= tl.exp2((tl.max(reference_N, axis=0) - reference_N) * (_LOG2_E / temperature))
     _, best = tl.min(cost_N, axis=0, return_indices=True)
     token = tl.load(id_ptr + row * num_blocks + best)
-    tl.store(token_ptr + row, token.to(tl.int64))
-    if LAST:
-        tl.store(last_token_ptr + tl.load(slot_ptr + row), token)
+    _emit(token, row, vocab_size, slot_ptr, token_ptr, last_token_ptr, LAST)
+
+
+@triton.jit
+def stats_kernel(
+    logits_ptr,
+    stride,
+    vocab_size,
+    cut_rows_ptr,
+    temperature_ptr,
+    max_ptr,
+    group_max_ptr,
+    group_mass_ptr,
+    BLOCK: tl.constexpr,
+):
+    """Grid (N, R). The largest logit of each block and of each group; the groups' masses relative to their block's."""
+    block, place = tl.program_id(0), tl.program_id(1)
+    row = tl.load(cut_rows_ptr + place)
+    scale = _LOG2_E / tl.load(temperature_ptr + row).to(tl.float32)
+    _, x = _load_block(logits_ptr, row, stride, vocab_size, block, BLOCK)
+    largest = tl.max(x, axis=0)
+    at = place * tl.num_programs(0) + block
+    tl.store(max_ptr + at, largest)
+    at_G = at * (BLOCK // _GROUP) + tl.arange(0, BLOCK // _GROUP)
+    tl.store(group_max_ptr + at_G, tl.max(tl.reshape(x, (BLOCK // _GROUP, _GROUP)), axis=1))
+    weights = tl.exp2((x - largest) * scale)
+    tl.store(group_mass_ptr + at_G, tl.sum(tl.reshape(weights, (BLOCK // _GROUP, _GROUP)), axis=1))
+
+
+@triton.jit
+def bound_kernel(
+    vocab_size,
+    cut_rows_ptr,
+    temperature_ptr,
+    top_k_ptr,
+    top_p_ptr,
+    min_p_ptr,
+    max_ptr,
+    group_max_ptr,
+    group_mass_ptr,
+    bound_ptr,
+    mass_ptr,
+    count_ptr,
+    num_blocks,
+    num_groups,
+    NP: tl.constexpr,
+    GP: tl.constexpr,
+):
+    """Grid (R,). A logit that no kept token lies below, the largest logit, and the mass relative to that."""
+    place = tl.program_id(0)
+    row = tl.load(cut_rows_ptr + place)
+    scale = _LOG2_E / tl.load(temperature_ptr + row).to(tl.float32)
+    top_k = tl.load(top_k_ptr + row)
+    top_p = tl.load(top_p_ptr + row)
+    min_p = tl.load(min_p_ptr + row).to(tl.float32)
+    max_ptr += place * num_blocks
+    block_N = tl.arange(0, NP)
+    lowest = tl.cast(-_LARGEST, tl.float32)
+    largest = tl.max(tl.load(max_ptr + block_N, mask=block_N < num_blocks, other=-3.4028234663852886e38), axis=0)
+    group_G = tl.arange(0, GP)
+    present_G = group_G < num_groups
+    max_G = tl.load(group_max_ptr + place * num_groups + group_G, mask=present_G, other=-float("inf"))
+    block_max_G = tl.load(max_ptr + group_G // (num_groups // num_blocks), mask=present_G, other=-3.4028234663852886e38)
+    mass_G = tl.load(group_mass_ptr + place * num_groups + group_G, mask=present_G, other=0.0)
+    mass_G *= tl.exp2((block_max_G - largest) * scale)
+    mass = tl.sum(mass_G, axis=0)
+    low, high = _key_of(lowest, True), _key_of(largest, True) + 1
+    if (top_k > 0) & (top_k < vocab_size):
+        while high - low > 1:
+            middle = (low + high) >> 1
+            enough = tl.sum((max_G >= _value_of(middle, True)).to(tl.int32), axis=0) >= top_k
+            low, high = tl.where(enough, middle, low), tl.where(enough, high, middle)
+    elif top_p < 1.0:
+        # A little less, for what rounding does to sums.
+        negligible = (1.0 - top_p).to(tl.float32) * mass * 0.99
+        while high - low > 1:
+            middle = (low + high) >> 1
+            bound = _value_of(middle, True)
+            below_G = _GROUP * tl.exp2((bound - largest) * scale)
+            below_G = tl.where(max_G < bound, mass_G, tl.minimum(mass_G, below_G))
+            enough = tl.sum(below_G, axis=0) <= negligible
+            low, high = tl.where(enough, middle, low), tl.where(enough, high, middle)
+    else:
+        low = _key_of(tl.maximum(tl.minimum(largest + (tl.log2(min_p) - 0.01) / scale, largest), lowest), True)
+    tl.store(bound_ptr + 2 * place, tl.maximum(_value_of(low, True), lowest))
+    tl.store(bound_ptr + 2 * place + 1, largest)
+    tl.store(mass_ptr + place, mass)
+    tl.store(count_ptr + place, 0)
+
+
+@triton.jit
+def collect_kernel(
+    logits_ptr,
+    stride,
+    vocab_size,
+    cut_rows_ptr,
+    max_ptr,
+    bound_ptr,
+    count_ptr,
+    value_ptr,
+    id_ptr,
+    CANDIDATES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Grid (N, R). Appends what is not below the bound to the row's candidates, as long as they fit; counts all."""
+    block, place = tl.program_id(0), tl.program_id(1)
+    row = tl.load(cut_rows_ptr + place)
+    bound = tl.load(bound_ptr + 2 * place)
+    if tl.load(max_ptr + place * tl.num_programs(0) + block) < bound:
+        return
+    ids, x = _load_block(logits_ptr, row, stride, vocab_size, block, BLOCK)
+    found = (x >= bound) & (ids < vocab_size)
+    count = found.to(tl.int32)
+    first = tl.atomic_add(count_ptr + place, tl.sum(count, axis=0), sem="relaxed")
+    if first < CANDIDATES:
+        at = first + tl.cumsum(count, axis=0) - 1
+        fits = found & (at < CANDIDATES)
+        tl.store(value_ptr + place * CANDIDATES + at, x, mask=fits)
+        tl.store(id_ptr + place * CANDIDATES + at, ids, mask=fits)
+
+
+@triton.jit
+def _search_candidates(x, weights, low, high, goal, BF16: tl.constexpr):
+    """The largest key in [low, high) such that the weights (int64) of what is not below it reach ``goal`` (fp64)."""
+    while high - low > 1:
+        middle = (low + high) >> 1
+        reached = tl.sum(tl.where(x >= _value_of(middle, BF16), weights, 0), axis=0)
+        enough = reached.to(tl.float64) >= goal
+        low, high = tl.where(enough, middle, low), tl.where(enough, high, middle)
+    return low
+
+
+@triton.jit
+def _row_sums(logits_ptr, row, stride, vocab_size, largest, scale, a, b, c, COUNT: tl.constexpr, BLOCK: tl.constexpr):
+    """Counts or masses of a row's logits not below each of three values."""
+    sum_a = tl.zeros((BLOCK,), dtype=tl.float32)
+    sum_b = tl.zeros((BLOCK,), dtype=tl.float32)
+    sum_c = tl.zeros((BLOCK,), dtype=tl.float32)
+    for block in range(tl.cdiv(vocab_size, BLOCK)):
+        ids, x = _load_block(logits_ptr, row, stride, vocab_size, block, BLOCK)
+        weights = (ids < vocab_size).to(tl.float32)
+        if not COUNT:
+            weights *= tl.exp2((x - largest) * scale)
+        sum_a += tl.where(x >= a, weights, 0.0)
+        sum_b += tl.where(x >= b, weights, 0.0)
+        sum_c += tl.where(x >= c, weights, 0.0)
+    return tl.sum(sum_a, axis=0), tl.sum(sum_b, axis=0), tl.sum(sum_c, axis=0)
+
+
+@triton.jit
+def _search_row(
+    logits_ptr,
+    row,
+    stride,
+    vocab_size,
+    largest,
+    scale,
+    low,
+    high,
+    goal,
+    COUNT: tl.constexpr,
+    BF16: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """As ``_search_candidates`` over a whole row, in quarters since each step reads it."""
+    while high - low > 1:
+        width = high - low
+        first, second, third = low + (width >> 2), low + (width >> 1), low + ((3 * width) >> 2)
+        sum_1, sum_2, sum_3 = _row_sums(
+            logits_ptr,
+            row,
+            stride,
+            vocab_size,
+            largest,
+            scale,
+            _value_of(first, BF16),
+            _value_of(second, BF16),
+            _value_of(third, BF16),
+            COUNT,
+            BLOCK,
+        )
+        # ``low`` itself is known to be enough, whatever way its sum is rounded.
+        enough_1 = (first == low) | (sum_1.to(tl.float64) >= goal)
+        enough_2 = enough_1 & (sum_2.to(tl.float64) >= goal)
+        enough_3 = enough_2 & (sum_3.to(tl.float64) >= goal)
+        low = tl.where(enough_3, third, tl.where(enough_2, second, tl.where(enough_1, first, low)))
+        high = tl.where(enough_3, high, tl.where(enough_2, third, tl.where(enough_1, second, first)))
+    return low
+
+
+@triton.jit(do_not_specialize=["step"])
+def finish_kernel(
+    logits_ptr,
+    stride,
+    vocab_size,
+    seed_ptr,
+    index_ptr,
+    step,
+    temperature_ptr,
+    top_k_ptr,
+    top_p_ptr,
+    min_p_ptr,
+    cut_rows_ptr,
+    bound_ptr,
+    mass_ptr,
+    count_ptr,
+    value_ptr,
+    id_ptr,
+    slot_ptr,
+    token_ptr,
+    last_token_ptr,
+    LAST: tl.constexpr,
+    BF16: tl.constexpr,
+    CANDIDATES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Grid (R,). The exact bound of top_k, then of top_p over what is left; the race among what they and min_p keep."""
+    place = tl.program_id(0)
+    row = tl.load(cut_rows_ptr + place)
+    scale = _LOG2_E / tl.load(temperature_ptr + row).to(tl.float32)
+    seed, index = tl.load(seed_ptr + row), tl.load(index_ptr + row) + step
+    top_k = tl.load(top_k_ptr + row)
+    top_p = tl.load(top_p_ptr + row)
+    min_p = tl.load(min_p_ptr + row).to(tl.float32)
+    largest = tl.load(bound_ptr + 2 * place + 1)
+    counted = (top_k > 0) & (top_k < vocab_size)
+    low, high = _key_of(tl.load(bound_ptr + 2 * place), BF16), _key_of(largest, BF16) + 1
+    mass = tl.load(mass_ptr + place).to(tl.float64)
+    count = tl.load(count_ptr + place)
+    if count <= CANDIDATES:
+        lane = tl.arange(0, CANDIDATES)
+        present = lane < count
+        x = tl.load(value_ptr + place * CANDIDATES + lane, mask=present, other=-3.4028234663852886e38)
+        ids = tl.load(id_ptr + place * CANDIDATES + lane, mask=present, other=0)
+        if counted:
+            low = _search_candidates(x, present.to(tl.int64), low, high, top_k.to(tl.float64), BF16)
+        if top_p < 1.0:
+            weights = tl.where(present, tl.exp2((x - largest) * scale) * _FIXED_ONE, 0.0).to(tl.int64)
+            goal = top_p * mass * _FIXED_ONE
+            if counted:
+                goal = top_p * tl.sum(tl.where(x >= _value_of(low, BF16), weights, 0), axis=0).to(tl.float64)
+            low = _search_candidates(x, weights, low, high, goal, BF16)
+        costs, inverse = _costs(ids, x, largest, scale, seed, index)
+        keeps = present & (x >= _value_of(low, BF16)) & (inverse * min_p <= 1.0)
+        costs = tl.where(keeps, costs, _INF)
+        token = tl.min(tl.where(keeps & (costs == tl.min(costs, axis=0)), ids, _BIG_ID), axis=0)
+    else:
+        if counted:
+            goal = top_k.to(tl.float64)
+            low = _search_row(logits_ptr, row, stride, vocab_size, largest, scale, low, high, goal, True, BF16, BLOCK)
+        if top_p < 1.0:
+            goal = top_p * mass
+            if counted:
+                least = _value_of(low, BF16)
+                left, _, _ = _row_sums(
+                    logits_ptr, row, stride, vocab_size, largest, scale, least, least, least, False, BLOCK
+                )
+                goal = top_p * left.to(tl.float64)
+            low = _search_row(logits_ptr, row, stride, vocab_size, largest, scale, low, high, goal, False, BF16, BLOCK)
+        floor = _value_of(low, BF16)
+        best_costs = tl.full((BLOCK,), float("inf"), dtype=tl.float32)
+        best_ids = tl.full((BLOCK,), 0, dtype=tl.int32)
+        for block in range(tl.cdiv(vocab_size, BLOCK)):
+            ids_V, x_V = _load_block(logits_ptr, row, stride, vocab_size, block, BLOCK)
+            costs_V, inverse_V = _costs(ids_V, x_V, largest, scale, seed, index)
+            better = (ids_V < vocab_size) & (x_V >= floor) & (inverse_V * min_p <= 1.0) & (costs_V < best_costs)
+            best_costs = tl.where(better, costs_V, best_costs)
+            best_ids = tl.where(better, ids_V, best_ids)
+        token = tl.min(tl.where(best_costs == tl.min(best_costs, axis=0), best_ids, _BIG_ID), axis=0)
+    _emit(token, row, vocab_size, slot_ptr, token_ptr, last_token_ptr, LAST)

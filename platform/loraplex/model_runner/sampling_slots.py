@@ -126,11 +126,12 @@ class SamplingSlots:
     def sampling_rows(self, slots: npt.NDArray[np.int64], records: Records) -> SamplingRows:
         """On the device, by one copy."""
         drawing = records["temperature"] > 0.0
-        has_k, has_p = drawing & (records["top_k"] > 0), drawing & (records["top_p"] < 1.0)
-        cut = has_k | has_p | (drawing & (records["min_p"] > 0.0))
+        cut = drawing & ((records["top_k"] > 0) | (records["top_p"] < 1.0) | (records["min_p"] > 0.0))
         cut_rows = np.flatnonzero(cut)
-        host = torch.empty((_NUM_COLUMNS, len(slots)), dtype=torch.int64, pin_memory=self._device.type == "cuda")
-        ints, floats = host.numpy(), host.view(torch.float64).numpy()
+        # Columns of even length start at multiples of 16 bytes: Triton builds a kernel anew for another alignment.
+        width = len(slots) + len(slots) % 2
+        host = torch.empty((_NUM_COLUMNS, width), dtype=torch.int64, pin_memory=self._device.type == "cuda")
+        ints, floats = (view.numpy()[:, : len(slots)] for view in (host, host.view(torch.float64)))
         ints[0] = slots
         ints[1, : len(cut_rows)] = cut_rows
         ints[2] = np.where(cut, np.cumsum(cut) - 1, -1)
@@ -138,8 +139,8 @@ class SamplingSlots:
             ints[column] = records[name]
         for column, name in enumerate(_FLOAT_COLUMNS, 3 + len(_INT_COLUMNS)):
             floats[column] = records[name]
-        device = host.to(self._device, non_blocking=True)
-        device_floats = device.view(torch.float64)
+        on_device = host.to(self._device, non_blocking=True)
+        device, device_floats = (view[:, : len(slots)] for view in (on_device, on_device.view(torch.float64)))
         return SamplingRows(
             slot=device[0],
             cut_rows=device[1, : len(cut_rows)],
@@ -151,8 +152,6 @@ class SamplingSlots:
             top_p=device_floats[7],
             min_p=device_floats[8],
             num_drawing=int(drawing.sum()),
-            has_bound=bool((has_k | has_p).any()),
-            has_both=bool((has_k & has_p).any()),
         )
 
     def vector(self, values: Sequence[float] | npt.NDArray[np.generic], dtype: torch.dtype) -> torch.Tensor:

@@ -9,14 +9,16 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from loraplex_kernels.gpu import sampling_kernels as kernels
 from loraplex_kernels.gpu.sampling import SamplingBlocks, TokenDrawer
-from loraplex_kernels.gpu.sampling_kernels import uniforms
 from loraplex_kernels.noise import exponentials, row_keys
 from loraplex_kernels.sampling import SamplingRows, draw_tokens
 
 VOCAB = 199
 BLOCK = 128
-BLOCKS = SamplingBlocks(block=BLOCK, num_warps=4)
+FEW = SamplingBlocks(block=BLOCK, num_warps=4, candidates=16)
+"""Rows with a cut come with more candidates, and are searched whole."""
+BLOCKS = SamplingBlocks(block=BLOCK, num_warps=4, candidates=256)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,8 +51,6 @@ def sampling_rows(rows: Sequence[Row], device: torch.device) -> SamplingRows:
         cut_rows=column(cut),
         cut_place=column([cut.index(i) if i in cut else -1 for i in range(len(rows))]),
         num_drawing=sum(row.temperature > 0 for row in rows),
-        has_bound=any(row.cut and (row.top_k > 0 or row.top_p < 1.0) for row in rows),
-        has_both=any(row.cut and row.top_k > 0 and row.top_p < 1.0 for row in rows),
     )
 
 
@@ -88,18 +88,22 @@ def random_logits(num_rows: int, vocab_size: int, dtype: torch.dtype, device: to
 
 
 @triton.jit
-def _store_uniforms(out_ptr, seed_ptr, index_ptr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _store_noise(uniform_ptr, exponential_ptr, seed_ptr, index_ptr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     ids = tl.arange(0, BLOCK)
-    tl.store(out_ptr + ids, uniforms(ids, tl.load(seed_ptr), tl.load(index_ptr)))
+    uniform = kernels.uniforms(ids, tl.load(seed_ptr), tl.load(index_ptr))
+    tl.store(uniform_ptr + ids, uniform)
+    tl.store(exponential_ptr + ids, kernels.exponentials(uniform))
 
 
 @pytest.mark.parametrize(("seed", "index"), [(0, 0), (1, 7), (123456789012345678, 4095), (2**63 - 1, 2**31)])
-def test_uniforms_are_those_of_the_twin_bit_for_bit(seed: int, index: int, device: torch.device) -> None:
-    uniform = torch.full((4096,), torch.nan, device=device)
+def test_noise_is_that_of_the_twin(seed: int, index: int, device: torch.device) -> None:
+    """The uniform numbers bit for bit, the exponential ones within their rounding."""
+    uniform, exponential = (torch.full((65536,), torch.nan, device=device) for _ in range(2))
     seed_1, index_1 = (torch.tensor([value], device=device) for value in (seed, index))
-    _store_uniforms[(1,)](uniform, seed_1, index_1, BLOCK=4096)
-    expected = exponentials(row_keys(seed_1.cpu(), index_1.cpu()), 4096)[0]
+    _store_noise[(1,)](uniform, exponential, seed_1, index_1, BLOCK=65536)
+    expected = exponentials(row_keys(seed_1.cpu(), index_1.cpu()), 65536)[0]
     assert torch.equal(-torch.log1p(-uniform.cpu()), expected)
+    assert float((exponential.cpu() / expected - 1.0).abs().max()) < 4e-7
 
 
 PLAIN = [Row(temperature=t, seed=s) for s, t in enumerate([0.0, 1.0, 0.3, 0.0, 2.0, 1e-4])]
@@ -127,18 +131,22 @@ EDGES = [
 
 
 @pytest.mark.parametrize("rows", [PLAIN, CUTS, EDGES, [PLAIN[0], *CUTS[:3], PLAIN[1]], PLAIN[:1]], ids=lambda r: len(r))
-def test_tokens_are_those_of_the_reference(rows: list[Row], dtype: torch.dtype, device: torch.device) -> None:
-    drawer = TokenDrawer(VOCAB, device, max_rows=2, blocks=BLOCKS)
-    check(drawer, random_logits(len(rows), VOCAB, dtype, device), rows, steps=[0, 5] if device.type == "cuda" else [5])
+@pytest.mark.parametrize("blocks", [BLOCKS, FEW], ids=["all candidates fit", "few fit"])
+def test_tokens_are_those_of_the_reference(
+    rows: list[Row], blocks: SamplingBlocks, dtype: torch.dtype, device: torch.device
+) -> None:
+    drawer = TokenDrawer(VOCAB, device, max_rows=2, blocks=blocks)
+    check(drawer, random_logits(len(rows), VOCAB, dtype, device), rows, steps=[0, 5])
 
 
-def test_negative_and_all_but_equal_logits(dtype: torch.dtype, device: torch.device) -> None:
+@pytest.mark.parametrize("blocks", [BLOCKS, FEW], ids=["all candidates fit", "few fit"])
+def test_negative_and_all_but_equal_logits(blocks: SamplingBlocks, dtype: torch.dtype, device: torch.device) -> None:
     """The search crosses zero and the longest brackets."""
     rows = [Row(top_p=0.6, seed=1), Row(top_k=90, seed=2), Row(top_k=120, top_p=0.5, seed=3), Row(top_p=0.9, seed=4)]
     logits_BV = random_logits(4, VOCAB, torch.float32, device) * torch.tensor([[1e-3], [1e-3], [1.0], [1.0]]).to(device)
     logits_BV[2:] -= 40.0
     logits_BV[3] *= 1e-2
-    check(TokenDrawer(VOCAB, device, blocks=BLOCKS), logits_BV.to(dtype), rows, steps=[0])
+    check(TokenDrawer(VOCAB, device, blocks=blocks), logits_BV.to(dtype), rows, steps=[0])
 
 
 def test_equal_tokens_stay_or_go_together(dtype: torch.dtype, device: torch.device) -> None:
