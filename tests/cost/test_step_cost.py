@@ -12,6 +12,7 @@ COEFFICIENTS = StepCoefficients(
     prefill_s=1e-3,
     lora_s=2e-4,
     row_s=1e-6,
+    prefill_row_s=3e-5,
     pair_s=1e-9,
     kv_token_s=4e-8,
     adapter_s=2e-6,
@@ -38,7 +39,7 @@ def test_by_hand() -> None:
     assert COEFFICIENTS.seconds(decode).tolist() == [pytest.approx(expected)]
     prefill = StepComposition.of(prefill_rows=1, prefill_tokens=1000, prefill_pairs=1000 * 1001 / 2, kv_tokens=1000)
     curve = 160 * 1e-6 + (512 - 160) * 3e-5 + (1000 - 512) * 2.5e-5
-    expected = 5e-3 + 1e-3 + 1e-6 + 500_500 * 1e-9 + 1000 * 4e-8 + curve
+    expected = 5e-3 + 1e-3 + 1e-6 + 3e-5 + 500_500 * 1e-9 + 1000 * 4e-8 + curve
     assert COEFFICIENTS.seconds(prefill).tolist() == [pytest.approx(expected)]
 
 

@@ -42,7 +42,14 @@ class Ceilings:
 
 
 def _from_datasheet(
-    name: str, *, bytes_per_s: float, flops_per_s: float, host: float, gib: int, link: float
+    name: str,
+    *,
+    bytes_per_s: float,
+    flops_per_s: float,
+    host: float,
+    gib: int,
+    link: float,
+    collective_s: float = 12e-6,
 ) -> Ceilings:
     """The shares of the datasheet that the H100 was measured to reach: 0.90 of the bandwidth, 0.71 of the dense bf16
     FLOP/s at 8192 rows and 0.525 at 256."""
@@ -55,7 +62,7 @@ def _from_datasheet(
         host_bytes_per_s=host,
         memory_bytes=gib << 30,
         link_bytes_per_s=link,
-        collective_s=12e-6,
+        collective_s=collective_s,
     )
 
 
@@ -78,6 +85,10 @@ _CEILINGS: Mapping[str, Ceilings] = {
         _from_datasheet("h200-141gb", bytes_per_s=4.8e12, flops_per_s=989e12, host=54e9, gib=141, link=360e9),
         _from_datasheet("a100-80gb", bytes_per_s=2.04e12, flops_per_s=312e12, host=25e9, gib=80, link=240e9),
         _from_datasheet("l40s-48gb", bytes_per_s=0.864e12, flops_per_s=362e12, host=25e9, gib=48, link=20e9),
+        # Without peer access each all-reduce passes through host memory: a GPU for which tp does not pay.
+        _from_datasheet(
+            "h100-pcie", bytes_per_s=2.0e12, flops_per_s=756e12, host=25e9, gib=80, link=6e9, collective_s=100e-6
+        ),
     )
 }
 _DEVICE_NAMES = (

@@ -17,6 +17,10 @@ PAGE_TOKENS = 16
 """Tokens of KV in a page, as executors have it unless told otherwise."""
 
 
+DEFAULT_MEMORY_FRACTION = 0.9
+"""Share of a GPU's memory that weights, activations and arena may take together, as executors have it."""
+
+
 class MemoryModel(msgspec.Struct, frozen=True, kw_only=True):
     """One base on the GPU of the group that runs out first."""
 
@@ -68,7 +72,7 @@ def memory_model(
     *,
     gpu_bytes: int,
     itemsize: int = 2,
-    memory_fraction: float = 0.9,
+    memory_fraction: float = DEFAULT_MEMORY_FRACTION,
     max_step_tokens: int = 8192,
     max_rows: int = 256,
 ) -> MemoryModel:

@@ -17,7 +17,7 @@ from loraplex.core.ids import BaseModelId
 from loraplex.core.model import LORA_MODULES, ModelSpec
 from loraplex.core.plan import Shape
 from loraplex.cost.loads import LoadRates, Tier
-from loraplex.cost.memory import MemoryModel, memory_model, whole_adapter_bytes
+from loraplex.cost.memory import DEFAULT_MEMORY_FRACTION, MemoryModel, memory_model, whole_adapter_bytes
 from loraplex.cost.step_cost import StepCost
 
 _SUFFIXES = (".json", ".yaml", ".yml")
@@ -162,7 +162,7 @@ class CostProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         gpu: str,
         shape: Shape,
         *,
-        memory_fraction: float = 0.9,
+        memory_fraction: float = DEFAULT_MEMORY_FRACTION,
         max_step_tokens: int = 8192,
         max_rows: int = 256,
     ) -> MemoryModel:

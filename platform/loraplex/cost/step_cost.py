@@ -120,7 +120,7 @@ class StepComposition:
         return cls(**{f.name: np.concatenate([getattr(part, f.name) for part in several]) for f in fields(cls)})
 
 
-NUM_SCALARS = 9
+NUM_SCALARS = 10
 """Coefficients before the knots in ``StepCoefficients.array``, in the order of its fields."""
 
 
@@ -134,6 +134,8 @@ class StepCoefficients(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     """Once in a step with an adapter."""
     row_s: float = 0.0
     """Per row of either kind: logits, sampling, book-keeping."""
+    prefill_row_s: float = 0.0
+    """More per prefill row: attention apart from its pairs, the keys of its pages."""
     pair_s: float = 0.0
     kv_token_s: float = 0.0
     adapter_s: float = 0.0
@@ -190,6 +192,7 @@ def features(steps: StepComposition, token_knots: tuple[float, ...]) -> FloatArr
         (steps.prefill_rows > 0).astype(np.float64),
         (steps.lora_tokens > 0).astype(np.float64),
         steps.prefill_rows + steps.decode_rows,
+        steps.prefill_rows,
         steps.prefill_pairs,
         steps.kv_tokens,
         steps.num_adapters,
@@ -214,13 +217,14 @@ def step_seconds(
     """``StepCoefficients.seconds`` of one step, from ``StepCoefficients.array``; scalars only, so that numba compiles
     it: ``numba.njit(step_seconds, inline="always")``."""
     tokens = prefill_tokens + decode_rows
-    seconds: float = coefficients[0] + coefficients[3] * (prefill_rows + decode_rows)
+    seconds: float = coefficients[0]
     if prefill_rows > 0.0:
         seconds += coefficients[1]
     if lora_tokens > 0.0:
         seconds += coefficients[2]
-    seconds += coefficients[4] * prefill_pairs + coefficients[5] * kv_tokens
-    seconds += coefficients[6] * num_adapters + coefficients[7] * adapter_bytes + coefficients[8] * lora_tokens
+    seconds += coefficients[3] * (prefill_rows + decode_rows) + coefficients[4] * prefill_rows
+    seconds += coefficients[5] * prefill_pairs + coefficients[6] * kv_tokens
+    seconds += coefficients[7] * num_adapters + coefficients[8] * adapter_bytes + coefficients[9] * lora_tokens
     num_knots = (coefficients.shape[0] - NUM_SCALARS) // 2
     for index in range(num_knots):
         start = coefficients[NUM_SCALARS + index]

@@ -54,6 +54,15 @@ _CONFIGS: Mapping[str, Mapping[str, Any]] = {
         "num_key_value_heads": 8,
         "rope_parameters": _LLAMA31_ROPE,
     },
+    "llama3-70b": {
+        **_LLAMA3,
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "rope_parameters": _LLAMA31_ROPE,
+    },
     "llama3-1b": {
         **_LLAMA3,
         "hidden_size": 2048,
