@@ -1,5 +1,5 @@
 """``loraplex_kernels.sampling`` in Triton: no sort, no read-back; two launches for the rows without a cut, which read
-the logits once, and four for those with one, which read them twice (see ``sampling_kernels``).
+the logits once, and four for those with one, which read them twice (see ``sampling_cut_kernels``).
 
 Called by the sampler of the model runner.
 Shape legend: B rows, R of them with a cut, V vocabulary, N blocks of a row, C candidates at most.
@@ -10,15 +10,14 @@ from dataclasses import dataclass
 import torch
 import triton
 
-from loraplex_kernels.gpu.sampling_kernels import (
+from loraplex_kernels.gpu.sampling_cut_kernels import (
     GROUP,
     bound_kernel,
     collect_kernel,
     finish_kernel,
-    pick_kernel,
-    race_kernel,
     stats_kernel,
 )
+from loraplex_kernels.gpu.sampling_kernels import pick_kernel, race_kernel
 from loraplex_kernels.sampling import SamplingRows
 
 
