@@ -5,6 +5,7 @@ Costs two clock reads a step while it runs. Called by ``session``.
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import msgspec
 import numpy as np
@@ -17,7 +18,8 @@ from loraplex.core.request import RequestOutput
 from loraplex.core.step import ArenaSpec, StepPlan, StepResult
 from loraplex.cost.ceilings import Ceilings, FloatArray
 from loraplex.cost.roofline import HIDDEN_PARTS, RooflineCost, roofline
-from loraplex.cost.work import AdapterWork, StepWork, step_work
+from loraplex.cost.step_cost import StepComposition
+from loraplex.cost.work import AdapterWork, IntArray, StepWork, step_work
 from loraplex.engine import Engine, EngineConfig
 from loraplex.engine.instructions import Instructions
 
@@ -52,6 +54,17 @@ class EtaReport(msgspec.Struct, frozen=True, kw_only=True):
     """Steps in which every row decodes one token; None without one."""
     prefill: PhaseEta | None
     """All others."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Rows:
+    """All rows of the recorded steps, (B,) each, as ``cost.work.step_work`` takes them."""
+
+    step: IntArray
+    start: IntArray
+    num_tokens: IntArray
+    samples: BoolArray
+    adapter: IntArray
 
 
 class RecordingEngine(Engine):
@@ -95,23 +108,46 @@ class RecordingEngine(Engine):
 
     def work(self, manifests: Sequence[AdapterManifest]) -> StepWork:
         """Of the recorded steps; ``manifests`` holds every adapter that they used."""
-        model = self._spec
+        by_blocks = {manifest.blocks: AdapterWork.of_blocks(manifest.blocks, self._spec) for manifest in manifests}
+        rows = self._rows(manifests)
+        return step_work(
+            self._spec,
+            step=rows.step,
+            start=rows.start,
+            num_tokens=rows.num_tokens,
+            samples=rows.samples,
+            adapter=rows.adapter,
+            sizes=[by_blocks[manifest.blocks] for manifest in manifests],
+            num_steps=len(self._steps),
+        )
+
+    def composition(self, manifests: Sequence[AdapterManifest]) -> StepComposition:
+        """Of the recorded steps; ``manifests`` holds every adapter that they used."""
+        by_blocks = {manifest.blocks: AdapterWork.of_blocks(manifest.blocks, self._spec) for manifest in manifests}
+        rows = self._rows(manifests)
+        return StepComposition.of_rows(
+            self._spec,
+            step=rows.step,
+            start=rows.start,
+            num_tokens=rows.num_tokens,
+            adapter=rows.adapter,
+            adapter_bytes=self._itemsize * np.array([by_blocks[m.blocks].elements[0] for m in manifests], dtype=float),
+            num_steps=len(self._steps),
+        )
+
+    def _rows(self, manifests: Sequence[AdapterManifest]) -> "_Rows":
         number = {manifest.digest: index for index, manifest in enumerate(manifests)}
-        by_blocks = {manifest.blocks: AdapterWork.of_blocks(manifest.blocks, model) for manifest in manifests}
         rows = [(step, row) for step, (plan, _) in enumerate(self._steps) for row in plan.rows]
 
         def index(digest: Digest | None) -> int:
             return -1 if digest is None else number[digest]
 
-        return step_work(
-            model,
+        return _Rows(
             step=np.array([step for step, _ in rows], dtype=np.int64),
             start=np.array([row.start for _, row in rows], dtype=np.int64),
             num_tokens=np.array([len(row.token_ids) for _, row in rows], dtype=np.int64),
             samples=np.array([row.samples for _, row in rows], dtype=bool),
             adapter=np.array([index(row.adapter) for _, row in rows], dtype=np.int64),
-            sizes=[by_blocks[manifest.blocks] for manifest in manifests],
-            num_steps=len(self._steps),
         )
 
     def eta(self, manifests: Sequence[AdapterManifest], ceilings: Ceilings) -> EtaReport:

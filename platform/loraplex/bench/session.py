@@ -79,6 +79,12 @@ class BenchSession:
         assert self._engine is not None, "no engine is open"
         return self._engine
 
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a weight, of KV and of an adapter's element."""
+        arena = self.executor.arena
+        return arena.page_bytes // (arena.page_size * self.executor.model.kv_elements_per_token)
+
     def run(self, load: EngineLoad) -> LoadResult:
         """Warms up, runs the load, returns the figures. Raises BadConfig, InvalidInput; LoraplexError itself when a
         request ends with an error."""
@@ -250,13 +256,11 @@ class BenchSession:
 
     def _device_ceilings(self) -> Ceilings:
         name = _device_name(self.setup.device)
-        model, arena = self.executor.model, self.executor.arena
-        itemsize = arena.page_bytes // (arena.page_size * model.kv_elements_per_token)
-        known = ceilings_of_device(name) if itemsize == 2 else None
+        known = ceilings_of_device(name) if self.itemsize == 2 else None
         return known or measure_ceilings(
             name,
             torch.device(self.setup.device),
-            {4: torch.float32, 2: torch.bfloat16}[itemsize],
+            {4: torch.float32, 2: torch.bfloat16}[self.itemsize],
         )
 
 

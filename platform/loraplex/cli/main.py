@@ -22,6 +22,7 @@ class Root(LazyGroup):
             "Score recorded AlpaServe placements with our simulator.",
         ),
         "bench": ("loraplex.cli.bench:app", "Measure the engine alone or a running server."),
+        "profile": ("loraplex.cli.profile:profile_command", "Measure what a step costs, as a profile for the planner."),
     }
 
 

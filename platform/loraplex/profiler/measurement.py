@@ -1,0 +1,70 @@
+"""Step timings as values, and the profile that follows from them. A measurement can be kept as a file and fitted again
+without the device. Pure. Made by ``measure``.
+"""
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Self
+
+import msgspec
+import numpy as np
+
+from loraplex.core.errors import BadConfig
+from loraplex.core.plan import Shape
+from loraplex.cost.ceilings import FloatArray
+from loraplex.cost.profile import BaseProfile, CostProfile, GpuProfile, StepProfile
+from loraplex.cost.step_cost import StepComposition, StepCost
+from loraplex.profiler.fit import fit_coefficients, held_out_error
+
+
+class Samples(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """S steps."""
+
+    composition: dict[str, list[float]]
+    """Field of ``StepComposition`` -> S values."""
+    seconds: list[float]
+
+    @classmethod
+    def of(cls, steps: StepComposition, seconds: FloatArray) -> Self:
+        columns = {field.name: getattr(steps, field.name).tolist() for field in fields(StepComposition)}
+        return cls(composition=columns, seconds=seconds.tolist())
+
+    def arrays(self) -> tuple[StepComposition, FloatArray]:
+        steps = StepComposition(**{name: np.array(values) for name, values in self.composition.items()})
+        return steps, np.array(self.seconds)
+
+
+class Measurement(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Of one base on one device in one shape."""
+
+    base: BaseProfile
+    gpu: GpuProfile
+    shape: Shape
+    note: str
+    fitted: Samples
+    held_out: Samples
+    """Of loads that are not among the fitted ones."""
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """BadConfig naming file and key."""
+        try:
+            return msgspec.json.decode(path.read_bytes(), type=cls)
+        except OSError as error:
+            raise BadConfig(f"{path}: cannot be read: {error.strerror}") from error
+        except msgspec.DecodeError as error:
+            raise BadConfig(f"{path}: not a measurement: {error}") from error
+
+    def profile(self) -> CostProfile:
+        """Fits the one set of steps, judges by the other. BadConfig when there are too few steps."""
+        coefficients = fit_coefficients(*self.fitted.arrays())
+        step = StepProfile(
+            base=self.base.name,
+            gpu=self.gpu.name,
+            shape=self.shape,
+            source="measured",
+            note=self.note,
+            cost=StepCost(interval=coefficients, latency=coefficients),
+            held_out=held_out_error(coefficients, *self.held_out.arrays()),
+        )
+        return CostProfile(gpus=(self.gpu,), bases=(self.base,), steps=(step,))

@@ -1,0 +1,103 @@
+"""The fit finds coefficients that are known, and is not led astray."""
+
+import numpy as np
+import pytest
+from loraplex.core.errors import BadConfig
+from loraplex.cost.ceilings import FloatArray
+from loraplex.cost.step_cost import StepCoefficients, StepComposition
+from loraplex.profiler.fit import TOKEN_KNOTS, fit_coefficients, held_out_error
+
+TRUE = StepCoefficients(
+    fixed_s=5.5e-3,
+    prefill_s=1.5e-3,
+    lora_s=3e-4,
+    row_s=4e-6,
+    prefill_row_s=5e-5,
+    pair_s=1e-9,
+    kv_token_s=4.5e-8,
+    adapter_s=5e-6,
+    adapter_byte_s=3.5e-13,
+    lora_token_s=1.5e-6,
+    token_knots=TOKEN_KNOTS,
+    token_slopes=(0.0, 0.0, 0.0, 2e-5, 3e-5, 2.8e-5, 2.6e-5, 2.5e-5),
+)
+
+
+def _steps(count: int, seed: int) -> StepComposition:
+    """Decode steps, with and without adapters, and every second one with prefill chunks."""
+    random = np.random.default_rng(seed)
+    decode = random.integers(1, 257, size=count).astype(float)
+    chunks = random.integers(1, 9, size=count) * (random.random(count) < 0.5)
+    chunk_tokens = random.integers(16, 400, size=count)
+    start = random.integers(0, 1000, size=count)
+    adapters = np.minimum(random.integers(0, 65, size=count) * (random.random(count) < 0.7), decode)
+    ranks = random.choice([8, 16, 32, 64], size=count)
+    tokens = chunks * chunk_tokens
+    return StepComposition.of(
+        prefill_rows=chunks,
+        prefill_tokens=tokens,
+        prefill_pairs=tokens * (start + chunk_tokens / 2),
+        decode_rows=decode,
+        kv_tokens=decode * random.integers(16, 2000, size=count) + chunks * (start + chunk_tokens),
+        num_adapters=adapters,
+        adapter_bytes=adapters * ranks * 5.2e6,
+        lora_tokens=np.where(adapters > 0, np.maximum(adapters, decode // 2), 0),
+    )
+
+
+def _noisy(steps: StepComposition, seed: int) -> FloatArray:
+    random = np.random.default_rng(seed)
+    return TRUE.seconds(steps) * np.exp(random.normal(0.0, 0.02, size=len(steps)))
+
+
+def test_exact_timings_give_the_coefficients_back() -> None:
+    steps = _steps(600, 0)
+    found = fit_coefficients(steps, TRUE.seconds(steps))
+    np.testing.assert_allclose(found.array(), TRUE.array(), rtol=1e-3, atol=1e-12)
+
+
+def test_noise_is_averaged_out() -> None:
+    steps, unseen = _steps(2000, 1), _steps(500, 2)
+    found = fit_coefficients(steps, _noisy(steps, 3))
+    error = held_out_error(found, unseen, TRUE.seconds(unseen))
+    assert error.steps == 500
+    assert error.median < 0.003
+    assert error.p90 < 0.01
+    assert error.total < 0.003
+
+
+def test_stray_steps_move_little() -> None:
+    """One step in fifty takes ten times as long as it should."""
+    steps, unseen = _steps(2000, 4), _steps(500, 5)
+    seconds = _noisy(steps, 6)
+    seconds[::50] *= 10.0
+    error = held_out_error(fit_coefficients(steps, seconds), unseen, TRUE.seconds(unseen))
+    assert error.median < 0.02
+    assert error.total < 0.02
+
+
+def test_nothing_is_negative_where_time_falls_with_size() -> None:
+    steps = _steps(300, 7)
+    found = fit_coefficients(steps, 1e-2 / (1.0 + steps.kv_tokens))
+    found.check("fit")
+    assert found.kv_token_s == 0.0
+
+
+def test_what_never_happened_costs_nothing() -> None:
+    steps = StepComposition.of(decode_rows=np.arange(1.0, 60.0), kv_tokens=100.0 * np.arange(1.0, 60.0) ** 1.5)
+    found = fit_coefficients(steps, TRUE.seconds(steps))
+    assert found.adapter_byte_s == found.prefill_s == found.pair_s == 0.0
+    assert found.token_knots == (0.0, 16.0)
+    assert held_out_error(found, steps, TRUE.seconds(steps)).p90 < 1e-6
+
+
+def test_too_few_steps() -> None:
+    steps = _steps(5, 8)
+    with pytest.raises(BadConfig, match="5 steps are too few"):
+        fit_coefficients(steps, TRUE.seconds(steps))
+
+
+def test_held_out_error_by_hand() -> None:
+    steps = StepComposition.of(decode_rows=[1.0, 1.0, 1.0])
+    error = held_out_error(StepCoefficients(fixed_s=1.0), steps, np.array([1.0, 2.0, 0.8]))
+    assert (error.median, error.total) == (pytest.approx(0.25), pytest.approx(0.8 / 3.8))

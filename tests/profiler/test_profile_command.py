@@ -1,0 +1,113 @@
+"""``loraplex profile`` on a tiny model: the real engine's steps become a profile that loads again."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from loraplex.cli.profile import profile_command
+from loraplex.core.errors import BadConfig
+from loraplex.core.plan import Shape
+from loraplex.cost.profile import CostProfile
+from loraplex.cost.step_cost import StepComposition
+from loraplex.profiler.measurement import Measurement
+from typer import Typer
+from typer.testing import CliRunner
+
+APP = Typer()
+APP.command()(profile_command)
+NUM_PAGES = 800
+MEASURE = [
+    *("--model", "random:tiny-llama", "--threads", "1", "--num-pages", str(NUM_PAGES), "--adapters", "3"),
+    *("--max-running", "4", "--max-step-tokens", "64", "--max-request-tokens", "96"),
+]
+
+
+def _run(*arguments: str) -> str:
+    result = CliRunner().invoke(APP, list(arguments), catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """(profile, samples) of one measurement."""
+    folder = tmp_path_factory.mktemp("profile")
+    out, samples = folder / "p.json", folder / "samples.json"
+    shown = _run(*MEASURE, "--out", str(out), "--samples", str(samples))
+    assert "tiny-llama" in shown
+    assert "measured" in shown
+    assert "(held out)" in shown
+    return out, samples
+
+
+def test_a_measured_profile(files: tuple[Path, Path]) -> None:
+    profile = CostProfile.load(files[0])
+    (step,) = profile.steps
+    assert (step.base, step.gpu, step.shape, step.source) == ("tiny-llama", "cpu", Shape(), "measured")
+    assert step.held_out is not None
+    assert step.held_out.steps > 50
+    assert 0.0 < step.held_out.median <= step.held_out.p90
+    assert profile.gpu("cpu").source == "measured"
+    # As many pages as the executor had.
+    assert profile.memory("tiny-llama", "cpu", Shape()).num_pages == pytest.approx(NUM_PAGES, abs=1)
+    decode = StepComposition.of(decode_rows=[1, 4], kv_tokens=[50, 200])
+    one, four = step.cost.latency_s(decode)
+    assert 0 < one <= four
+
+
+def test_samples_are_the_engine_s_own_steps(files: tuple[Path, Path]) -> None:
+    measurement = Measurement.load(files[1])
+    for samples in (measurement.fitted, measurement.held_out):
+        steps, seconds = samples.arrays()
+        assert len(steps) == len(seconds)
+        assert np.all(seconds > 0)
+        tokens, rows = steps.prefill_tokens + steps.decode_rows, steps.prefill_rows + steps.decode_rows
+        assert rows.min() >= 1
+        assert rows.max() == 4
+        assert 16 < tokens.max() <= 64
+        # A row reads itself at least.
+        assert np.all(steps.kv_tokens >= tokens)
+        assert np.all((steps.num_adapters > 0) == (steps.lora_tokens > 0))
+        assert np.all((steps.num_adapters > 0) == (steps.adapter_bytes > 0))
+    fitted, _ = measurement.fitted.arrays()
+    assert fitted.num_adapters.max() == 3
+    assert fitted.num_adapters.min() == 0
+
+
+def test_samples_can_be_fitted_again(files: tuple[Path, Path], tmp_path: Path) -> None:
+    again = tmp_path / "again.json"
+    _run("--fit", str(files[1]), "--out", str(again))
+    assert again.read_bytes() == files[0].read_bytes()
+
+
+def test_json(files: tuple[Path, Path], tmp_path: Path) -> None:
+    shown = json.loads(_run("--fit", str(files[1]), "--out", str(tmp_path / "p.json"), "--json"))
+    assert shown["steps"][0]["held_out"]["steps"] > 50
+
+
+def test_analytic(tmp_path: Path) -> None:
+    out = tmp_path / "p.json"
+    shown = _run("--analytic", "a100-80gb", "--model", "random:llama3-8b", "--shapes", "1x1,2x2", "--out", str(out))
+    assert "2x2" in shown
+    profile = CostProfile.load(out)
+    assert profile.shapes("llama3-8b", "a100-80gb") == (Shape(), Shape(tp=2, pp=2))
+    assert all(step.held_out is None for step in profile.steps)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--out", "x.json"], "give one --model"),
+        (["--out", "x.json", "--analytic", "h100-80gb"], "give --model at least once"),
+        (["--out", "x.json", "--analytic", "h101", "--model", "random:llama3-8b"], "'h101' has no known ceilings"),
+        (["--out", "x.json", "--analytic", "h100-80gb", "--model", "random:llama3-8b", "--shapes", "2"], "'2' is not"),
+        (["--out", "x.json", "--fit", "absent.json"], r"absent\.json: cannot be read"),
+        ([*MEASURE, "--out", "x.json", "--budget-s", "0"], "budget ended"),
+    ],
+)
+def test_wrong_arguments(arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(BadConfig, match=message):
+        CliRunner().invoke(APP, arguments, catch_exceptions=False)
+    assert not (tmp_path / "x.json").exists()
