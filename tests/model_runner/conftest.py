@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,7 @@ class Driver:
         device: torch.device = CPU,
         kernels: bool = False,
         max_rows: int = 64,
+        cuda_graphs: bool = False,
         dtype: torch.dtype = torch.float32,
     ) -> None:
         """``kernels``: the Triton kernels instead of plain torch; on the CPU under the interpreter."""
@@ -117,7 +119,7 @@ class Driver:
         if kernels:
             from loraplex.model_runner.gpu.executor import GpuExecutor
 
-            make = GpuExecutor
+            make = partial(GpuExecutor, cuda_graphs=cuda_graphs)
         self.executor = make(spec, weights, self.arena, self.sampler, max_rows=max_rows, max_step_tokens=1024)
         self._free = torch.randperm(num_pages).tolist()
         self._slots = 0

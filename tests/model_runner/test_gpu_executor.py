@@ -32,7 +32,7 @@ def test_mixed_batches_equal_transformers(
 ) -> None:
     base = make_base(family, num_hidden_layers=2)
     adapters = {name: add_adapter(base, name, **options) for name, options in ADAPTERS.items()}
-    driver = make_driver(base.directory, page_size=16, device=DEVICE, kernels=True)
+    driver = make_driver(base.directory, page_size=16, device=DEVICE, kernels=True, cuda_graphs=CUDA)
     for adapter in adapters.values():
         driver.load(adapter.manifest, adapter.path)
     names = [None, *(adapter.manifest.digest for adapter in adapters.values())]
@@ -45,9 +45,26 @@ def test_mixed_batches_equal_transformers(
 def test_base_only_decode_after_warm_up(make_base: Any, add_adapter: Any, make_driver: Any, check: Any) -> None:
     base = make_base("llama", num_hidden_layers=1)
     add_adapter(base, "unused", **ADAPTERS["attention"])
-    driver = make_driver(base.directory, page_size=16, device=DEVICE, kernels=True, max_rows=4)
-    driver.executor.warm_up()
+    driver = make_driver(base.directory, page_size=16, device=DEVICE, kernels=True, max_rows=4, cuda_graphs=CUDA)
+    if CUDA:
+        driver.executor.warm_up()
     requests = [driver.open(prompt(6, seed)) for seed in range(3)]
     driver.run(requests, num_tokens=3)
+    for request in requests:
+        check(base, driver, request)
+
+
+@pytest.mark.parametrize("num_several", [1, 2])
+def test_steps_padded_for_graphs_equal_transformers(
+    num_several: int, make_base: Any, add_adapter: Any, make_driver: Any, check: Any
+) -> None:
+    base = make_base("llama", num_hidden_layers=1, hidden_size=32, intermediate_size=64, num_attention_heads=2)
+    adapter = add_adapter(base, "attention", **ADAPTERS["attention"])
+    driver = make_driver(base.directory, page_size=16, device=DEVICE, kernels=True, max_rows=4, cuda_graphs=True)
+    driver.load(adapter.manifest, adapter.path)
+    names = [adapter.manifest.digest, None]
+    requests = [driver.open(prompt(9 + index, index), names[index % 2]) for index in range(3)]
+    driver.run(requests[num_several:], num_tokens=1)
+    driver.run(requests, num_tokens=2)
     for request in requests:
         check(base, driver, request)

@@ -99,6 +99,7 @@ class GpuAdapters:
                     event = torch.cuda.Event()  # type: ignore[no-untyped-call]
                     event.record(self._stream)
                     resident.arrivals.append(Arrival(first_layer, event))
+            staged.run.copied_when(resident.arrivals[-1].event)
         self._resident[digest] = resident
 
     def drop(self, digest: Digest) -> None:

@@ -1,21 +1,55 @@
-"""Sizes for which decode graphs exist: a step runs in the smallest that holds it. Pure; called by ``inputs``."""
+"""Sizes for which graphs exist: a step runs in the smallest that holds it. Pure; called by ``inputs``, ``host_step``.
+
+A padded row or token takes part in the GEMMs and in nothing else; a dead tile is one program that returns at once.
+"""
 
 from bisect import bisect_left
 from collections.abc import Sequence
+from dataclasses import dataclass
+
+MIXED_TOKENS = (*range(64, 513, 64), *range(640, 1025, 128), *range(1280, 2049, 256))
+"""Larger steps run eagerly: the device takes longer for them than the host for its launches."""
+
+MAX_SEVERAL = 32
+"""Rows of several tokens in a step that runs as a graph."""
+
+
+@dataclass(frozen=True, slots=True)
+class MixedBucket:
+    """A step with prompts in it."""
+
+    num_tokens: int
+    num_singles: int
+    """Rows of one token."""
+
+    @property
+    def num_sampled(self) -> int:
+        return self.num_singles + MAX_SEVERAL
 
 
 def row_buckets(max_rows: int) -> tuple[int, ...]:
-    """Ascending; the last is ``max_rows``. Fine where a padded row is a large share, coarse where a GEMM rounds up."""
+    """Of decode steps, ascending; the last is ``max_rows``. Fine where a padded row is a large share, coarse where a
+    GEMM rounds up."""
     steps = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, *range(128, max_rows, 32))
     return (*(rows for rows in steps if rows < max_rows), max_rows)
 
 
-def tile_buckets(num_rows: int, tile_rows: int) -> tuple[int, ...]:
-    """Ascending, for steps padded to ``num_rows``: from full tiles to one for each row. Dead tiles cost little, graphs
-    cost memory and time to capture."""
+def decode_tile_buckets(num_rows: int, tile_rows: int) -> tuple[int, ...]:
+    """LoRA tiles of a decode step padded to ``num_rows``, ascending: from full tiles to one for each row."""
     fewest = -(-num_rows // tile_rows)
     steps = {fewest, *(size for power in range(11) for size in (1 << power, 3 << power >> 1))}
     return (*(tiles for tiles in sorted(steps) if fewest <= tiles < num_rows), num_rows)
+
+
+def single_buckets(max_rows: int) -> tuple[int, ...]:
+    """Rows of one token in a step with prompts, ascending."""
+    return (*(rows for rows in (0, 32, 128) if rows < max_rows), max_rows)
+
+
+def mixed_tile_buckets(num_tokens: int, max_rows: int, tile_rows: int) -> tuple[int, ...]:
+    """LoRA tiles of a step with prompts, ascending: full tiles, and some for runs that end early."""
+    full = -(-num_tokens // tile_rows)
+    return tuple(full + extra for extra in (8, 64, max_rows + 1))
 
 
 def bucket_of(count: int, buckets: Sequence[int]) -> int:

@@ -36,10 +36,9 @@ from loraplex_kernels.gpu.rotary_kv import rotary_write_kv
 from loraplex.core.model import ModelSpec
 from loraplex.model_runner.arena import Arena
 from loraplex.model_runner.gpu.adapters import Arrival
+from loraplex.model_runner.gpu.host_step import DECODE_TILE_ROWS
 from loraplex.model_runner.gpu.inputs import DecodeRows, DeviceStep
 from loraplex.model_runner.weights import DecoderWeights, LayerWeights
-
-_DECODE_TILE_ROWS = 16
 
 _FALLBACK_SMS = 8
 """Where there is no GPU to ask: the interpreter."""
@@ -145,7 +144,7 @@ class GpuDecoder:
         if tiles is None:
             return linear(x, weight, bias), None
         partial = view_partial(self._partials, x.shape[0], x.shape[1], site, tiles.rank_cap)
-        prefill = tiles.tile_rows > _DECODE_TILE_ROWS
+        prefill = tiles.tile_rows > DECODE_TILE_ROWS
         side = None if prefill or tiles.max_planes > 1 else self._side
         if side is not None:
             main = torch.cuda.current_stream()

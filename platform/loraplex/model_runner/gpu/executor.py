@@ -1,8 +1,9 @@
 """``core.step.Executor`` on a CUDA device: owns arena, adapter tiers, page tables and sampler state, and runs steps.
 
-Decides nothing. A step whose rows all decode runs as a CUDA graph keyed by sizes alone; other steps run eagerly. Two
-steps may be in flight: tokens stay on the device, and ``collect`` waits for the read-back of the oldest only. Driven by
-the engine loop of a replica, from one thread; ``stage_adapter`` and ``unstage_adapter`` from any.
+Decides nothing. A step runs as a CUDA graph keyed by sizes alone, or eagerly where it is so large that the device takes
+longer than the launches. Two steps may be in flight: tokens stay on the device, and ``collect`` waits for the read-back
+of the oldest only. Driven by the engine loop of a replica, from one thread; ``stage_adapter`` and ``unstage_adapter``
+from any.
 """
 
 import time
@@ -15,7 +16,8 @@ import torch
 from loraplex.core.errors import Conflict
 from loraplex.core.ids import Digest
 from loraplex.core.model import ModelSpec
-from loraplex.core.step import Row, SampledToken, StepPlan, StepResult
+from loraplex.core.request import SamplingParams
+from loraplex.core.step import Row, RowStart, SampledToken, StepPlan, StepResult
 from loraplex.model_runner.arena import Arena
 from loraplex.model_runner.drawn import Drawn
 from loraplex.model_runner.executor_base import ExecutorBase, TokenSampler
@@ -27,6 +29,11 @@ from loraplex.model_runner.gpu.inputs import StepInputs
 from loraplex.model_runner.weights import DecoderWeights
 
 _MAX_IN_FLIGHT = 2
+
+_GREEDY = SamplingParams(max_tokens=1, seed=0, temperature=0.0)
+_DRAWN = SamplingParams(max_tokens=1, seed=0, temperature=1.0)
+_CUT = SamplingParams(max_tokens=1, seed=0, temperature=1.0, top_p=0.9, top_k=50)
+_SAMPLING_KINDS = ((_GREEDY,), (_DRAWN,), (_CUT,), (_GREEDY, _DRAWN), (_GREEDY, _DRAWN, _CUT))
 
 
 @dataclass(slots=True, kw_only=True)
@@ -61,6 +68,7 @@ class GpuExecutor(ExecutorBase):
             device=device,
             adapters=self._adapters,
             max_rows=max_rows,
+            padded=cuda_graphs,
             batch_invariant=batch_invariant,
         )
         self._decoder = GpuDecoder(
@@ -85,7 +93,8 @@ class GpuExecutor(ExecutorBase):
     def load_adapter(self, digest: Digest, pages: tuple[int, ...], *, after_step: int = 0) -> None:
         """Starts the copy of a staged adapter into ``pages``. Conflict when it is not staged, or loaded already."""
         after = next((step.done for step in reversed(self._in_flight) if step.step_id <= after_step), None)
-        self._adapters.load(digest, self._host.get(digest), pages, after=after)
+        with self._host.lend(digest) as staged:
+            self._adapters.load(digest, staged, pages, after=after)
 
     def drop_adapter(self, digest: Digest) -> None:
         self._adapters.drop(digest)
@@ -129,15 +138,28 @@ class GpuExecutor(ExecutorBase):
 
     @torch.inference_mode()
     def warm_up(self) -> None:
-        """Captures the graphs of decode steps: of the base alone, and with adapters up to rank 16."""
-        for num_rows in self._inputs.row_buckets:
-            for num_tiles in (0, *self._inputs.tile_buckets(num_rows)):
-                step = self._inputs.idle_decode(num_rows, num_tiles)
-                self._graphs.run(step.key, partial(self._decoder.run_sampled, step))
+        """Captures the graphs of decode steps, and of small steps with prompts, with and without adapters up to rank
+        16. Others are captured when they come a second time."""
+        for step in self._inputs.idle_steps():
+            body = partial(self._decoder.run_sampled, step)
+            logits_BV = body()
+            self._graphs.capture(step.key, body)
+        for kinds in _SAMPLING_KINDS:
+            self._draw_once(logits_BV, kinds)
+
+    def _draw_once(self, logits_BV: torch.Tensor, kinds: tuple[SamplingParams, ...]) -> None:
+        """Compiles what a step of such rows needs."""
+        slots = range(min(len(kinds), self._max_rows))
+        for slot in slots:
+            self._sampler.start(RowStart(slot=slot, sampling=kinds[slot], token_ids=(0,), num_prompt_tokens=1))
+        self._sampler.draw(logits_BV[: len(slots)], slots, last_token=self._inputs.last_token).result()
+        for slot in slots:
+            self._sampler.release(slot)
 
     def close(self) -> None:
         """Frees weights and arena; the executor cannot be used afterwards. Idempotent."""
-        for name in ("_graphs", "_decoder", "_inputs", "_adapters", "_arena", "_host"):
+        self._host.close()
+        for name in ("_graphs", "_decoder", "_inputs", "_adapters", "_arena"):
             if hasattr(self, name):
                 delattr(self, name)
 
@@ -146,14 +168,16 @@ class GpuExecutor(ExecutorBase):
         slots = [row.slot for row in rows if row.samples]
         if all(len(row.token_ids) == 1 for row in rows) and len(slots) == len(rows):
             step = self._inputs.decode(rows)
+        else:
+            step = self._inputs.mixed(rows)
+        logits_BV: torch.Tensor | None
+        if step.key is None:
+            logits_BV = self._decoder.run(step)
+        else:
             # Outside the graph, which knows no adapters.
             for arrival in step.arrivals:
                 torch.cuda.current_stream().wait_event(arrival.event)
-            body = partial(self._decoder.run_sampled, replace(step, arrivals=()))
-            logits_BV = self._graphs.run(step.key, body)[: len(slots)]
-        else:
-            logits = self._decoder.run(self._inputs.mixed(rows))
-            if logits is None:
-                return None
-            logits_BV = logits
-        return self._sampler.draw(logits_BV, slots, last_token=self._inputs.last_token)
+            logits_BV = self._graphs.run(step.key, partial(self._decoder.run_sampled, replace(step, arrivals=())))
+        if not slots or logits_BV is None:
+            return None
+        return self._sampler.draw(logits_BV[: len(slots)], slots, last_token=self._inputs.last_token)

@@ -1,4 +1,4 @@
-"""Captured CUDA graphs by key: the first run of a key is eager and captures, later ones replay.
+"""Captured CUDA graphs by key: a key that comes a second time is captured, from then on it replays.
 
 All graphs share one memory pool, so what one returns is valid until the next runs; the stream orders both. Called by
 the executor. Without a CUDA device every run is eager.
@@ -14,30 +14,29 @@ class GraphCache:
     def __init__(self, device: torch.device, *, enabled: bool) -> None:
         self._enabled = enabled and device.type == "cuda"
         self._graphs: dict[Hashable, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
+        self._seen: set[Hashable] = set()
         self._pool: Any = None
-
-    @property
-    def keys(self) -> tuple[Hashable, ...]:
-        return tuple(self._graphs)
 
     def run(self, key: Hashable, body: Callable[[], torch.Tensor]) -> torch.Tensor:
         """``body`` reads inputs at fixed addresses, allocates nothing that outlives it, and never synchronises."""
-        if not self._enabled:
-            return body()
         captured = self._graphs.get(key)
-        if captured is None:
-            # This run's work; it also compiles kernels and makes library handles, which a capture must not.
-            output = body()
-            self._graphs[key] = self._capture(body)
+        if captured is not None:
+            graph, output = captured
+            graph.replay()
             return output
-        graph, output = captured
-        graph.replay()
+        output = body()
+        if key in self._seen:
+            self.capture(key, body)
+        self._seen.add(key)
         return output
 
-    def _capture(self, body: Callable[[], torch.Tensor]) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
+    def capture(self, key: Hashable, body: Callable[[], torch.Tensor]) -> None:
+        """``body`` has run before: it has compiled its kernels and made library handles, which a capture must not."""
+        if not self._enabled:
+            return
         graph = torch.cuda.CUDAGraph()
         # thread_local: other threads may allocate pinned memory meanwhile.
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             output = body()
         self._pool = graph.pool()
-        return graph, output
+        self._graphs[key] = (graph, output)

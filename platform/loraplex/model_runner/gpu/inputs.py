@@ -1,35 +1,44 @@
 """A StepPlan as device tensors for the Triton kernels: what is the same for all layers of one step.
 
-Turns slots, pages and adapters into int32 arrays and uploads them in one copy; decode steps use fixed addresses, so
-that a captured graph finds them. Owns the page tables and the tokens sampled last. Called by the executor.
-Legend: T tokens, B rows, S slots.
+Uploads the host arrays of a step in one copy: padded to a bucket and at fixed addresses, so that a captured graph finds
+them, or as they are where the step is too large for a graph. Owns the page tables and the tokens sampled last. Called
+by the executor. Legend: T tokens, B rows, S slots.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from loraplex_kernels import KvLayout
-from loraplex_kernels.gpu.attention import build_prefill_tiles, prefill_block_tokens
+from loraplex_kernels.gpu.attention import prefill_block_tokens
 from loraplex_kernels.gpu.lora import LoraTiles
-from loraplex_kernels.gpu.lora_tiles import TileArrays, build_tiles
 
-from loraplex.core.ids import Digest
 from loraplex.core.model import ModelSpec
 from loraplex.core.step import Row
 from loraplex.model_runner.gpu.adapters import Arrival, GpuAdapters
-from loraplex.model_runner.gpu.buckets import bucket_of, row_buckets, tile_buckets
+from loraplex.model_runner.gpu.buckets import (
+    MAX_SEVERAL,
+    MIXED_TOKENS,
+    MixedBucket,
+    bucket_of,
+    decode_tile_buckets,
+    mixed_tile_buckets,
+    row_buckets,
+    single_buckets,
+)
+from loraplex.model_runner.gpu.host_step import (
+    DECODE_TILE_ROWS,
+    PREFILL_TILE_ROWS,
+    AdapterRuns,
+    Ints,
+    MixedArrays,
+)
 from loraplex.model_runner.gpu.page_tables import PageTables
 from loraplex.model_runner.gpu.upload import FixedSections, upload_sections
 
-_DECODE_TILE_ROWS = 16
-_PREFILL_TILE_ROWS = 64
 _RANK_CAPS = (16, 64)
-
-_Ints = npt.NDArray[np.int32]
+_WARM_MIXED_TOKENS = 512
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,7 +46,7 @@ class DecodeRows:
     """Rows of one token each."""
 
     tokens: torch.Tensor | None
-    """(B,) token of each row; None: token b is row b."""
+    """(B,) token of each row, -1 for padding; None: token b is row b."""
     slots: torch.Tensor
     """(B,), -1 for padding."""
     context_len: torch.Tensor
@@ -63,7 +72,7 @@ class DeviceStep:
     num_sampled: int
     arrivals: tuple[Arrival, ...] = ()
     key: Hashable = None
-    """Of the captured graph: sizes alone, never which adapters."""
+    """Of the captured graph: sizes alone, never which adapters. None: the step runs eagerly."""
 
 
 class StepInputs:
@@ -76,23 +85,39 @@ class StepInputs:
         device: torch.device,
         adapters: GpuAdapters,
         max_rows: int,
+        padded: bool,
         batch_invariant: bool,
     ) -> None:
+        """``padded``: small steps with prompts take the sizes of a bucket, for graphs."""
         self._device = device
+        self._padded = padded
         self._adapters = adapters
         self._prefill_block = prefill_block_tokens(layout, model.num_heads, dtype)
         self._batch_invariant = batch_invariant
+        self._max_rows = max_rows
         self.page_tables = PageTables(max_rows, -(-model.max_context_tokens // layout.page_size), device)
         self.last_token = torch.zeros(max_rows, dtype=torch.int32, device=device)
         """(S,)"""
-        self.row_buckets = row_buckets(max_rows)
+        self._row_buckets = row_buckets(max_rows)
         # Token ids, slots, positions, context lengths; record, row, count, planes of tiles; records of tokens.
-        self._fixed = FixedSections([max_rows] * 9, device)
+        self._decode = FixedSections([max_rows] * 9, device)
+        most = MIXED_TOKENS[-1]
+        tiles = mixed_tile_buckets(most, max_rows, PREFILL_TILE_ROWS)[-1]
+        # As MixedArrays.sections, then tiles and records of tokens.
+        self._mixed = FixedSections(
+            [most] * 3
+            + [max_rows + MAX_SEVERAL]
+            + [max_rows] * 3
+            + [4 * self._prefill_capacity(most)]
+            + [tiles] * 4
+            + [most],
+            device,
+        )
 
     def decode(self, rows: Sequence[Row]) -> DeviceStep:
-        """Every row holds one token and samples. Padded to a bucket, at fixed addresses. Conflict: not loaded."""
-        runs = _Runs(rows, self._adapters)
-        num_rows = bucket_of(len(rows), self.row_buckets)
+        """Every row holds one token and samples. Conflict: an adapter is not loaded."""
+        runs = AdapterRuns(rows, self._adapters)
+        num_rows = bucket_of(len(rows), self._row_buckets)
         fields = np.zeros((4, num_rows), dtype=np.int32)
         fields[1] = -1
         live = fields[:, : len(rows)]
@@ -100,70 +125,70 @@ class StepInputs:
         live[1] = [row.slot for row in rows]
         live[2] = [row.start for row in rows]
         live[3] = live[2] + 1
-        if not runs.digests:
-            self._fixed.send(list(fields))
-            return self._decode_step(num_rows, 0, None)
-        # Padding is one more run of rows without an adapter.
-        num_padding = num_rows - len(rows)
-        tiles = build_tiles(
-            np.pad(runs.record, (0, num_padding), constant_values=-1),
-            np.pad(runs.planes, (0, num_padding)),
-            np.ones(num_rows, dtype=np.int32),
-            _DECODE_TILE_ROWS,
-        )
-        self._fixed.send([*fields, *tiles.fields, tiles.token_record])
-        return self._decode_step(num_rows, bucket_of(tiles.num_live, self.tile_buckets(num_rows)), runs)
-
-    def tile_buckets(self, num_rows: int) -> tuple[int, ...]:
-        """Of LoRA tiles in a decode step that is padded to ``num_rows``."""
-        return tile_buckets(num_rows, _DECODE_TILE_ROWS)
-
-    def idle_decode(self, num_rows: int, num_tiles: int) -> DeviceStep:
-        """A decode step of padding alone, to capture its graph before it is needed. 0 tiles: the base-only graph."""
-        fields = np.zeros((4, num_rows), dtype=np.int32)
-        fields[1] = -1
-        self._fixed.send(list(fields))
-        return self._decode_step(num_rows, num_tiles, _Runs((), self._adapters) if num_tiles else None)
+        sections: list[Ints] = list(fields)
+        num_tiles = 0
+        if runs.digests:
+            tiles = runs.tiles(np.ones(len(rows), dtype=np.int32), num_rows - len(rows), DECODE_TILE_ROWS)
+            num_tiles = bucket_of(tiles.num_live, decode_tile_buckets(num_rows, DECODE_TILE_ROWS))
+            sections += [*tiles.fields, tiles.token_record]
+        self._decode.send(sections)
+        return self._decode_step(num_rows, num_tiles, runs)
 
     def mixed(self, rows: Sequence[Row]) -> DeviceStep:
         """Any rows. Conflict: an adapter is not loaded."""
-        counts = np.array([len(row.token_ids) for row in rows], dtype=np.int32)
-        starts = np.array([row.start for row in rows], dtype=np.int32)
-        slots = np.array([row.slot for row in rows], dtype=np.int32)
-        first_tokens = (np.cumsum(counts) - counts).astype(np.int32)
-        token_ids = np.fromiter((token for row in rows for token in row.token_ids), np.int32, int(counts.sum()))
-        # Positions of a row are consecutive: its start, plus how far the token lies behind the row's first.
-        within = np.arange(len(token_ids), dtype=np.int32) - np.repeat(first_tokens, counts)
-        sampled = (first_tokens + counts - 1)[[row.samples for row in rows]]
-        sections = [token_ids, np.repeat(slots, counts), np.repeat(starts, counts) + within, sampled]
-        single = counts == 1
-        sections += [first_tokens[single], slots[single], starts[single] + 1]
-        several = ~single
-        prefill = build_prefill_tiles(
-            starts[several], counts[several], first_tokens[several], slots[several], self._prefill_block
-        )
-        sections.append(prefill.reshape(-1))
-        runs = _Runs(rows, self._adapters)
-        tiles: TileArrays | None = None
+        runs = AdapterRuns(rows, self._adapters)
+        arrays = MixedArrays.of(rows, self._prefill_block)
+        if self._padded and arrays.num_tokens <= MIXED_TOKENS[-1] and arrays.num_several <= MAX_SEVERAL:
+            bucket = MixedBucket(
+                bucket_of(arrays.num_tokens, MIXED_TOKENS),
+                bucket_of(len(arrays.single_token), single_buckets(self._max_rows)),
+            )
+            sections = arrays.padded_sections(bucket)
+            num_tiles = 0
+            if runs.digests:
+                tiles = runs.tiles(arrays.row_tokens, bucket.num_tokens - arrays.num_tokens, PREFILL_TILE_ROWS)
+                num_tiles = bucket_of(tiles.num_live, self._tile_buckets(bucket))
+                sections += [*tiles.fields, tiles.token_record]
+            self._mixed.send(sections)
+            return self._mixed_step(bucket, num_tiles, runs)
+        sections = arrays.sections()
+        num_tiles = 0
         if runs.digests:
-            tiles = build_tiles(runs.record, runs.planes, counts, _PREFILL_TILE_ROWS)
+            tiles = runs.tiles(arrays.row_tokens, 0, PREFILL_TILE_ROWS)
+            num_tiles = tiles.num_live
             sections += [*tiles.fields, tiles.token_record]
         views = upload_sections(sections, self._device)
         return DeviceStep(
             token_ids=views[0],
             token_slot=views[1],
             position=views[2],
-            decode=DecodeRows(tokens=views[4], slots=views[5], context_len=views[6]) if single.any() else None,
-            prefill=views[7].view(-1, 4) if several.any() else None,
-            lora=None if tiles is None else self._tiles(views[8:], tiles.num_live, _PREFILL_TILE_ROWS, runs),
+            decode=DecodeRows(tokens=views[4], slots=views[5], context_len=views[6]) if len(sections[4]) else None,
+            prefill=views[7].view(-1, 4) if arrays.num_several else None,
+            lora=self._tiles(views[8:], num_tiles, PREFILL_TILE_ROWS, runs) if runs.digests else None,
             sampled=views[3],
-            num_sampled=len(sampled),
+            num_sampled=len(arrays.sampled),
             arrivals=tuple(self._adapters.take_arrivals(runs.digests)),
         )
 
-    def _decode_step(self, num_rows: int, num_tiles: int, runs: "_Runs | None") -> DeviceStep:
-        ids, slots, positions, lengths, *tile_views = self._fixed.views
-        lora = None if runs is None else self._tiles(tile_views, num_tiles, _DECODE_TILE_ROWS, runs)
+    def idle_steps(self) -> Iterator[DeviceStep]:
+        """Steps of padding alone, one for each graph that is to exist before it is needed."""
+        none = AdapterRuns((), self._adapters)
+        self._decode.send([np.full(self._max_rows, value, dtype=np.int32) for value in (0, -1)])
+        for num_rows in self._row_buckets:
+            for num_tiles in (0, *decode_tile_buckets(num_rows, DECODE_TILE_ROWS)):
+                yield self._decode_step(num_rows, num_tiles, none)
+        empty = MixedArrays.of((), self._prefill_block)
+        for num_tokens in MIXED_TOKENS:
+            for num_singles in single_buckets(self._max_rows)[:2]:
+                bucket = MixedBucket(num_tokens, num_singles)
+                self._mixed.send(empty.padded_sections(bucket))
+                for num_tiles in (0, self._tile_buckets(bucket)[0]):
+                    if num_tokens <= _WARM_MIXED_TOKENS:
+                        yield self._mixed_step(bucket, num_tiles, none)
+
+    def _decode_step(self, num_rows: int, num_tiles: int, runs: AdapterRuns) -> DeviceStep:
+        ids, slots, positions, lengths, *tile_views = self._decode.views
+        lora = self._tiles(tile_views, num_tiles, DECODE_TILE_ROWS, runs) if num_tiles else None
         return DeviceStep(
             token_ids=ids[:num_rows],
             token_slot=slots[:num_rows],
@@ -173,11 +198,35 @@ class StepInputs:
             lora=lora,
             sampled=None,
             num_sampled=num_rows,
-            arrivals=() if runs is None else tuple(self._adapters.take_arrivals(runs.digests)),
-            key=(num_rows,) if lora is None else (num_rows, num_tiles, lora.rank_cap, lora.max_planes),
+            arrivals=tuple(self._adapters.take_arrivals(runs.digests)),
+            key=("decode", num_rows, *_lora_key(lora)),
         )
 
-    def _tiles(self, views: Sequence[torch.Tensor], num_tiles: int, tile_rows: int, runs: "_Runs") -> LoraTiles:
+    def _mixed_step(self, bucket: MixedBucket, num_tiles: int, runs: AdapterRuns) -> DeviceStep:
+        ids, token_slots, positions, sampled, tokens, slots, lengths, prefill, *tile_views = self._mixed.views
+        lora = self._tiles(tile_views, num_tiles, PREFILL_TILE_ROWS, runs) if num_tiles else None
+        num_tokens, singles = bucket.num_tokens, bucket.num_singles
+        decode = DecodeRows(tokens=tokens[:singles], slots=slots[:singles], context_len=lengths[:singles])
+        return DeviceStep(
+            token_ids=ids[:num_tokens],
+            token_slot=token_slots[:num_tokens],
+            position=positions[:num_tokens],
+            decode=decode if singles else None,
+            prefill=prefill[: 4 * self._prefill_capacity(num_tokens)].view(-1, 4),
+            lora=lora,
+            sampled=sampled[: bucket.num_sampled],
+            num_sampled=bucket.num_sampled,
+            arrivals=tuple(self._adapters.take_arrivals(runs.digests)),
+            key=("mixed", num_tokens, singles, *_lora_key(lora)),
+        )
+
+    def _prefill_capacity(self, num_tokens: int) -> int:
+        return -(-num_tokens // self._prefill_block) + MAX_SEVERAL
+
+    def _tile_buckets(self, bucket: MixedBucket) -> tuple[int, ...]:
+        return mixed_tile_buckets(bucket.num_tokens, self._max_rows, PREFILL_TILE_ROWS)
+
+    def _tiles(self, views: Sequence[torch.Tensor], num_tiles: int, tile_rows: int, runs: AdapterRuns) -> LoraTiles:
         record, row, count, planes, token_record = views
         return LoraTiles(
             record=record,
@@ -193,24 +242,5 @@ class StepInputs:
         )
 
 
-class _Runs:
-    """Which record each row runs through."""
-
-    def __init__(self, rows: Sequence[Row], adapters: GpuAdapters) -> None:
-        """Conflict when an adapter is not loaded."""
-        self.record: _Ints = np.full(len(rows), -1, dtype=np.int32)
-        self.planes: _Ints = np.zeros(len(rows), dtype=np.int32)
-        self.digests: list[Digest] = []
-        self.max_rank = 0
-        self.max_planes = 1
-        start = 0
-        for digest, run in groupby(row.adapter for row in rows):
-            end = start + sum(1 for _ in run)
-            if digest is not None:
-                adapter = adapters.get(digest)
-                self.digests.append(digest)
-                self.record[start:end] = adapter.record
-                self.planes[start:end] = adapter.num_planes
-                self.max_rank = max(self.max_rank, adapter.max_rank)
-                self.max_planes = max(self.max_planes, adapter.num_planes)
-            start = end
+def _lora_key(lora: LoraTiles | None) -> tuple[int, ...]:
+    return () if lora is None else (lora.num_tiles, lora.rank_cap, lora.max_planes)
