@@ -159,6 +159,39 @@ def _profile(profiles: Profiles, work: Work, model: int, layout: Layout) -> Stag
 
 
 @compiled
+def dispatch(
+    now_s: float,
+    model: int,
+    slo_s: float,
+    overhead_s: float,
+    first_host: Indices,
+    hosts: Indices,
+    num_stages: Indices,
+    stage_s: StageSeconds,
+    clocks: Seconds,
+    ends: Seconds,
+) -> tuple[int, float]:
+    """One request: (group or -1, when its last stage ends). Moves ``clocks`` [G, most stages], when each stage of a
+    group is free, if it is accepted; ``ends`` [most stages] is scratch. The rest as for ``serve``."""
+    best = -1
+    for position in range(first_host[model], first_host[model + 1]):
+        group = hosts[position]
+        if best < 0 or clocks[group, num_stages[group] - 1] < clocks[best, num_stages[best] - 1]:
+            best = group
+    if best < 0:
+        return -1, np.inf
+    t = now_s
+    for stage in range(num_stages[best]):
+        t = max(t, clocks[best, stage]) + np.float64(stage_s[best, model, stage])
+        ends[stage] = t
+    if not t + overhead_s - now_s <= slo_s:
+        return -1, np.inf
+    for stage in range(num_stages[best]):
+        clocks[best, stage] = ends[stage]
+    return best, t
+
+
+@compiled
 def serve(
     arrival_s: Seconds,
     model: Indices,
@@ -175,25 +208,29 @@ def serve(
     [G, M, most stages] float32.
     """
     clocks = np.zeros((len(num_stages), stage_s.shape[2]), dtype=np.float64)
+    return serve_from(clocks, arrival_s, model, slo_s, first_host, hosts, num_stages, stage_s, accepted)
+
+
+@compiled
+def serve_from(
+    clocks: Seconds,
+    arrival_s: Seconds,
+    model: Indices,
+    slo_s: Seconds,
+    first_host: Indices,
+    hosts: Indices,
+    num_stages: Indices,
+    stage_s: StageSeconds,
+    accepted: Mask,
+) -> int:
+    """As ``serve``, of groups whose stages are free at ``clocks`` [G, most stages], which it moves on."""
     ends = np.empty(stage_s.shape[2], dtype=np.float64)
     count = 0
     for request in range(len(arrival_s)):
         m = model[request]
-        accepted[request] = False
-        best = -1
-        for position in range(first_host[m], first_host[m + 1]):
-            group = hosts[position]
-            if best < 0 or clocks[group, num_stages[group] - 1] < clocks[best, num_stages[best] - 1]:
-                best = group
-        if best < 0:
-            continue
-        t = arrival_s[request]
-        for stage in range(num_stages[best]):
-            t = max(t, clocks[best, stage]) + np.float64(stage_s[best, m, stage])
-            ends[stage] = t
-        if t + OVERHEAD_S - arrival_s[request] <= slo_s[m]:
-            for stage in range(num_stages[best]):
-                clocks[best, stage] = ends[stage]
-            accepted[request] = True
-            count += 1
+        group, _ = dispatch(
+            arrival_s[request], m, slo_s[m], OVERHEAD_S, first_host, hosts, num_stages, stage_s, clocks, ends
+        )
+        accepted[request] = group >= 0
+        count += group >= 0
     return count
