@@ -20,11 +20,16 @@ def _manifest(name: str, lora_rank: int) -> AdapterManifest:
     return AdapterManifest(digest=Digest(name), base_model_id=SPEC.base_model_id, blocks=blocks, num_bytes=0)
 
 
+def _blob(host: HostAdapters, name: str) -> torch.Tensor:
+    with host.lend(Digest(name)) as staged:
+        return staged.blob
+
+
 def test_seeds_decide_the_bytes() -> None:
     host = HostAdapters(SPEC, page_bytes=PAGE_BYTES, dtype=torch.float32, pin=False)
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         host.stage_random(_manifest(name, 16), seed)
-    a, b, c = (host.get(Digest(name)).blob for name in "abc")
+    a, b, c = (_blob(host, name) for name in "abc")
     assert a.shape == (host.layout(_manifest("a", 16)).num_pages, PAGE_BYTES)
     assert torch.equal(a, b)
     assert not torch.equal(a, c)
@@ -37,12 +42,12 @@ def test_padding_adds_nothing() -> None:
     """Rank 5 is stored as 8: the last three ranks of every B are zero and the others are not."""
     host = HostAdapters(SPEC, page_bytes=PAGE_BYTES, dtype=torch.float32, pin=False)
     host.stage_random(_manifest("a", 5), 0)
-    staged = host.get(Digest("a"))
+    blob, layout = _blob(host, "a"), host.layout(_manifest("a", 5))
     checked = 0
-    for part in staged.layout.parts:
+    for part in layout.parts:
         if part.placed is not None:
             num_bytes = (part.rank_end - part.rank_start) * part.num_columns * 4
-            flat = staged.blob[part.page, part.offset_bytes : part.offset_bytes + num_bytes].view(torch.float32)
+            flat = blob[part.page, part.offset_bytes : part.offset_bytes + num_bytes].view(torch.float32)
             b_RO = flat.view(-1, part.num_columns)
             first = part.rank_start - part.placed.rank_start
             for row in range(b_RO.shape[0]):

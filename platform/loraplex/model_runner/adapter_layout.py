@@ -29,6 +29,11 @@ class PlacedBlock:
     rank_start: int
     """First row in the site's stacked rank."""
 
+    @property
+    def rank_end(self) -> int:
+        """Behind its last row, the padding to a multiple of 8 included."""
+        return self.rank_start + _padded(self.block.lora_rank)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterPart:
@@ -51,6 +56,8 @@ class AdapterLayout:
     blocks: tuple[PlacedBlock, ...]
     parts: tuple[AdapterPart, ...]
     """Of each site first A, then each B in the order of its projections; ranks ascend."""
+    block_parts: tuple[tuple[AdapterPart, ...], ...]
+    """Of each of ``blocks``: the parts that hold rows of it, A before B."""
     site_ranks: tuple[tuple[int, int], ...]
     """(site, stacked rank) of the sites that the adapter touches."""
 
@@ -71,21 +78,34 @@ def plan_adapter_layout(
         index, _ = _site_of(block.module)
         site = block.layer * len(SITES) + index
         rank_start = site_ranks.get(site, 0)
-        site_ranks[site] = rank_start + -(-block.lora_rank // _RANK_MULTIPLE) * _RANK_MULTIPLE
+        site_ranks[site] = rank_start + _padded(block.lora_rank)
         placed.append(PlacedBlock(block=block, site=site, rank_start=rank_start))
     packer = _Packer(page_bytes, itemsize)
     parts: list[AdapterPart] = []
+    of_block: dict[PlacedBlock, tuple[AdapterPart, ...]] = {}
     for site, lora_rank in site_ranks.items():
         members = [item for item in placed if item.site == site]
         in_features, _ = model.projection_shape(members[0].block.module)
-        parts += packer.place(site, None, 0, lora_rank, in_features)
+        a_parts = packer.place(site, None, 0, lora_rank, in_features)
+        parts += a_parts
         ends = [item.rank_start for item in members[1:]] + [lora_rank]
         for item, rank_end in zip(members, ends, strict=True):
             _, out_features = model.projection_shape(item.block.module)
-            parts += packer.place(site, item, item.rank_start, rank_end, out_features)
+            b_parts = packer.place(site, item, item.rank_start, rank_end, out_features)
+            parts += b_parts
+            shared = (part for part in a_parts if part.rank_start < rank_end and part.rank_end > item.rank_start)
+            of_block[item] = (*shared, *b_parts)
     return AdapterLayout(
-        num_pages=packer.num_pages, blocks=tuple(placed), parts=tuple(parts), site_ranks=tuple(site_ranks.items())
+        num_pages=packer.num_pages,
+        blocks=tuple(placed),
+        parts=tuple(parts),
+        block_parts=tuple(of_block[item] for item in placed),
+        site_ranks=tuple(site_ranks.items()),
     )
+
+
+def _padded(lora_rank: int) -> int:
+    return -(-lora_rank // _RANK_MULTIPLE) * _RANK_MULTIPLE
 
 
 class _Packer:

@@ -49,7 +49,8 @@ class TorchExecutor(ExecutorBase):
 
         All steps are done, so ``after_step`` changes nothing.
         """
-        self._resident.load(digest, self._host.get(digest), pages)
+        with self._host.lend(digest) as staged:
+            self._resident.load(digest, staged, pages)
 
     def drop_adapter(self, digest: Digest) -> None:
         self._resident.drop(digest)
@@ -80,7 +81,8 @@ class TorchExecutor(ExecutorBase):
 
     def close(self) -> None:
         """Frees weights and arena; the executor cannot be used afterwards. Idempotent."""
-        for name in ("_weights", "_arena", "_resident", "_host"):
+        self._host.close()
+        for name in ("_weights", "_arena", "_resident"):
             if hasattr(self, name):
                 delattr(self, name)
 
