@@ -89,7 +89,7 @@ def _measure(session: BenchSession, options: ProfileOptions, *, say: Callable[[s
 def _run(session: BenchSession, case: ProfileCase, options: ProfileOptions) -> Samples:
     """With a fresh engine; the case's adapters are on the accelerator."""
     load = EngineLoad(
-        requests=len(case.input_tokens),
+        requests=case.concurrency,
         adapters=max(case.adapters) + 1,
         lora_ranks=_LORA_RANKS,
         warmup_requests=min(4, case.concurrency),
