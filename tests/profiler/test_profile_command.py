@@ -10,6 +10,7 @@ from loraplex.core.errors import BadConfig
 from loraplex.core.plan import Shape
 from loraplex.cost.profile import CostProfile
 from loraplex.cost.step_cost import StepComposition
+from loraplex.profiler.__main__ import main
 from loraplex.profiler.measurement import Measurement
 from typer import Typer
 from typer.testing import CliRunner
@@ -79,6 +80,21 @@ def test_samples_can_be_fitted_again(files: tuple[Path, Path], tmp_path: Path) -
     again = tmp_path / "again.json"
     _run("--fit", str(files[1]), "--out", str(again))
     assert again.read_bytes() == files[0].read_bytes()
+
+
+def test_without_the_command_line_s_packages(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    setup = {"model": "random:tiny-llama", "threads": 1, "num_pages": 200, "max_running": 2, "max_step_tokens": 16}
+    options = {"setup": setup, "base": "tiny", "gpu": "my-cpu", "num_adapters": 0, "max_request_tokens": 24}
+    out, samples = tmp_path / "p.json", tmp_path / "s.json"
+    main([str(out), str(samples), json.dumps(options)])
+    profile = CostProfile.load(out)
+    assert profile.shapes("tiny", "my-cpu") == (Shape(),)
+    assert Measurement.load(samples).profile() == profile
+    held_out = profile.steps[0].held_out
+    assert held_out is not None
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == pytest.approx(
+        {name: getattr(held_out, name) for name in held_out.__struct_fields__}
+    )
 
 
 def test_json(files: tuple[Path, Path], tmp_path: Path) -> None:
