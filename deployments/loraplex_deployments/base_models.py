@@ -9,7 +9,8 @@ from loraplex.core.errors import BadConfig
 from loraplex.core.ids import BaseModelId
 from loraplex.core.model import ModelSpec
 from loraplex.demo.base import prepare_demo_base
-from loraplex.model_runner.build import load_model_spec
+from loraplex.model_runner.build import RANDOM_PREFIX, load_model_spec
+from loraplex.model_runner.random_tokenizer import write_random_tokenizer
 
 
 def model_source(config: PlatformConfig, base: BaseModelConfig) -> str:
@@ -30,7 +31,7 @@ def base_model_views(
         spec = load_model_spec(source, base.base_model_id)
         specs[base.base_model_id] = spec
         path = Path(source)
-        tokenizer = Path(base.tokenizer or source)
+        tokenizer = _tokenizer(config, base, source, spec)
         if not (tokenizer / "tokenizer_config.json").is_file():
             raise BadConfig(
                 f"base model {base.id}: {tokenizer} holds no tokenizer; name its directory as `tokenizer`",
@@ -45,3 +46,11 @@ def base_model_views(
             )
         )
     return specs, tuple(views)
+
+
+def _tokenizer(config: PlatformConfig, base: BaseModelConfig, source: str, spec: ModelSpec) -> Path:
+    """Its directory. A random model that names none gets one of its own beside the demo base."""
+    if base.tokenizer is None and source.startswith(RANDOM_PREFIX):
+        name = f"random-{source.removeprefix(RANDOM_PREFIX)}-tokenizer"
+        return write_random_tokenizer(spec, config.root / "models" / name)
+    return Path(base.tokenizer or source)

@@ -20,13 +20,14 @@ from loraplex.model_runner.random_models import random_spec, random_tensors
 from loraplex.model_runner.sampler import Sampler
 from loraplex.model_runner.weights import DecoderWeights, assemble_weights
 
-_RANDOM = "random:"
+RANDOM_PREFIX = "random:"
+"""Of the names of models with random weights."""
 
 
 def load_model_spec(model: str, base_model_id: BaseModelId) -> ModelSpec:
     """Shapes and constants, no weights. Raises BadConfig naming the file, or the architecture that is not supported."""
-    if model.startswith(_RANDOM):
-        return random_spec(model.removeprefix(_RANDOM), base_model_id)
+    if model.startswith(RANDOM_PREFIX):
+        return random_spec(model.removeprefix(RANDOM_PREFIX), base_model_id)
     path = Path(model)
     if path.suffix == ".gguf":
         # The gguf package is needed for GGUF files alone.
@@ -100,8 +101,8 @@ def build_executor(
 def _tensors(
     model: str, spec: ModelSpec, *, dtype: torch.dtype, device: torch.device
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    if model.startswith(_RANDOM):
-        return random_tensors(model.removeprefix(_RANDOM), spec, dtype=dtype, device=device)
+    if model.startswith(RANDOM_PREFIX):
+        return random_tensors(model.removeprefix(RANDOM_PREFIX), spec, dtype=dtype, device=device)
     if model.endswith(".gguf"):
         from loraplex.model_runner.gguf_weights import read_gguf_tensors
 
