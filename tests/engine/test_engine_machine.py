@@ -45,6 +45,7 @@ class EngineMachine(RuleBasedStateMachine):
         prefix_cache=st.booleans(),
         max_host_pages=st.sampled_from([1, 6, 100]),
         max_adapter_pages=st.sampled_from([None, 5, 6]),
+        max_ahead_pages=st.sampled_from([0, 1, 4, 512]),
         max_in_flight=st.integers(1, 3),
         raises_in=st.sampled_from(["submit", "collect"]),
     )
@@ -56,6 +57,7 @@ class EngineMachine(RuleBasedStateMachine):
         prefix_cache: bool,
         max_host_pages: int,
         max_adapter_pages: int | None,
+        max_ahead_pages: int,
         max_in_flight: int,
         raises_in: Literal["submit", "collect"],
     ) -> None:
@@ -75,6 +77,7 @@ class EngineMachine(RuleBasedStateMachine):
             prefix_cache=prefix_cache,
             max_host_pages=max_host_pages,
             max_adapter_pages=max_adapter_pages,
+            max_ahead_pages=max_ahead_pages,
             overdue_s=3.0,
             adapter_page_price=2.0,
         )
@@ -230,6 +233,7 @@ class EngineMachine(RuleBasedStateMachine):
         event(f"preempted: {self.engine.num_preemptions > 0}")
         self.engine.validate()
         report = self.engine.load_report()
+        event(f"prefetched: {report.adapter_prefetches > 0}")
         assert report.num_free_pages == self.executor.arena.num_pages
         assert set(self.finished) == set(self.requests)
         for request_id, request in self.requests.items():

@@ -58,6 +58,12 @@ class LoadReport:
     takes a report for the answer to all that it sent before."""
     steps: int = 0
     generated_tokens: int = 0
+    adapter_loads: int = 0
+    """Copies of adapters to the accelerator that an admitted request waited for."""
+    adapter_prefetches: int = 0
+    """Copies begun before the turn of the request that they were for."""
+    adapter_hits: int = 0
+    """Admissions that found their adapter on the accelerator, or on its way there."""
     resident_adapters: tuple[Digest, ...] | None = None
     """On the accelerator; None means unchanged since the last frame."""
 

@@ -28,6 +28,9 @@ class _Entry:
     pages: tuple[int, ...] = ()
     num_users: int = 0
     num_waiters: int = 0
+    loaded_ahead: bool = False
+    """Made resident before the turn of any waiting request, and not used since. Once only while somebody waits: who
+    lost its pages again gets them at its admission."""
 
 
 class AdapterResidency:
@@ -39,10 +42,16 @@ class AdapterResidency:
         self._idle: OrderedDict[Digest, int] = OrderedDict()
         self._num_idle_pages = 0
         self._num_resident_pages = 0
+        self._num_ahead_pages = 0
+        self._loadable: dict[Digest, None] = {}
         self._host: OrderedDict[Digest, None] = OrderedDict()
         self._num_host_pages = 0
         self.version = 0
         """Grows whenever the set of resident adapters changes."""
+        self.num_loads = 0
+        """Copies that an admitted request waits for."""
+        self.num_prefetches = 0
+        """Copies begun before the turn of the request that they are for."""
 
     @property
     def num_idle_pages(self) -> int:
@@ -52,6 +61,19 @@ class AdapterResidency:
     def num_resident_pages(self) -> int:
         """Idle ones and those in use."""
         return self._num_resident_pages
+
+    @property
+    def num_ahead_pages(self) -> int:
+        """Of adapters that were loaded ahead, and are neither used yet nor dropped."""
+        return self._num_ahead_pages
+
+    @property
+    def any_loadable(self) -> bool:
+        return bool(self._loadable)
+
+    def is_loadable(self, digest: Digest) -> bool:
+        """True when a waiting request needs it, it lies in host memory, and it may be loaded ahead."""
+        return digest in self._loadable
 
     def state(self, digest: Digest) -> AdapterState:
         entry = self._entries.get(digest)
@@ -86,12 +108,16 @@ class AdapterResidency:
         entry.num_waiters += 1
         if entry.state is AdapterState.MISSING:
             self._missing[digest] = None
+        self._note_loadable(digest, entry)
 
     def remove_waiter(self, digest: Digest) -> None:
         """Changes state."""
         entry = self._entries[digest]
         entry.num_waiters -= 1
         assert entry.num_waiters >= 0, "more waiters left than came"
+        if entry.num_waiters == 0:
+            self._end_ahead(entry)
+        self._note_loadable(digest, entry)
         if entry.state is AdapterState.MISSING and entry.num_waiters == 0:
             self._missing.pop(digest, None)
             del self._entries[digest]
@@ -114,6 +140,7 @@ class AdapterResidency:
         entry.num_pages = num_pages
         self._host[digest] = None
         self._num_host_pages += num_pages
+        self._note_loadable(digest, entry)
 
     def failed(self, digest: Digest) -> None:
         """Staging failed. Its requests have been taken out before; a later one tries again. Changes state."""
@@ -123,8 +150,9 @@ class AdapterResidency:
             self._missing.pop(digest, None)
             del self._entries[digest]
 
-    def load(self, digest: Digest, pages: tuple[int, ...], *, stamp: int) -> None:
-        """It becomes resident in ``pages`` (taken from the pool by the caller) and idle. Changes state."""
+    def load(self, digest: Digest, pages: tuple[int, ...], *, stamp: int, ahead: bool) -> None:
+        """It becomes resident in ``pages`` (taken from the pool by the caller) and idle. ``ahead``: before the turn of
+        whoever waits for it. Changes state."""
         entry = self._entries[digest]
         assert entry.state is AdapterState.HOST, f"adapter {digest} loaded from {entry.state}"
         assert len(pages) == entry.num_pages, "an adapter got the wrong number of pages"
@@ -133,12 +161,26 @@ class AdapterResidency:
         self._num_idle_pages += entry.num_pages
         self._num_resident_pages += entry.num_pages
         self.version += 1
+        entry.loaded_ahead = ahead
+        if ahead:
+            self._num_ahead_pages += entry.num_pages
+            self.num_prefetches += 1
+        else:
+            self.num_loads += 1
+        self._note_loadable(digest, entry)
+
+    def touch(self, digest: Digest, *, stamp: int) -> None:
+        """If it is idle it counts as used now. Changes state."""
+        if digest in self._idle:
+            self._idle[digest] = stamp
+            self._idle.move_to_end(digest)
 
     def pin(self, digest: Digest) -> None:
         """One more running request uses a resident adapter. Changes state."""
         entry = self._entries[digest]
         assert entry.state is AdapterState.RESIDENT, f"adapter {digest} used while {entry.state}"
         entry.num_users += 1
+        self._end_ahead(entry)
         if self._idle.pop(digest, None) is not None:
             self._num_idle_pages -= entry.num_pages
         self._host.move_to_end(digest)
@@ -163,8 +205,11 @@ class AdapterResidency:
         self._num_idle_pages -= entry.num_pages
         self._num_resident_pages -= entry.num_pages
         self._pool.release(entry.pages, stamp=stamp)
+        if entry.loaded_ahead:
+            self._num_ahead_pages -= entry.num_pages
         entry.state, entry.pages = AdapterState.HOST, ()
         self.version += 1
+        self._note_loadable(digest, entry)
 
     def trim_host(self) -> tuple[Digest, ...]:
         """Adapters to drop from host memory so that it holds ``max_host_pages`` at most. Changes state.
@@ -191,6 +236,18 @@ class AdapterResidency:
         del self._host[digest]
         self._num_host_pages -= entry.num_pages
 
+    def _end_ahead(self, entry: _Entry) -> None:
+        """It is used, or nobody waits for it any more."""
+        if entry.loaded_ahead and entry.state is AdapterState.RESIDENT:
+            self._num_ahead_pages -= entry.num_pages
+        entry.loaded_ahead = False
+
+    def _note_loadable(self, digest: Digest, entry: _Entry) -> None:
+        if entry.state is AdapterState.HOST and entry.num_waiters > 0 and not entry.loaded_ahead:
+            self._loadable[digest] = None
+        else:
+            self._loadable.pop(digest, None)
+
     def pages_in_use(self) -> tuple[int, ...]:
         """All pages that hold adapters."""
         return tuple(page for entry in self._entries.values() for page in entry.pages)
@@ -206,6 +263,12 @@ class AdapterResidency:
             assert (digest in self._idle) == (resident and entry.num_users == 0)
             assert (digest in self._host) == (entry.state in (AdapterState.HOST, AdapterState.RESIDENT))
             assert (digest in self._missing) == (entry.state is AdapterState.MISSING)
+            assert (digest in self._loadable) == (
+                entry.state is AdapterState.HOST and entry.num_waiters > 0 and not entry.loaded_ahead
+            )
+            assert not entry.loaded_ahead or (entry.num_users == 0 and entry.num_waiters > 0)
+        assert set(self._loadable) <= set(entries)
+        assert self._num_ahead_pages == sum(len(entry.pages) for entry in entries.values() if entry.loaded_ahead)
         assert self._num_idle_pages == sum(entries[d].num_pages for d in self._idle)
         assert self._num_resident_pages == sum(len(entry.pages) for entry in entries.values())
         assert self._num_host_pages == sum(entries[d].num_pages for d in self._host)

@@ -42,6 +42,8 @@ class Engine:
         self._sequences: dict[RequestId, Sequence] = {}
         self._in_flight: deque[StepInFlight] = deque()
         self._submit_failed = False
+        self._plan_is_out = False
+        """The last instructions held a plan."""
         self._num_failed_alone = 0
         self._probe: Sequence | None = None
         self._executor_broken = False
@@ -141,9 +143,10 @@ class Engine:
             return Instructions()
         shares = self._scheduler.plan(now_s)
         unstages = self._memory.adapters.trim_host()
-        if not shares:
-            return Instructions(unstages=unstages)
         drops, loads = self._memory.take_instructions()
+        self._plan_is_out = bool(shares)
+        if not shares:
+            return Instructions(drops=drops, unstages=unstages, loads=loads)
         self._step_id += 1
         step = StepInFlight.begin(self._step_id, shares, self._scheduler.take_releases())
         self._in_flight.append(step)
@@ -180,15 +183,16 @@ class Engine:
         return tuple(outputs)
 
     def loads_failed(self, failures: dict[Digest, LoraplexError]) -> tuple[RequestOutput, ...]:
-        """Some loads of the last instructions failed and the plan was therefore not submitted: it is withdrawn, the
-        requests of those adapters end with their error, the others are planned again. Changes state.
+        """Some loads of the last instructions failed and their plan, if any, was therefore not submitted: it is
+        withdrawn, the requests of those adapters end with their error, the others are planned again. Changes state.
 
         The adapters are missing from now on: the caller drops them from host memory before it reports another event.
         """
-        assert self._in_flight, "no step is in flight"
-        step = self._in_flight.pop()
-        step.undo()
-        self._scheduler.withdraw(step.plan.releases, step.starting)
+        if self._plan_is_out:
+            step = self._in_flight.pop()
+            step.undo()
+            self._scheduler.withdraw(step.plan.releases, step.starting)
+            self._plan_is_out = False
         outputs: list[RequestOutput] = []
         for sequence in tuple(self._scheduler.running):
             if sequence.adapter in failures:
@@ -271,6 +275,9 @@ class Engine:
             credits=max(0, self._config.max_running + self._config.max_waiting - len(self._sequences)),
             steps=self._memory.last_done_step,
             generated_tokens=self._num_generated,
+            adapter_loads=self._memory.adapters.num_loads,
+            adapter_prefetches=self._memory.adapters.num_prefetches,
+            adapter_hits=self._memory.num_adapter_hits,
         )
 
     def validate(self) -> None:

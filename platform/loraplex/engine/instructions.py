@@ -23,6 +23,6 @@ class Instructions:
     unstages: tuple[Digest, ...] = ()
     """Adapters to forget in host memory."""
     loads: tuple[AdapterLoad, ...] = ()
-    """Adapters to copy from host memory into pages."""
+    """Adapters to copy from host memory into pages, those that the plan needs first."""
     plan: StepPlan | None = None
     """None: nothing can run until the oldest step in flight is answered or another event arrives."""

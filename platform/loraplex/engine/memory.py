@@ -29,6 +29,8 @@ class Memory:
         )
         self.last_done_step = 0
         """Id of the last step that ended; what is free or idle was used by none after it."""
+        self.num_adapter_hits = 0
+        """Admissions that found their adapter resident."""
         self._stamp = 0
         self._drops: dict[Digest, None] = {}
         self._loads: dict[Digest, tuple[int, ...]] = {}
@@ -88,12 +90,10 @@ class Memory:
             self.pool.share(page)
         digest = sequence.adapter
         if digest is not None:
-            to_load = self.adapters.num_pages_to_load(digest)
-            if to_load:
-                self._leave_adapter_pages(to_load)
-                pages = self._take(to_load)
-                self.adapters.load(digest, pages, stamp=self._stamp)
-                self._loads[digest] = pages
+            if self.adapters.num_pages_to_load(digest):
+                self.load_adapter(digest, ahead=False)
+            else:
+                self.num_adapter_hits += 1
             self.adapters.pin(digest)
         count = self.num_pages_for(len(sequence.token_ids)) - len(shared)
         sequence.pages = [*shared, *self._take(count)]
@@ -102,6 +102,23 @@ class Memory:
         self.prefix.begin(sequence)
         if sequence.num_cached is None:
             sequence.num_cached = min(sequence.num_computed, sequence.num_prompt)
+
+    def load_adapter(self, digest: Digest, *, ahead: bool) -> None:
+        """Makes an adapter resident that lies in host memory, and idle; its pages can be had. Changes state."""
+        num_pages = self.adapters.num_pages_to_load(digest)
+        self._leave_adapter_pages(num_pages)
+        pages = self._take(num_pages)
+        self.adapters.load(digest, pages, stamp=self._stamp, ahead=ahead)
+        self._loads[digest] = pages
+
+    def touch(self, sequence: Sequence, shared: tuple[int, ...]) -> None:
+        """The adapter of a waiting request and ``shared``, the pages that it matches, count as used now: what nobody
+        waits for is given up before them. Changes state."""
+        # The end of the chain goes first, as in ``release``.
+        for page in reversed(shared):
+            self.pool.touch(page, stamp=self._stamp)
+        if sequence.adapter is not None:
+            self.adapters.touch(sequence.adapter, stamp=self._stamp)
 
     def grow(self, sequence: Sequence) -> bool:
         """One more page for a running sequence; False when there is none to be had. Changes state."""

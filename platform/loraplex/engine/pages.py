@@ -51,6 +51,12 @@ class PagePool:
             del self._cached[page]
         self._references[page] += 1
 
+    def touch(self, page: int, *, stamp: int) -> None:
+        """If it is cached it counts as used now. Changes state."""
+        if page in self._cached:
+            self._cached[page] = stamp
+            self._cached.move_to_end(page)
+
     def release(self, pages: Iterable[int], *, stamp: int) -> None:
         """One reference less to each page. Pages that are left with none become cached when sealed, else free.
 

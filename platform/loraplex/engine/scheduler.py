@@ -17,15 +17,21 @@ Knows nothing of tokens' values or outputs; called by ``engine``.
 from bisect import insort
 from collections import Counter, defaultdict, deque
 from collections.abc import Collection, Iterable
+from heapq import nsmallest
+from itertools import chain
 from math import inf
 
 from loraplex.core.ids import Digest, TenantName
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.fairness import TenantCounters
 from loraplex.engine.memory import Memory
+from loraplex.engine.prefetch import prefetch_adapters
 from loraplex.engine.quarantine import Quarantine
 from loraplex.engine.queue import WaitingQueue
 from loraplex.engine.sequence import Sequence
+
+_PREFETCH_DEPTH = 64
+"""Heads of the queue, of each class, that are looked at for adapters to load ahead."""
 
 
 def _rank(sequence: Sequence) -> tuple[bool, float, int]:
@@ -99,6 +105,8 @@ class Scheduler:
         self._in_row_order = True
         self._admitted_costs.append(defaultdict(float))
         self._share_all(now_s)
+        if not self._blocked and not self._preempted:
+            self._prefetch(now_s)
         if self._blocked or not self._shares:
             self._admitted_costs.pop()
             return {}
@@ -233,6 +241,25 @@ class Scheduler:
             else:
                 passed.add(head)
 
+    def _prefetch(self, now_s: float) -> None:
+        """Loads adapters of those who are next; nobody gives way for that."""
+        if not self._config.max_ahead_pages or not self._memory.adapters.any_loadable or self.quarantine:
+            return
+        nearest = (
+            nsmallest(
+                _PREFETCH_DEPTH,
+                filter(self._is_ready, self.waiting.heads(offline=offline, without=())),
+                key=lambda sequence: self._turn(sequence, now_s),
+            )
+            for offline in (False, True)
+        )
+        prefetch_adapters(
+            self._memory,
+            chain.from_iterable(nearest),
+            reserve=self._reserve(len(self.running)),
+            max_ahead_pages=self._config.max_ahead_pages,
+        )
+
     def _is_ready(self, sequence: Sequence) -> bool:
         return sequence.adapter is None or self._memory.adapters.is_ready(sequence.adapter)
 
@@ -279,10 +306,13 @@ class Scheduler:
 
     def _shortage(self, sequence: Sequence, *, without: Collection[Sequence] = (), reserve: int | None = None) -> int:
         if reserve is None:
-            # Some pages are left over at an admission, so that the running can grow a while before anybody is
-            # preempted.
-            reserve = -(-(len(self.running) - len(without)) // 4)
+            reserve = self._reserve(len(self.running) - len(without))
         return self._memory.shortage(sequence, reserve=reserve, without=without)
+
+    @staticmethod
+    def _reserve(num_running: int) -> int:
+        """Pages left over at an admission, so that the running can grow a while before anybody is preempted."""
+        return -(-num_running // 4)
 
     def _open(self, sequence: Sequence) -> None:
         # Pages and pin first: while it counts as a waiter its adapter cannot leave host memory.

@@ -116,6 +116,9 @@ class GatewayMetrics:
                 ("num_queued_tokens", "Prompt tokens not yet prefilled."),
                 ("steps", "Steps since the replica started."),
                 ("generated_tokens", "Output tokens since the replica started."),
+                ("adapter_loads", "Adapter copies to the accelerator that a request waited for, since the start."),
+                ("adapter_prefetches", "Adapter copies begun before their request's turn, since the start."),
+                ("adapter_hits", "Admissions that found their adapter on the accelerator, since the start."),
             )
         }
         self._replicas: set[ReplicaId] = set()
