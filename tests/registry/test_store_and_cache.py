@@ -150,6 +150,17 @@ class Reader:
         return self.sent[digest][offset : offset + max_bytes]
 
 
+def _fetch(cache: NodeCache, digest: Digest) -> tuple[AdapterManifest, str]:
+    """As one that reads nothing."""
+    with cache.open(digest) as opened:
+        return opened
+
+
+def _names(directory: Path, suffix: str = ".safetensors") -> set[str]:
+    """First letters of the cached digests."""
+    return {path.name[0] for path in directory.glob(f"*{suffix}")}
+
+
 def _cache(directory: Path, reader: Reader, **settings: float) -> NodeCache:
     config = RegistryConfig(piece_bytes=300, **settings)  # type: ignore[arg-type]
     return NodeCache(config, directory=directory, reader=reader)
@@ -158,11 +169,11 @@ def _cache(directory: Path, reader: Reader, **settings: float) -> NodeCache:
 def test_a_download_in_pieces_is_kept_for_later_processes(tmp_path: Path) -> None:
     reader = Reader()
     digest = reader.add("a")
-    manifest, path = _cache(tmp_path, reader).fetch(digest)
+    manifest, path = _fetch(_cache(tmp_path, reader), digest)
     assert Path(path).read_bytes() == reader.files[digest]
     assert manifest == reader.info(digest).manifest
     calls = reader.calls
-    assert _cache(tmp_path, reader).fetch(digest) == (manifest, path)
+    assert _fetch(_cache(tmp_path, reader), digest) == (manifest, path)
     assert reader.calls == calls
 
 
@@ -172,10 +183,10 @@ def test_the_stores_own_file_is_used_where_it_is(tmp_path: Path) -> None:
     digest = reader.add("a")
     own.write_bytes(reader.files[digest])
     cache = _cache(tmp_path / "cache", reader)
-    assert cache.fetch(digest)[1] == str(own)
+    assert _fetch(cache, digest)[1] == str(own)
     assert reader.calls == 1
     own.write_bytes(b"x" * 1000)
-    assert cache.fetch(digest)[1] != str(own), "a file of another content is not believed"
+    assert _fetch(cache, digest)[1] != str(own), "a file of another content is not believed"
 
 
 def test_a_url_is_read_directly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,13 +195,13 @@ def test_a_url_is_read_directly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     (tmp_path / "object").write_bytes(reader.files[digest])
     local = pyarrow.fs.LocalFileSystem(), str(tmp_path / "object")
     monkeypatch.setattr(pyarrow.fs, "FileSystem", SimpleNamespace(from_uri=lambda _url: local))
-    _, path = _cache(tmp_path / "cache", reader).fetch(digest)
+    _, path = _fetch(_cache(tmp_path / "cache", reader), digest)
     assert Path(path).read_bytes() == reader.files[digest]
     assert reader.calls == 1
     (tmp_path / "object").unlink()
     (tmp_path / "cache" / Path(path).name).unlink()
     with pytest.raises(NotFound):
-        _cache(tmp_path / "cache", reader).fetch(digest)
+        _fetch(_cache(tmp_path / "cache", reader), digest)
 
 
 @pytest.mark.parametrize("sent", [b"", b"short", b"x" * 1000, b"x" * 100_000])
@@ -200,28 +211,28 @@ def test_what_does_not_match_is_refused_and_not_kept(tmp_path: Path, sent: bytes
     reader.sent[digest] = sent
     cache = _cache(tmp_path, reader)
     with pytest.raises(BadAdapter, match="damaged"):
-        cache.fetch(digest)
-    assert list(tmp_path.iterdir()) == []
+        _fetch(cache, digest)
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
     reader.sent[digest] = reader.files[digest]
-    cache.fetch(digest)
+    _fetch(cache, digest)
 
 
 def test_a_damaged_cache_file_is_fetched_again(tmp_path: Path) -> None:
     reader = Reader()
     digest = reader.add("a")
-    _, path = _cache(tmp_path, reader).fetch(digest)
+    _, path = _fetch(_cache(tmp_path, reader), digest)
     Path(path).write_bytes(b"y" * 1000)
-    _, again = _cache(tmp_path, reader).fetch(digest)
+    _, again = _fetch(_cache(tmp_path, reader), digest)
     assert Path(again).read_bytes() == reader.files[digest]
     Path(path).with_suffix(".info").write_bytes(b"torn")
-    assert _cache(tmp_path, reader).fetch(digest)[1] == again
+    assert _fetch(_cache(tmp_path, reader), digest)[1] == again
 
 
 def test_unknown_adapters_and_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reader = Reader()
     cache = _cache(tmp_path, reader)
     with pytest.raises(NotFound):
-        cache.fetch(A)
+        _fetch(cache, A)
     digest = reader.add("a")
 
     def full(*_names: object) -> None:
@@ -229,58 +240,131 @@ def test_unknown_adapters_and_a_full_disk(tmp_path: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(os, "replace", full)
     with pytest.raises(StorageFull):
-        cache.fetch(digest)
+        _fetch(cache, digest)
     assert not list(tmp_path.glob(".tmp-*"))
 
 
-def test_the_least_recently_fetched_leave_first(tmp_path: Path) -> None:
+def test_the_least_recently_used_leave_first(tmp_path: Path) -> None:
     reader = Reader()
-    cache = _cache(tmp_path, reader, cache_bytes=3000, cache_min_idle_s=0.05)
+    cache = _cache(tmp_path, reader, cache_bytes=3000)
     first, second, third = (reader.add(letter) for letter in "abc")
     for digest in (first, second, third):
-        cache.fetch(digest)
+        _fetch(cache, digest)
         time.sleep(0.02)
-    cache.fetch(first)
-    time.sleep(0.1)
-    cache.fetch(reader.add("d"))
-    assert {path.name[0] for path in tmp_path.glob("*.safetensors")} == {"a", "c", "d"}
-    assert {path.name[0] for path in tmp_path.glob("*.info")} == {"a", "c", "d"}
+    _fetch(cache, first)
+    _fetch(cache, reader.add("d"))
+    assert _names(tmp_path) == _names(tmp_path, ".info") == {"a", "c", "d"}
 
 
-def test_what_was_fetched_just_now_is_not_evicted(tmp_path: Path) -> None:
+def test_what_is_read_stays_and_who_finds_no_room_waits_for_its_reader(tmp_path: Path) -> None:
     reader = Reader()
-    cache = _cache(tmp_path, reader, cache_bytes=1500)
-    paths = [cache.fetch(reader.add(letter))[1] for letter in "abc"]
-    assert all(Path(path).exists() for path in paths)
+    cache, other_process = (_cache(tmp_path, reader, cache_bytes=2500, cache_wait_s=0.1) for _ in range(2))
+    first, second, third = (reader.add(letter) for letter in "abc")
+    with cache.open(first) as (_, path), other_process.open(second):
+        with pytest.raises(StorageFull, match="2500 bytes"):
+            _fetch(other_process, third)
+        assert Path(path).read_bytes() == reader.files[first]
+    patient = _cache(tmp_path, reader, cache_bytes=2500)
+    reading = cache.open(first)
+    reading.__enter__()
+    with cache.open(second):
+        thread = threading.Thread(target=_fetch, args=(patient, third))
+        thread.start()
+        time.sleep(0.1)
+        assert thread.is_alive()
+        reading.__exit__(None, None, None)
+        thread.join(5)
+    assert _names(tmp_path) == {"b", "c"}, "the one that nobody read any more"
+
+
+def test_an_adapter_larger_than_the_cache_is_refused_at_once(tmp_path: Path) -> None:
+    reader = Reader()
+    with pytest.raises(StorageFull):
+        _fetch(_cache(tmp_path, reader, cache_bytes=999), reader.add("a"))
+
+
+def test_a_damaged_file_makes_room_for_itself(tmp_path: Path) -> None:
+    reader = Reader()
+    digest = reader.add("a")
+    _, path = _fetch(_cache(tmp_path, reader), digest)
+    Path(path).write_bytes(b"y" * 1000)
+    _fetch(_cache(tmp_path, reader, cache_bytes=1000, cache_wait_s=0.1), digest)
+    assert Path(path).read_bytes() == reader.files[digest]
+
+
+def test_many_threads_of_two_processes_in_a_small_cache(tmp_path: Path) -> None:
+    """Everything that is staged is evicted by somebody and fetched again; nobody ever sees another's bytes or none, and
+    the directory never holds more than it may."""
+    reader = Reader()
+    digests = [reader.add(letter) for letter in "abcdefgh"]
+    caches = [_cache(tmp_path, reader, cache_bytes=4000) for _ in range(2)]
+    failures: list[str] = []
+    over: list[int] = []
+    done = threading.Event()
+
+    def stage(number: int) -> None:
+        for turn in range(30):
+            digest = digests[(turn * (number + 1) + number) % len(digests)]
+            with caches[number % 2].open(digest) as (_, path):
+                if Path(path).read_bytes() != reader.files[digest]:
+                    failures.append(digest)
+
+    def watch() -> None:
+        while not done.is_set():
+            with caches[0]._making_room():
+                sizes = [path.stat().st_size for path in tmp_path.iterdir() if path.suffix != ".info"]
+            over.extend(total for total in (sum(sizes),) if total > 4000)
+
+    threads = [threading.Thread(target=stage, args=(number,)) for number in range(4)]
+    watcher = threading.Thread(target=watch)
+    for thread in (*threads, watcher):
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    done.set()
+    watcher.join()
+    assert not any(thread.is_alive() for thread in threads)
+    assert failures == []
+    assert over == []
+    assert len(_names(tmp_path)) <= 4 < len(digests)
+    assert reader.calls > 6 * len(digests), "nothing was evicted and fetched again"
 
 
 def test_another_process_does_not_evict_what_is_being_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reader = Reader()
     digest = reader.add("a")
-    _, path = _cache(tmp_path, reader).fetch(digest)
+    _, path = _fetch(_cache(tmp_path, reader), digest)
     os.utime(path, (0, os.stat(path).st_mtime))
     hashing, other = hashlib.file_digest, Reader()
 
     def while_another_makes_room(file: Any, name: str) -> Any:
         monkeypatch.setattr(hashlib, "file_digest", hashing)
-        _cache(tmp_path, other, cache_bytes=1).fetch(other.add("b"))
+        with pytest.raises(StorageFull):
+            _fetch(_cache(tmp_path, other, cache_bytes=1500, cache_wait_s=0.01), other.add("b"))
         return hashing(file, name)
 
     monkeypatch.setattr(hashlib, "file_digest", while_another_makes_room)
     calls = reader.calls
-    _, again = _cache(tmp_path, reader).fetch(digest)
+    _, again = _fetch(_cache(tmp_path, reader), digest)
     assert Path(again).read_bytes() == reader.files[digest]
     assert reader.calls == calls
 
 
-def test_temporary_files_of_the_past_are_removed(tmp_path: Path) -> None:
-    old, new = tmp_path / ".tmp-old", tmp_path / ".tmp-new"
-    for path in (old, new):
-        path.touch()
-    os.utime(old, (time.time() - 7200, time.time() - 7200))
-    _cache(tmp_path, Reader())
-    assert not old.exists()
-    assert new.exists()
+def test_abandoned_downloads_are_removed_and_those_under_way_are_not(tmp_path: Path) -> None:
+    reader = Reader()
+    digest = reader.add("a")
+    abandoned = tmp_path / ".tmp-old"
+    abandoned.touch()
+    reading = reader.read
+
+    def while_another_starts(digest: Digest, *, offset: int, max_bytes: int) -> bytes:
+        _cache(tmp_path, Reader())
+        return reading(digest, offset=offset, max_bytes=max_bytes)
+
+    reader.read = while_another_starts  # type: ignore[method-assign]
+    _, path = _fetch(_cache(tmp_path, reader), digest)
+    assert Path(path).read_bytes() == reader.files[digest]
+    assert not abandoned.exists()
 
 
 def test_many_threads_download_once(tmp_path: Path) -> None:
@@ -288,7 +372,7 @@ def test_many_threads_download_once(tmp_path: Path) -> None:
     digest = reader.add("a")
     cache = _cache(tmp_path, reader)
     got: list[str] = []
-    threads = [threading.Thread(target=lambda: got.append(cache.fetch(digest)[1])) for _ in range(8)]
+    threads = [threading.Thread(target=lambda: got.append(_fetch(cache, digest)[1])) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:

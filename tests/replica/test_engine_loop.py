@@ -4,6 +4,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import pytest
 from loraplex.core.adapter import AdapterManifest, AdapterRef
@@ -24,10 +25,11 @@ class Source:
     def __init__(self) -> None:
         self.errors: dict[str, Exception] = {}
 
-    def fetch(self, digest: Digest) -> tuple[AdapterManifest, str]:
+    @contextmanager
+    def open(self, digest: Digest) -> Iterator[tuple[AdapterManifest, str]]:
         if digest in self.errors:
             raise self.errors[digest]
-        return fake_manifest(digest), "path"
+        yield fake_manifest(digest), "path"
 
 
 class Harness:

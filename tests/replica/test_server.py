@@ -1,7 +1,8 @@
 """The stream server against raw gRPC clients that misbehave."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import grpc
@@ -21,8 +22,9 @@ HELLO = encode(GatewayFrame(hello=Hello(gateway_id=GatewayId("g"))))
 
 
 class Source:
-    def fetch(self, digest: Digest) -> tuple[AdapterManifest, str]:
-        return fake_manifest(digest), "path"
+    @contextmanager
+    def open(self, digest: Digest) -> Iterator[tuple[AdapterManifest, str]]:
+        yield fake_manifest(digest), "path"
 
 
 @pytest.fixture

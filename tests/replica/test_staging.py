@@ -1,6 +1,7 @@
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 from loraplex.core.adapter import AdapterManifest
@@ -18,14 +19,15 @@ class Source:
         self.gate = threading.Event()
         self.gate.set()
 
-    def fetch(self, digest: Digest) -> tuple[AdapterManifest, str]:
+    @contextmanager
+    def open(self, digest: Digest) -> Iterator[tuple[AdapterManifest, str]]:
         self.gate.wait(5)
         self.fetched.append(digest)
         if digest == GONE:
             raise NotFound("no such adapter")
         if digest == BROKEN:
             raise OSError("/secret/path: disk failed")
-        return fake_manifest(digest, base_model_id="other" if digest == STRANGE else "fake-base"), "/secret/path"
+        yield fake_manifest(digest, base_model_id="other" if digest == STRANGE else "fake-base"), "/secret/path"
 
 
 class Staging:

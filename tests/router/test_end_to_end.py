@@ -3,8 +3,8 @@
 import asyncio
 import itertools
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AsyncExitStack, contextmanager
 
 import pytest
 from loraplex.core.adapter import AdapterManifest, AdapterRef
@@ -27,10 +27,11 @@ _ids = itertools.count()
 
 
 class FakeSource:
-    def fetch(self, digest: Digest) -> tuple[AdapterManifest, str]:
+    @contextmanager
+    def open(self, digest: Digest) -> Iterator[tuple[AdapterManifest, str]]:
         if digest == MISSING:
             raise OSError("gone")
-        return fake_manifest(digest), f"/artifacts/{digest}"
+        yield fake_manifest(digest), f"/artifacts/{digest}"
 
 
 class Replica:

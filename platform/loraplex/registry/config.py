@@ -33,9 +33,9 @@ class RegistryConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     piece_bytes: int = 4 * MIB
     """Largest piece of an artifact that is read or sent at once."""
     cache_bytes: int = 20 * 1024 * MIB
-    """Size of a node's disk cache; the least recently used adapters leave first."""
-    cache_min_idle_s: float = 60.0
-    """A cached adapter that was fetched within this time is not evicted: a replica may be opening it."""
+    """Size of a node's disk cache, at most; the least recently used adapters that nobody reads leave first."""
+    cache_wait_s: float = 30.0
+    """How long an adapter waits for room when all that is in the cache is being read."""
 
     def __post_init__(self) -> None:
         for name in self.__struct_fields__:

@@ -8,6 +8,7 @@ import logging
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 from loraplex.core.adapter import AdapterManifest
@@ -23,8 +24,8 @@ _log = logging.getLogger(__name__)
 
 
 class ArtifactSource(Protocol):
-    def fetch(self, digest: Digest) -> tuple[AdapterManifest, str]:
-        """Manifest and local path of the safetensors file; blocks, any thread.
+    def open(self, digest: Digest) -> AbstractContextManager[tuple[AdapterManifest, str]]:
+        """Manifest and local path of the safetensors file, which stays there meanwhile; blocks, any thread.
 
         Raises a LoraplexError: NotFound, Unavailable, StorageFull, BadAdapter.
         """
@@ -72,11 +73,11 @@ class AdapterStager:
 
     def _stage(self, digest: Digest) -> None:
         try:
-            manifest, path = self._source.fetch(digest)
-            expected = self._executor.model.base_model_id
-            if manifest.base_model_id != expected:
-                raise BadAdapter(f"the adapter is of base {manifest.base_model_id}, this replica serves {expected}")
-            self._stage_file(manifest, path)
+            with self._source.open(digest) as (manifest, path):
+                expected = self._executor.model.base_model_id
+                if manifest.base_model_id != expected:
+                    raise BadAdapter(f"the adapter is of base {manifest.base_model_id}, this replica serves {expected}")
+                self._stage_file(manifest, path)
             num_pages = self._executor.adapter_pages(manifest)
         except Exception as error:
             _log.warning("staging adapter %s failed: %s", digest, error, exc_info=not isinstance(error, LoraplexError))
