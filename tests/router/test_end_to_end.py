@@ -166,7 +166,7 @@ async def test_bad_adapters_end_their_own_requests_only(stack: AsyncExitStack) -
     await asyncio.gather(
         *(check(router, make_request(max_tokens=60, adapter=a)) for a in (None, "a" * 64, None, "b" * 64)),
         fails(POISONED, "the model failed"),
-        fails(UNSTAGEABLE, "does not match its manifest"),
+        fails(UNSTAGEABLE, "not what was registered"),
         fails(MISSING, "could not be read"),
     )
     assert replica.loop.alive
