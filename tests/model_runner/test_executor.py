@@ -16,8 +16,11 @@ from loraplex.core.errors import BadAdapter, BadConfig, Conflict, NotFound
 from loraplex.core.ids import BaseModelId, Digest
 from loraplex.core.model import LORA_MODULES, ModelSpec
 from loraplex.core.request import SamplingParams
-from loraplex.core.step import Row, RowStart, StepPlan
+from loraplex.core.step import ArenaSpec, Row, RowStart, StepPlan
+from loraplex.engine import Engine, EngineConfig
 from loraplex.model_runner import ExecutorConfig, build_executor
+from loraplex.model_runner.arena import plan_arena
+from loraplex.model_runner.build import load_model_spec
 from loraplex.model_runner.executor import TorchExecutor
 from loraplex.testing.steps import run_step
 from safetensors.torch import save_file
@@ -259,6 +262,24 @@ def test_arena_bytes_are_an_upper_bound() -> None:
     assert arena.num_pages == 100_000 // arena.page_bytes
     executor.close()
     executor.close()
+
+
+def test_without_adapters_the_whole_pool_is_kv() -> None:
+    """8B in bf16 beside 16 GB of weights on an 80 GB device: 8192 tokens of KV a GiB, all but 3 %."""
+    spec = load_model_spec("random:llama3-8b", BASE)
+    config = ExecutorConfig(device="cuda")
+    room_bytes = int(0.9 * 80e9 - 16e9)
+    plan = plan_arena(config, spec, room_bytes=room_bytes, itemsize=2)
+    taken_bytes = plan.num_pages * plan.page_bytes + plan.record_bytes + plan.page_table_bytes
+    tokens_per_gib = plan.num_pages * config.page_size / (taken_bytes / 2**30)
+    assert 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * 2 == 131072
+    assert tokens_per_gib >= 0.97 * 2**30 / 131072
+    assert plan.kv_share == pytest.approx(tokens_per_gib / 8192)
+    page = plan.page_bytes + plan.record_bytes // plan.num_pages
+    assert room_bytes - page < taken_bytes + plan.step_bytes <= room_bytes
+    arena = ArenaSpec(num_pages=plan.num_pages, page_size=config.page_size, page_bytes=plan.page_bytes)
+    engine = Engine(EngineConfig(), model=spec, arena=arena)
+    assert engine.load_report().num_free_pages == plan.num_pages
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

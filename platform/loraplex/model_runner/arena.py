@@ -4,6 +4,8 @@ Owns the bytes; page ids are given out by the engine and only turned into addres
 the device tier of adapters. Legend: P pages.
 """
 
+from dataclasses import dataclass
+
 import torch
 from loraplex_kernels import KvLayout, KvPages, view_kv_pages
 
@@ -57,14 +59,48 @@ def plan_num_pages(config: ExecutorConfig, model: ModelSpec, *, dtype: torch.dty
     if device.type == "cpu":
         return max(_DEFAULT_CPU_BYTES // page_bytes, 1)
     free_bytes, total_bytes = torch.cuda.mem_get_info(device)
-    room_bytes = int(free_bytes - (1 - config.memory_fraction) * total_bytes) - _step_bytes(config, model, dtype)
-    # The table of resident adapters has a record for each page.
+    room_bytes = int(free_bytes - (1 - config.memory_fraction) * total_bytes)
+    return plan_arena(config, model, room_bytes=room_bytes, itemsize=dtype.itemsize).num_pages
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArenaPlan:
+    """What becomes of the bytes that are left beside the weights of a CUDA device."""
+
+    num_pages: int
+    page_bytes: int
+    record_bytes: int
+    """Table of resident adapters: a record for each page, since no adapter is smaller."""
+    page_table_bytes: int
+    step_bytes: int
+    """Activations of the largest step, its logits and the sampler's copies of them."""
+
+    @property
+    def kv_share(self) -> float:
+        """KV bytes of an arena without adapters / bytes of arena, adapter table and page tables."""
+        kv_bytes = self.num_pages * self.page_bytes
+        return kv_bytes / (kv_bytes + self.record_bytes + self.page_table_bytes)
+
+
+def plan_arena(config: ExecutorConfig, model: ModelSpec, *, room_bytes: int, itemsize: int) -> ArenaPlan:
+    """As many pages as fit into ``room_bytes``, with all that they bring along. Pure."""
+    page_bytes = config.page_size * model.kv_elements_per_token * itemsize
+    # Two int64 entries, of A and of B, for each projection.
     record_bytes = model.num_layers * len(LORA_MODULES) * 16
-    return room_bytes // (page_bytes + record_bytes)
+    page_table_bytes = config.max_rows * -(-model.max_context_tokens // config.page_size) * 4
+    step_bytes = _step_bytes(config, model, itemsize)
+    num_pages = (room_bytes - page_table_bytes - step_bytes) // (page_bytes + record_bytes)
+    return ArenaPlan(
+        num_pages=num_pages,
+        page_bytes=page_bytes,
+        record_bytes=num_pages * record_bytes,
+        page_table_bytes=page_table_bytes,
+        step_bytes=step_bytes,
+    )
 
 
-def _step_bytes(config: ExecutorConfig, model: ModelSpec, dtype: torch.dtype) -> int:
+def _step_bytes(config: ExecutorConfig, model: ModelSpec, itemsize: int) -> int:
     """Activations of the largest step (a layer's inputs, outputs and temporaries) and its logits in the sampler."""
     per_token = 4 * model.hidden_size + 4 * (model.q_size + 2 * model.kv_size) + 4 * model.intermediate_size
     logits_bytes = config.max_rows * model.vocab_size * 4 * 6
-    return config.max_step_tokens * per_token * dtype.itemsize + logits_bytes
+    return config.max_step_tokens * per_token * itemsize + logits_bytes

@@ -33,6 +33,10 @@ class Arrival:
     first_layer: int
     event: torch.cuda.Event
 
+    @property
+    def done(self) -> bool:
+        return bool(self.event.query())  # type: ignore[no-untyped-call]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResidentAdapter:
@@ -45,7 +49,7 @@ class ResidentAdapter:
 class _Resident:
     adapter: ResidentAdapter
     arrivals: list[Arrival] = field(default_factory=list)
-    """What a step has not waited for yet, first layers first."""
+    """Copies that were not done when last asked, first layers first."""
 
 
 class GpuAdapters:
@@ -120,15 +124,16 @@ class GpuAdapters:
             raise Conflict(f"adapter {digest} is not loaded")
         return resident.adapter
 
-    def take_arrivals(self, digests: Iterable[Digest]) -> list[Arrival]:
-        """What a step that names ``digests`` must wait for; each is given out once."""
-        arrivals: list[Arrival] = []
+    def arrivals(self, digests: Iterable[Digest]) -> list[Arrival]:
+        """What a step that names ``digests`` must wait for: the copies that are not known to be done. A step that was
+        given them may fail before it waits, so the next one gets them too."""
+        found: list[Arrival] = []
         for digest in digests:
             resident = self._resident[digest]
             if resident.arrivals:
-                arrivals += resident.arrivals
-                resident.arrivals = []
-        return arrivals
+                resident.arrivals = [arrival for arrival in resident.arrivals if not arrival.done]
+                found += resident.arrivals
+        return found
 
     def _plan(self, layout: AdapterLayout) -> RecordPlan:
         # By identity: adapters of one shape share one layout, and hashing hundreds of parts costs a millisecond.

@@ -167,7 +167,7 @@ class StepInputs:
             lora=self._tiles(views[8:], num_tiles, PREFILL_TILE_ROWS, runs) if runs.digests else None,
             sampled=views[3],
             num_sampled=len(arrays.sampled),
-            arrivals=tuple(self._adapters.take_arrivals(runs.digests)),
+            arrivals=tuple(self._adapters.arrivals(runs.digests)),
         )
 
     def idle_steps(self) -> Iterator[DeviceStep]:
@@ -198,7 +198,7 @@ class StepInputs:
             lora=lora,
             sampled=None,
             num_sampled=num_rows,
-            arrivals=tuple(self._adapters.take_arrivals(runs.digests)),
+            arrivals=tuple(self._adapters.arrivals(runs.digests)),
             key=("decode", num_rows, *_lora_key(lora)),
         )
 
@@ -216,7 +216,7 @@ class StepInputs:
             lora=lora,
             sampled=sampled[: bucket.num_sampled],
             num_sampled=bucket.num_sampled,
-            arrivals=tuple(self._adapters.take_arrivals(runs.digests)),
+            arrivals=tuple(self._adapters.arrivals(runs.digests)),
             key=("mixed", num_tokens, singles, *_lora_key(lora)),
         )
 
