@@ -21,6 +21,10 @@ class Root(LazyGroup):
             "loraplex.cli.simulate_alpaserve:simulate_alpaserve_command",
             "Score recorded AlpaServe placements with our simulator.",
         ),
+        "plan-alpaserve": (
+            "loraplex.cli.plan_alpaserve:plan_alpaserve_command",
+            "Place the models of AlpaServe cases with our planner.",
+        ),
         "bench": ("loraplex.cli.bench:app", "Measure the engine alone or a running server."),
         "profile": ("loraplex.cli.profile:profile_command", "Measure what a step costs, as a profile for the planner."),
     }
