@@ -1,6 +1,7 @@
 """GGUF files: specs and weights against what was written, and against the loader of transformers."""
 
 import contextlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -318,6 +319,12 @@ def test_truncated_file_is_refused(small_file: Path, tmp_path: Path, share: floa
     path = tmp_path / "short.gguf"
     path.write_bytes(content[: int(len(content) * share)])
     assert refusal(path)
+
+
+def test_billions_of_layers_are_refused_at_once(small_file: Path) -> None:
+    spec = replace(read_gguf_spec(small_file, BASE), num_layers=2**31)
+    with pytest.raises(BadConfig, match="too few for 2147483648 layers"):
+        list(read_gguf_tensors(small_file, spec))
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

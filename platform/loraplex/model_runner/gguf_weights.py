@@ -68,6 +68,9 @@ def read_gguf_tensors(path: Path | str, spec: ModelSpec) -> Iterator[tuple[str, 
     """
     reader = open_gguf(path)
     tensors = {tensor.name: tensor for tensor in reader.tensors}
+    if spec.num_layers > len(tensors):
+        # Before names are made for each: a damaged header may say billions.
+        raise BadConfig(f"{path}: {len(tensors)} tensors are too few for {spec.num_layers} layers")
     expected = _expected_tensors(spec)
     for name, (_, shape) in expected.items():
         if name not in tensors:
