@@ -54,15 +54,17 @@ lock:
 
 # Every figure of the README, one JSON file each. About 20 minutes on 2 cores; keep the machine otherwise idle.
 FIGURES := notebooks/results
+SERVE_CPU := --model demo --dtype float32 --threads 1 --max-step-tokens 256 --num-pages 400 \
+  --streams 16 --requests 32 --input 64 --output 64 --single-ttft 8 --json
 figures: setup-dev
 	mkdir -p $(FIGURES)
 	$(BIN)/python -m loraplex.demo.parity > $(FIGURES)/parity_cpu.json
 	$(BIN)/python kernels/benchmarks/bench_decode_cpu.py --threads 1 > $(FIGURES)/decode_cpu_1_thread.json
 	$(BIN)/python kernels/benchmarks/bench_decode_cpu.py --threads 2 > $(FIGURES)/decode_cpu_2_threads.json
 	$(BIN)/python -m loraplex.bench.gateway_capacity --json > $(FIGURES)/gateway_capacity_cpu.json
-	$(BIN)/python -m loraplex_deployments.bench_platform > $(FIGURES)/platform_cpu.json
-	$(BIN)/python -m loraplex_deployments.bench_platform --parts overhead --proxy python \
-	  > $(FIGURES)/platform_python_proxies_cpu.json
+	$(BIN)/loraplex bench serve $(SERVE_CPU) > $(FIGURES)/platform_cpu.json
+	$(BIN)/loraplex bench serve $(SERVE_CPU) --proxy python > $(FIGURES)/platform_python_proxies_cpu.json
+	$(BIN)/loraplex bench start > $(FIGURES)/platform_adapters_cpu.json
 
 proto: setup-dev
 	$(BIN)/python -m grpc_tools.protoc -I platform --python_out=platform --pyi_out=platform --grpc_python_out=platform \

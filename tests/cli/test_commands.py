@@ -167,44 +167,75 @@ def test_replay_text_output(call: Run) -> None:
     assert "send lag" in text
 
 
-def test_bench_serve(call: Run, run: Run, platform: Any) -> None:
-    options = ("--requests", 12, "--concurrency", 4, "--input", 20, "--output", 7)
-    report = _json(call("bench", "serve", *options, "--tokenizer", platform.tokenizer, "--json"))
+def test_bench_serve_against_a_running_platform(call: Run, run: Run, platform: Any) -> None:
+    options = ("--requests", 12, "--streams", 4, "--clients", 2, "--rounds", 1, "--input", 20, "--output", 7)
+    result = _json(call("bench", "serve", *options, "--tokenizer", platform.tokenizer, "--json"))
+    turn = result["rounds"][0]["http"]
+    report = turn["report"]
     assert (report["completed"], report["output_tokens"], report["prompt_tokens"]) == (12, 84, 240)
+    assert {(target["tenant"], target["model"], target["requests"]) for target in report["targets"]} == {
+        ("acme", "tiny-base", 3), ("acme", "pirate", 3), ("globex", "tiny-base", 3), ("globex", "lawyer", 3),
+    }  # fmt: skip
+    assert turn["client_processes"] == 2
+    assert list(turn["cpu"]) == ["client"]
+    assert result["summary"]["http_tokens_per_s"] == report["output_tokens_per_s"]
+    assert result["summary"]["http_over_engine"] is None
     chat = run(
         "bench",
         "serve",
         *options,
-        "--url",
+        "--http",
         platform.url,
         "--key",
         ACME_KEY,
-        "--model",
+        "--ask",
         "pirate",
         "--endpoint",
         "chat",
     )
     assert chat.exit_code == 0, chat.output
-    assert "12 of 12 requests" in chat.stdout
+    assert "12 requests over 4 streams" in chat.stdout
     assert all(request.adapter is not None for request in platform.requests[-12:])
+
+
+def test_bench_serve_beside_an_engine_of_the_same_model(call: Run, platform: Any) -> None:
+    options = ("--requests", 4, "--streams", 2, "--rounds", 2, "--input", 40, "--output", 3, "--single-ttft", 2)
+    model = ("--model", "random:tiny-llama", "--num-pages", 50, "--threads", 1)
+    server = ("--http", platform.url, "--ask", "pirate", "--tokenizer", platform.tokenizer)
+    result = _json(call("bench", "serve", *options, *model, *server, "--json"))
+    ratios = [
+        one["http"]["report"]["output_tokens_per_s"] / one["engine"]["output_tokens_per_s"] for one in result["rounds"]
+    ]
+    summary = result["summary"]
+    assert summary["http_over_engine"] == pytest.approx(sum(ratios) / 2)
+    for one in result["rounds"]:
+        assert one["engine"]["output_tokens"] == one["http"]["report"]["output_tokens"] == 12
+        assert one["single_engine"]["output_tokens"] == one["single_http"]["output_tokens"] == 2
+    for table in (summary["ttft_ms"], summary["tpot_ms"], summary["single_ttft_ms"]):
+        assert list(table) == ["p50", "p90", "p99"]
+        assert all(value["engine"] > 0 for value in table.values())
+    sent = [request.prompt_token_ids for request in platform.requests if len(request.prompt_token_ids) == 40]
+    assert len(sent) == len(set(sent)) == 2 * (2 + 4 + 2), "warm-up, load and lone requests, no prompt twice"
 
 
 def test_bench_serve_without_an_answer_fails(run: Run, platform: Any) -> None:
     result = run(
         "bench",
         "serve",
-        "--requests",
+        "--streams",
         3,
-        "--url",
+        "--rounds",
+        1,
+        "--http",
         platform.url,
         "--key",
         ACME_KEY,
-        "--model",
+        "--ask",
         "nosuch",
         "--json",
     )
     assert result.exit_code == 1
-    assert _json(result)["errors"] == {"404": 3}
+    assert _json(result)["summary"]["errors"] == {"404": 3}
     assert "nosuch" in result.stderr
 
 

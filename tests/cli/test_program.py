@@ -5,11 +5,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
 from loraplex.cli import lazy
+from loraplex.cli.bench import Bench
 from loraplex.cli.lazy import load_command
+from loraplex.cli.main import Root
 from loraplex.core.errors import Unavailable
 from typer.testing import Result
 
@@ -60,6 +63,15 @@ def test_entry_points_are_described_without_import(monkeypatch: pytest.MonkeyPat
     assert "other_commands" not in sys.modules
     with pytest.raises(Unavailable, match="nothing_of_that_name"):
         load_command("fly", "other_commands:fly")
+
+
+def test_an_entry_point_with_a_dot_belongs_to_that_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    points = [EntryPoint("bench.fly", "other:fly", lazy.ENTRY_POINT_GROUP), EntryPoint("walk", "other:walk", "any")]
+    monkeypatch.setattr("importlib.metadata.entry_points", lambda group: points)
+    program, bench = Root(name="loraplex"), Bench(name="bench")
+    assert {"walk", "bench"} <= set(program.commands)
+    assert not {"fly", "bench.fly"} & set(program.commands)
+    assert set(bench.commands) == {"engine", "sweep", "fly"}
 
 
 def test_a_function_becomes_a_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -5,12 +5,13 @@ import time
 
 import pytest
 from loraplex.core.errors import BadConfig
+from loraplex.loadgen.client_processes import ClientLoad, run_clients
 from loraplex.loadgen.closed_loop import run_closed_loop
 from loraplex.loadgen.completion import CompletionClient, Sample
 from loraplex.loadgen.config import Endpoint, RequestConfig
 from loraplex.loadgen.http_client import HttpClient
 from loraplex.loadgen.open_loop import run_open_loop
-from loraplex.loadgen.prompts import WordPrompts
+from loraplex.loadgen.prompts import RandomTokens, WordPrompts
 from loraplex.loadgen.report import summarize
 from loraplex.loadgen.schedule import PlannedRequest
 from loraplex.loadgen.targets import Target
@@ -140,7 +141,7 @@ async def test_closed_loop_keeps_its_concurrency(server) -> None:  # type: ignor
         [_target("ok"), _target("slow")],
         CompletionClient(http, RequestConfig()),
         _PROMPTS,
-        num_requests=10,
+        indices=range(10),
         concurrency=3,
         prompt_tokens=5,
         output_tokens=2,
@@ -154,6 +155,48 @@ async def test_closed_loop_keeps_its_concurrency(server) -> None:  # type: ignor
         running += change
         peak = max(peak, running)
     assert peak == 3
+
+
+async def test_client_processes_share_a_load_and_begin_together(server) -> None:  # type: ignore[no-untyped-def]
+    load = ClientLoad(
+        url=server.url,
+        config=RequestConfig(),
+        targets=(_target("ok"), _target("slow")),
+        prompts=RandomTokens(50, seed=1),
+        num_requests=9,
+        streams=4,
+        prompt_tokens=6,
+        output_tokens=3,
+    )
+    sent_before_start: list[int] = []
+    run = await asyncio.to_thread(
+        run_clients, load, num_processes=2, on_start=lambda: sent_before_start.append(len(server.bodies))
+    )
+    assert sent_before_start == [0]
+    assert len(run.cpu_s) == 2
+    assert all(sample.error is None for sample in run.samples)
+    assert all(sample.sent_s >= 0 for sample in run.samples)
+    assert [body["model"] for body in server.bodies].count("slow") == 4
+    prompts = [tuple(body["prompt"]) for body in server.bodies]
+    assert len(set(prompts)) == 9
+    assert all(len(prompt) == 6 and max(prompt) < 50 for prompt in prompts)
+    assert server.num_connections == 4
+
+
+async def test_a_client_process_that_cannot_make_its_requests_ends_the_run(server) -> None:  # type: ignore[no-untyped-def]
+    load = ClientLoad(
+        url=server.url,
+        config=RequestConfig(endpoint=Endpoint.CHAT),
+        targets=(_target("ok"),),
+        prompts=RandomTokens(50, seed=1),
+        num_requests=2,
+        streams=2,
+        prompt_tokens=6,
+        output_tokens=3,
+    )
+    with pytest.raises(BadConfig, match="chat messages are text"):
+        await asyncio.to_thread(run_clients, load, num_processes=2)
+    assert server.bodies == []
 
 
 async def test_cancelling_leaves_nothing_running(server) -> None:  # type: ignore[no-untyped-def]

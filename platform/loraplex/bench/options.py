@@ -28,6 +28,8 @@ class EngineSetup(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     max_step_tokens: _AtLeastOne = 2048
     num_pages: _AtLeastOne | None = None
     """Pages of the arena; None leaves the executor's choice."""
+    memory_fraction: float = 0.9
+    """Share of the accelerator's memory that may be in use when the arena is there."""
     ceilings: str | None = None
     """A known GPU, or a JSON file of ``kernels/benchmarks/ceilings.py``. None: by the device's name, or measured."""
 

@@ -49,6 +49,7 @@ class BenchSession:
                 "dtype": setup.dtype,
                 "num_threads": setup.threads,
                 "num_pages": setup.num_pages,
+                "memory_fraction": setup.memory_fraction,
                 "max_rows": setup.max_running,
                 "max_step_tokens": setup.max_step_tokens,
             },

@@ -25,16 +25,20 @@ from loraplex.model_runner.host_adapters import HostAdapters
 _PAGE_TOKENS = 16
 
 
-def write_random_adapter(manifest: AdapterManifest, model: ModelSpec, path: Path, dtype: torch.dtype) -> None:
-    """As PEFT saves it."""
+def write_random_adapter(
+    manifest: AdapterManifest, model: ModelSpec, path: Path, dtype: torch.dtype, *, seed: int = 0
+) -> None:
+    """As PEFT saves it; elements of standard deviation 0.01."""
     tensors = {}
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     for block in manifest.blocks:
         in_features, out_features = model.projection_shape(block.module)
         parent = "mlp" if block.module in ("gate_proj", "up_proj", "down_proj") else "self_attn"
         prefix = f"base_model.model.model.layers.{block.layer}.{parent}.{block.module}"
         for side, shape in (("A", (block.lora_rank, in_features)), ("B", (out_features, block.lora_rank))):
-            tensors[f"{prefix}.lora_{side}.weight"] = torch.randn(shape, generator=generator).to(dtype)
+            tensors[f"{prefix}.lora_{side}.weight"] = (
+                torch.empty(shape).normal_(std=0.01, generator=generator).to(dtype)
+            )
     save_file(tensors, path)
 
 

@@ -1,7 +1,7 @@
-"""A command group whose members are imported when they are used, so that ``loraplex --help`` is fast.
+"""Command groups whose members are imported when they are used, so that ``loraplex --help`` is fast.
 
 Also finds commands of other packages (entry-point group ``loraplex.commands``) without importing them, and turns errors
-into one line and an exit code. Used by ``main`` only.
+into one line and an exit code. Used by ``main`` and by groups that other packages add to.
 """
 
 import ast
@@ -23,16 +23,21 @@ ENTRY_POINT_GROUP = "loraplex.commands"
 class LazyGroup(TyperGroup):
     """Subclasses name their members in ``members``: name -> (``module:attribute``, help line).
 
-    The attribute is a Typer application or a function that becomes one command. Entry points come on top.
+    The attribute is a Typer application or a function that becomes one command. Entry points come on top: those named
+    as the command for the program itself, GROUP.COMMAND for a group of it.
     """
 
     members: dict[str, tuple[str, str]] = {}  # noqa: RUF012 - a table of the class, never changed
+    group = ""
+    """Name of a group below the program; empty for the program itself."""
 
     def __init__(self, **attributes: Any) -> None:
         super().__init__(**attributes)
         self._sources = dict(self.members)
         for entry_point in sorted(importlib.metadata.entry_points(group=ENTRY_POINT_GROUP), key=lambda e: e.name):
-            self._sources.setdefault(entry_point.name, (entry_point.value, _described(entry_point.value)))
+            group, _, command = entry_point.name.rpartition(".")
+            if group == self.group:
+                self._sources.setdefault(command, (entry_point.value, _described(entry_point.value)))
         for name, (_, help_line) in self._sources.items():
             self.add_command(TyperCommand(name, help=help_line), name)
 

@@ -1,4 +1,4 @@
-"""Keeps a fixed number of requests in flight until all are answered. Called by ``loraplex bench serve``.
+"""Keeps a fixed number of requests in flight until all are answered. Called by ``client_processes``.
 
 Measures what a server can do, not how it copes with load: a slow answer delays the next request (see ``open_loop``).
 """
@@ -17,20 +17,26 @@ async def run_closed_loop(
     client: CompletionClient,
     prompts: PromptMaker,
     *,
-    num_requests: int,
+    indices: Sequence[int],
     concurrency: int,
     prompt_tokens: int,
     output_tokens: int,
-    on_sample: Callable[[Sample], None] | None = None,
+    start: Callable[[], float] = time.perf_counter,
 ) -> list[Sample]:
-    """Request i goes to ``targets[i % len(targets)]``. Samples in order of their end; scheduled = sent."""
+    """One request for each of ``indices``; request i goes to ``targets[i % len(targets)]``. Samples in order of their
+    end; scheduled = sent.
+
+    ``start`` is called once when all requests are made up, and may block: it returns the time.perf_counter() from which
+    samples count and before which nothing is sent, so that several processes can begin together.
+    """
     samples: list[Sample] = []
     encoded = [
         (target, client.encode(target, prompts.make(index, prompt_tokens), output_tokens))
-        for index, target in ((index, targets[index % len(targets)]) for index in range(num_requests))
+        for index, target in ((index, targets[index % len(targets)]) for index in indices)
     ]
     waiting = iter(encoded)
-    origin_s = time.perf_counter()
+    origin_s = start()
+    await asyncio.sleep(origin_s - time.perf_counter())
 
     async def worker() -> None:
         for target, data in waiting:
@@ -42,10 +48,8 @@ async def run_closed_loop(
                 prompt_tokens=prompt_tokens,
             )
             samples.append(sample)
-            if on_sample is not None:
-                on_sample(sample)
 
     async with asyncio.TaskGroup() as group:
-        for _ in range(min(concurrency, num_requests)):
+        for _ in range(min(concurrency, len(indices))):
             group.create_task(worker())
     return samples

@@ -7,9 +7,11 @@ from typing import Any
 
 import msgspec
 
+from loraplex.core.errors import BadConfig
 from loraplex.loadgen.config import Endpoint, RequestConfig
 from loraplex.loadgen.http_client import ConnectFailed, ConnectionBroken, HttpClient
 from loraplex.loadgen.http_parser import SseParser
+from loraplex.loadgen.prompts import Prompt
 from loraplex.loadgen.targets import Target
 
 
@@ -108,8 +110,8 @@ class CompletionClient:
         self._http = http
         self._config = config
 
-    def encode(self, target: Target, prompt: str, output_tokens: int) -> bytes:
-        """The request's bytes; made before its time comes."""
+    def encode(self, target: Target, prompt: Prompt, output_tokens: int) -> bytes:
+        """The request's bytes; made before its time comes. Raises BadConfig for a chat of token ids."""
         body: dict[str, Any] = {
             "model": target.model,
             "max_tokens": output_tokens,
@@ -118,6 +120,8 @@ class CompletionClient:
             "stream_options": {"include_usage": True},
         }
         if self._config.endpoint is Endpoint.CHAT:
+            if not isinstance(prompt, str):
+                raise BadConfig("chat messages are text; token ids go to the endpoint completions", param="endpoint")
             body["messages"] = [{"role": "user", "content": prompt}]
         else:
             body["prompt"] = prompt

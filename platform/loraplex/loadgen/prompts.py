@@ -23,9 +23,24 @@ _WORDS = _TEXT.split(" ")
 _NEAR = 32
 
 
+Prompt = str | list[int]
+"""Text, or the token ids themselves."""
+
+
 class PromptMaker(Protocol):
-    def make(self, index: int, num_tokens: int) -> str:
+    def make(self, index: int, num_tokens: int) -> Prompt:
         """The prompt of the ``index``-th request of the run."""
+
+
+class RandomTokens:
+    """Exactly ``num_tokens`` ids, each drawn from the whole vocabulary."""
+
+    def __init__(self, vocab_size: int, *, seed: int) -> None:
+        self._ids = range(vocab_size)
+        self._seed = seed
+
+    def make(self, index: int, num_tokens: int) -> list[int]:
+        return random.Random(f"{self._seed}/{index}").choices(self._ids, k=num_tokens)
 
 
 class WordPrompts:
