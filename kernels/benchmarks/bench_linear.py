@@ -45,7 +45,7 @@ VARIANTS = [
         (64, 64, 64, 4, 5),
         (64, 64, 128, 4, 3),
         (64, 128, 64, 4, 3),
-        (64, 128, 128, 4, 2),
+        (64, 128, 64, 4, 4),
         (128, 64, 64, 4, 3),
         (128, 128, 64, 4, 3),
         (128, 128, 64, 8, 4),
@@ -109,13 +109,14 @@ def library_ms(x_TK: torch.Tensor, weights: list[torch.Tensor]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="sizes for the interpreter")
+    parser.add_argument("--rows", default=",".join(map(str, ROWS)), help="numbers of rows")
     parser.add_argument("--variants", action="store_true", help="time other blocks as well")
     parser.add_argument("--processes", type=int, default=8, help="that compile")
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    shapes, rows = (TINY_SHAPES, TINY_ROWS) if arguments.tiny else (SHAPES, ROWS)
+    shapes, rows = (TINY_SHAPES, TINY_ROWS) if arguments.tiny else (SHAPES, tuple(map(int, arguments.rows.split(","))))
     cases = [(site, num_rows) for site in shapes for num_rows in rows if site != "lm_head" or num_rows <= MAX_HEAD_ROWS]
-    if device.type == "cuda":
+    if device.type == "cuda" and not arguments.tiny:
         # A kernel does not depend on the number of rows: one job for each block of a shape.
         jobs = {
             (*shapes[site], blocks): (num_rows, *shapes[site], blocks)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from loraplex.model_runner.arena import Arena
 from loraplex.model_runner.build import load_model_spec, load_weights
 from loraplex.model_runner.drawn import Drawn
 from loraplex.model_runner.executor import TorchExecutor
+from loraplex.model_runner.weights import DecoderWeights
 from loraplex.testing.steps import run_step
 
 BASE = BaseModelId("base")
@@ -109,6 +110,8 @@ class Driver:
         max_rows: int = 64,
         cuda_graphs: bool = False,
         dtype: torch.dtype = torch.float32,
+        batch_invariant: bool = False,
+        max_step_tokens: int = 1024,
     ) -> None:
         """``kernels``: the Triton kernels instead of plain torch; on the CPU under the interpreter."""
         spec = load_model_spec(str(directory), BASE)
@@ -119,10 +122,14 @@ class Driver:
         if kernels:
             from loraplex.model_runner.gpu.executor import GpuExecutor
 
-            make = partial(GpuExecutor, cuda_graphs=cuda_graphs)
-        self.executor = make(spec, weights, self.arena, self.sampler, max_rows=max_rows, max_step_tokens=1024)
+            make = partial(GpuExecutor, cuda_graphs=cuda_graphs, batch_invariant=batch_invariant)
+            weights = _unpacked(weights)
+        self.executor = make(
+            spec, weights, self.arena, self.sampler, max_rows=max_rows, max_step_tokens=max_step_tokens
+        )
         self._free = torch.randperm(num_pages).tolist()
         self._slots = 0
+        self._requests: list[Request] = []
         self._steps = 0
 
     def take_pages(self, count: int) -> list[int]:
@@ -144,6 +151,7 @@ class Driver:
                 common += 1
             request.pages = prefix_of.pages[: common // size]
             request.done = common // size * size
+        self._requests.append(request)
         return request
 
     def step(self, shares: Sequence[tuple[Request, int]], *, releases: tuple[int, ...] = ()) -> None:
@@ -184,10 +192,31 @@ class Driver:
             if request.slot in sampled:
                 request.generated.append(sampled[request.slot])
 
+    def close_all(self) -> None:
+        """Frees the pages and slots of every request; adapters stay."""
+        for request in self._requests:
+            self._free += request.pages
+        self._requests.clear()
+        plan = StepPlan(step_id=self._steps + 1, releases=tuple(self.sampler.logits), starts=(), rows=())
+        self._steps += 1
+        run_step(self.executor, plan)
+        self._slots = 0
+
     def run(self, requests: Sequence[Request], *, num_tokens: int, chunk: int = 1000) -> None:
         """Chunks of prompts mixed with decode until every request has ``num_tokens``."""
         while any(len(request.generated) < num_tokens for request in requests):
             self.step([(r, min(chunk, len(r.tokens) - r.done)) for r in requests if len(r.generated) < num_tokens])
+
+
+def _unpacked(weights: DecoderWeights) -> DecoderWeights:
+    """As they are on a GPU."""
+
+    def plain(part: Any) -> Any:
+        tensors = {item.name: getattr(part, item.name) for item in fields(part)}
+        packed = {name: value for name, value in tensors.items() if getattr(value, "is_mkldnn", False)}
+        return replace(part, **{name: value.to_dense() for name, value in packed.items()})
+
+    return replace(plain(weights), layers=tuple(plain(layer) for layer in weights.layers))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -284,9 +313,18 @@ def add_adapter(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Train
     return add
 
 
-@pytest.fixture(scope="session")
-def make_driver() -> type[Driver]:
-    return Driver
+@pytest.fixture
+def make_driver() -> Iterator[Callable[..., Driver]]:
+    """As ``Driver``; its executor is closed at the end: host memory stays pinned until then."""
+    drivers: list[Driver] = []
+
+    def make(*args: Any, **options: Any) -> Driver:
+        drivers.append(Driver(*args, **options))
+        return drivers[-1]
+
+    yield make
+    for driver in drivers:
+        driver.executor.close()
 
 
 def reference_logits(base: Base, request: Request) -> torch.Tensor:

@@ -43,7 +43,7 @@ def linear_blocks(num_rows: int, out_features: int, dtype: torch.dtype) -> Linea
     if num_rows <= 64:
         if narrow:
             return LinearBlocks(rows=64, columns=32, features=128, num_warps=4, num_stages=4)
-        return LinearBlocks(rows=64, columns=128, features=64, num_warps=4, num_stages=4)
+        return LinearBlocks(rows=64, columns=128, features=128, num_warps=4, num_stages=2)
     if num_rows <= 256 and narrow:
         return LinearBlocks(rows=128, columns=32 if num_rows <= 128 else 64, features=64, num_warps=4, num_stages=4)
     if triton.cdiv(num_rows, 128) * triton.cdiv(out_features, 256) < _ALL_SMS or num_rows <= 256:

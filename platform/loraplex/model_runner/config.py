@@ -28,4 +28,9 @@ class ExecutorConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     cuda_graphs: bool = True
     """Run decode steps as captured CUDA graphs; without, every kernel is launched by itself."""
     batch_invariant: bool = False
-    """On CUDA: LoRA results of a request do not depend on what else is in its batch, at some cost."""
+    """On CUDA: the logits of a request are the same bits whatever else runs, at some cost: other requests, adapters
+    and their ranks, the order of the rows, the size of the step, graph or not. The request must be computed in the same
+    chunks, which depend on the load where a prompt does not fit in one step or shares cached pages. Without a sliding
+    window chunks of two tokens or more may be any; a token that is computed as a row of its own has other bits than in
+    a chunk, so that a request that resumes after preemption has, too. Tokens follow the logits. Holds for one GPU
+    type, number format and version of the software."""

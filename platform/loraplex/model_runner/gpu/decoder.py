@@ -1,15 +1,17 @@
 """The decoder body on Triton kernels: one forward pass over a step's tokens, eager or inside a graph capture.
 
 The same order of operations as ``model_runner.decoder``. In decode steps a LoRA's shrink runs beside the GEMM that
-reads the same input, and its expand inside the operation that reads the GEMM's output. Owns scratch and the side
-stream; weights, pages and routes are handed in. Called by the executor under ``torch.inference_mode``.
+reads the same input, and its expand inside the operation that reads the GEMM's output. Batch-invariant steps take the
+operations of which no row depends on the others, the same in every step: GEMMs of our own, one number of attention
+splits, expands apart. Owns scratch and the side stream; weights, pages and routes are handed in. Called by the executor
+under ``torch.inference_mode``.
 Legend: T tokens, D hidden, B sampled rows, V vocabulary, C = q + k + v columns, J gate + up columns, I = J / 2.
 """
 
 from collections.abc import Mapping, Sequence
 
+import loraplex_kernels
 import torch
-from loraplex_kernels import linear
 from loraplex_kernels.gpu.activation import silu_mul
 from loraplex_kernels.gpu.attention import (
     DecodeScratch,
@@ -19,6 +21,7 @@ from loraplex_kernels.gpu.attention import (
     prefill_attention,
     prefill_block_tokens,
 )
+from loraplex_kernels.gpu.linear import linear
 from loraplex_kernels.gpu.lora import (
     MAX_RANK,
     LoraTable,
@@ -37,11 +40,14 @@ from loraplex.core.model import ModelSpec
 from loraplex.model_runner.arena import Arena
 from loraplex.model_runner.gpu.adapters import Arrival
 from loraplex.model_runner.gpu.host_step import DECODE_TILE_ROWS
-from loraplex.model_runner.gpu.inputs import DecodeRows, DeviceStep
+from loraplex.model_runner.gpu.inputs import DeviceStep
 from loraplex.model_runner.weights import DecoderWeights, LayerWeights
 
 _FALLBACK_SMS = 8
 """Where there is no GPU to ask: the interpreter."""
+
+_INVARIANT_SPLITS = 4
+"""Of attention in batch-invariant decode: few enough for many rows, enough for one row with a long context."""
 
 
 class GpuDecoder:
@@ -57,8 +63,12 @@ class GpuDecoder:
         frequencies: torch.Tensor,
         max_rows: int,
         max_step_tokens: int,
+        batch_invariant: bool,
     ) -> None:
-        """``page_table``: (slots, pages) int32; ``last_token``: (slots,) int32; ``frequencies``: (H / 2,) fp32."""
+        """``page_table``: (slots, pages) int32; ``last_token``: (slots,) int32; ``frequencies``: (H / 2,) fp32.
+
+        ``batch_invariant``: steps must come from ``StepInputs`` of the same kind, and no weight may be packed.
+        """
         device = arena.pages.device
         self._model = model
         self._weights = weights
@@ -94,6 +104,7 @@ class GpuDecoder:
         )
         self._scratch: dict[int, DecodeScratch | None] = {}
         self._max_rows = max_rows
+        self._batch_invariant = batch_invariant
 
     def run(self, step: DeviceStep) -> torch.Tensor | None:
         """Runs the step and stores its keys and values. Returns (B, V) logits in the dtype of the weights, None when no
@@ -122,13 +133,20 @@ class GpuDecoder:
         if step.num_sampled == 0:
             return None
         rows_BD = normed_TD if step.sampled is None else normed_TD.index_select(0, step.sampled)
-        return linear(rows_BD, weights.lm_head)
+        return self._linear(rows_BD, weights.lm_head)
 
     def run_sampled(self, step: DeviceStep) -> torch.Tensor:
         """``run`` of a step in which rows sample."""
         logits_BV = self.run(step)
         assert logits_BV is not None, "no row samples"
         return logits_BV
+
+    def _linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        if not self._batch_invariant:
+            return loraplex_kernels.linear(x, weight, bias)
+        out = x.new_empty((x.shape[0], weight.shape[0]))
+        linear(x, weight, out, bias_N=bias)
+        return out
 
     def _project(
         self,
@@ -142,7 +160,7 @@ class GpuDecoder:
         """The GEMM, and the LoRA that the next operation still has to add to its output."""
         tiles = step.lora
         if tiles is None:
-            return linear(x, weight, bias), None
+            return self._linear(x, weight, bias), None
         partial = view_partial(self._partials, x.shape[0], x.shape[1], site, tiles.rank_cap)
         prefill = tiles.tile_rows > DECODE_TILE_ROWS
         side = None if prefill or tiles.max_planes > 1 else self._side
@@ -151,17 +169,18 @@ class GpuDecoder:
             side.wait_stream(main)
             with torch.cuda.stream(side):
                 lora_shrink(x, self._table, layer, site, tiles, partial)
-            out = linear(x, weight, bias)
+            out = self._linear(x, weight, bias)
             main.wait_stream(side)
         else:
-            out = linear(x, weight, bias)
+            out = self._linear(x, weight, bias)
             # The operation that follows adds plane 0 alone.
             for plane in range(1, tiles.max_planes):
                 lora_shrink(x, self._table, layer, site, tiles, partial, plane=plane)
                 self._expand(out, layer, site, tiles, partial, plane=plane)
             lora_shrink(x, self._table, layer, site, tiles, partial)
-        if prefill and site in (Site.O, Site.DOWN):
-            # Their fused form reads B once a row, which pays for few rows only.
+        # The fused form of o and down reads B once a row, which pays for few rows only. Batch-invariant rows without an
+        # adapter must meet the same kernels whether others have one or not.
+        if self._batch_invariant or (prefill and site in (Site.O, Site.DOWN)):
             self._expand(out, layer, site, tiles, partial, plane=0)
             return out, None
         return out, PendingExpand(table=self._table, tiles=tiles, layer=layer, site=site, partial=partial)
@@ -192,7 +211,7 @@ class GpuDecoder:
     def _attend(self, qkv_TC: torch.Tensor, index: int, step: DeviceStep, attended_TC: torch.Tensor) -> None:
         if step.decode is not None:
             rows = step.decode
-            num_splits = self._num_splits(rows)
+            num_splits = self._num_splits(rows.slots.shape[0])
             decode_attention(
                 qkv_TC,
                 rows.tokens,
@@ -222,17 +241,15 @@ class GpuDecoder:
                 sliding_window=self._model.sliding_window,
             )
 
-    def _num_splits(self, rows: DecodeRows) -> int:
-        return decode_splits(rows.slots.shape[0], self._layout.num_kv_heads, self._num_sms)
+    def _num_splits(self, num_rows: int) -> int:
+        if self._batch_invariant:
+            return _INVARIANT_SPLITS
+        return decode_splits(num_rows, self._layout.num_kv_heads, self._num_sms)
 
     def _decode_scratch(self, num_splits: int) -> DecodeScratch | None:
         """One for each number of splits, made for the most rows that are split so often."""
         if num_splits not in self._scratch:
-            rows = max(
-                count
-                for count in range(1, self._max_rows + 1)
-                if decode_splits(count, self._layout.num_kv_heads, self._num_sms) == num_splits
-            )
+            rows = max(count for count in range(1, self._max_rows + 1) if self._num_splits(count) == num_splits)
             self._scratch[num_splits] = decode_scratch(
                 rows, self._model.num_heads, self._model.head_dim, num_splits, self._page_table.device
             )

@@ -81,6 +81,7 @@ class GpuExecutor(ExecutorBase):
             frequencies=model_frequencies(model, device),
             max_rows=max_rows,
             max_step_tokens=max_step_tokens,
+            batch_invariant=batch_invariant,
         )
         self._graphs = GraphCache(device, enabled=cuda_graphs)
         self._in_flight: deque[_InFlight] = deque()

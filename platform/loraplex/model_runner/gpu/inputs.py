@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from loraplex_kernels import KvLayout
 from loraplex_kernels.gpu.attention import prefill_block_tokens
-from loraplex_kernels.gpu.lora import LoraTiles
+from loraplex_kernels.gpu.lora import MAX_RANK, LoraTiles
 
 from loraplex.core.model import ModelSpec
 from loraplex.core.step import Row
@@ -37,7 +37,7 @@ from loraplex.model_runner.gpu.host_step import (
 from loraplex.model_runner.gpu.page_tables import PageTables
 from loraplex.model_runner.gpu.upload import FixedSections, upload_sections
 
-_RANK_CAPS = (16, 64)
+_RANK_CAPS = (16, MAX_RANK)
 _WARM_MIXED_TOKENS = 512
 
 
@@ -88,12 +88,15 @@ class StepInputs:
         padded: bool,
         batch_invariant: bool,
     ) -> None:
-        """``padded``: small steps with prompts take the sizes of a bucket, for graphs."""
+        """``padded``: small steps with prompts take the sizes of a bucket, for graphs. ``batch_invariant``: one height
+        of LoRA tiles and one rank cap for all steps."""
         self._device = device
         self._padded = padded
         self._adapters = adapters
         self._prefill_block = prefill_block_tokens(layout, model.num_heads, dtype)
         self._batch_invariant = batch_invariant
+        self._mixed_tile_rows = DECODE_TILE_ROWS if batch_invariant else PREFILL_TILE_ROWS
+        self._rank_caps = (MAX_RANK,) if batch_invariant else _RANK_CAPS
         self._max_rows = max_rows
         self.page_tables = PageTables(max_rows, -(-model.max_context_tokens // layout.page_size), device)
         self.last_token = torch.zeros(max_rows, dtype=torch.int32, device=device)
@@ -102,7 +105,7 @@ class StepInputs:
         # Token ids, slots, positions, context lengths; record, row, count, planes of tiles; records of tokens.
         self._decode = FixedSections([max_rows] * 9, device)
         most = MIXED_TOKENS[-1]
-        tiles = mixed_tile_buckets(most, max_rows, PREFILL_TILE_ROWS)[-1]
+        tiles = mixed_tile_buckets(most, max_rows, self._mixed_tile_rows)[-1]
         # As MixedArrays.sections, then tiles and records of tokens.
         self._mixed = FixedSections(
             [most] * 3
@@ -146,7 +149,7 @@ class StepInputs:
             sections = arrays.padded_sections(bucket)
             num_tiles = 0
             if runs.digests:
-                tiles = runs.tiles(arrays.row_tokens, bucket.num_tokens - arrays.num_tokens, PREFILL_TILE_ROWS)
+                tiles = runs.tiles(arrays.row_tokens, bucket.num_tokens - arrays.num_tokens, self._mixed_tile_rows)
                 num_tiles = bucket_of(tiles.num_live, self._tile_buckets(bucket))
                 sections += [*tiles.fields, tiles.token_record]
             self._mixed.send(sections)
@@ -154,7 +157,7 @@ class StepInputs:
         sections = arrays.sections()
         num_tiles = 0
         if runs.digests:
-            tiles = runs.tiles(arrays.row_tokens, 0, PREFILL_TILE_ROWS)
+            tiles = runs.tiles(arrays.row_tokens, 0, self._mixed_tile_rows)
             num_tiles = tiles.num_live
             sections += [*tiles.fields, tiles.token_record]
         views = upload_sections(sections, self._device)
@@ -164,7 +167,7 @@ class StepInputs:
             position=views[2],
             decode=DecodeRows(tokens=views[4], slots=views[5], context_len=views[6]) if len(sections[4]) else None,
             prefill=views[7].view(-1, 4) if arrays.num_several else None,
-            lora=self._tiles(views[8:], num_tiles, PREFILL_TILE_ROWS, runs) if runs.digests else None,
+            lora=self._tiles(views[8:], num_tiles, self._mixed_tile_rows, runs) if runs.digests else None,
             sampled=views[3],
             num_sampled=len(arrays.sampled),
             arrivals=tuple(self._adapters.arrivals(runs.digests)),
@@ -204,7 +207,7 @@ class StepInputs:
 
     def _mixed_step(self, bucket: MixedBucket, num_tiles: int, runs: AdapterRuns) -> DeviceStep:
         ids, token_slots, positions, sampled, tokens, slots, lengths, prefill, *tile_views = self._mixed.views
-        lora = self._tiles(tile_views, num_tiles, PREFILL_TILE_ROWS, runs) if num_tiles else None
+        lora = self._tiles(tile_views, num_tiles, self._mixed_tile_rows, runs) if num_tiles else None
         num_tokens, singles = bucket.num_tokens, bucket.num_singles
         decode = DecodeRows(tokens=tokens[:singles], slots=slots[:singles], context_len=lengths[:singles])
         return DeviceStep(
@@ -224,7 +227,7 @@ class StepInputs:
         return -(-num_tokens // self._prefill_block) + MAX_SEVERAL
 
     def _tile_buckets(self, bucket: MixedBucket) -> tuple[int, ...]:
-        return mixed_tile_buckets(bucket.num_tokens, self._max_rows, PREFILL_TILE_ROWS)
+        return mixed_tile_buckets(bucket.num_tokens, self._max_rows, self._mixed_tile_rows)
 
     def _tiles(self, views: Sequence[torch.Tensor], num_tiles: int, tile_rows: int, runs: AdapterRuns) -> LoraTiles:
         record, row, count, planes, token_record = views
@@ -236,7 +239,7 @@ class StepInputs:
             token_record=token_record,
             num_tiles=num_tiles,
             tile_rows=tile_rows,
-            rank_cap=bucket_of(runs.max_rank, _RANK_CAPS),
+            rank_cap=bucket_of(runs.max_rank, self._rank_caps),
             max_planes=runs.max_planes,
             batch_invariant=self._batch_invariant,
         )
