@@ -75,6 +75,7 @@ def platform_config(options: ServeBenchOptions, setup: EngineSetup, folder: Path
             "num_pages": setup.num_pages,
             "max_rows": setup.max_running,
             "max_step_tokens": setup.max_step_tokens,
+            "batch_invariant": setup.batch_invariant,
         },
         "engine": {"max_running": setup.max_running, "max_step_tokens": setup.max_step_tokens},
     }

@@ -132,6 +132,7 @@ def test_profiled_decode_steps_hold_every_request() -> None:
         ("lora_shrink_kernel", "lora"),
         ("nvjet_sm90_tst_128x256_64x4_1x2_h_bz_coopA_TNT", "gemm"),
         ("void cutlass::Kernel2<cutlass_80_wmma_tensorop_bf16_s161616gemm_bf16>", "gemm"),
+        ("linear_kernel", "gemm"),
         ("decode_kernel", "attention"),
         ("flash_fwd_splitkv_kernel", "attention"),
         ("add_rms_norm_kernel", "elementwise"),

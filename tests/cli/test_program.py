@@ -195,6 +195,9 @@ def test_bench_engine(run: Run) -> None:
         wrong = run("bench", "engine", *options, option, value)
         assert wrong.exit_code == 2, option
         assert f"'{value}'" in wrong.stderr
+    on_cpu = run("bench", "engine", *options, "--batch-invariant")
+    assert on_cpu.exit_code == 2
+    assert "batch_invariant" in on_cpu.stderr
     unknown = run("bench", "engine", "--model", "random:nosuch")
     assert unknown.exit_code == 2
     assert "random:nosuch" in unknown.stderr

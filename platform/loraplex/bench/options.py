@@ -30,6 +30,8 @@ class EngineSetup(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """Pages of the arena; None leaves the executor's choice."""
     memory_fraction: float = 0.9
     """Share of the accelerator's memory that may be in use when the arena is there."""
+    batch_invariant: bool = False
+    """As ``ExecutorConfig.batch_invariant``."""
     ceilings: str | None = None
     """A known GPU, or a JSON file of ``kernels/benchmarks/ceilings.py``. None: by the device's name, or measured."""
 

@@ -18,7 +18,7 @@ PARTS = (
     ("lora", r"lora"),
     ("attention", r"attention|flash|fmha|_sdpa|^(decode|combine|prefill)_kernel"),
     ("sampling", r"sampl|draw|argmax|softmax|sort|topk|cumsum|exponential"),
-    ("gemm", r"gemm|nvjet|cutlass|cublas|splitk|_mm$|::mm|addmm|matmul|::linear|mkldnn"),
+    ("gemm", r"gemm|nvjet|cutlass|cublas|splitk|_mm$|::mm|addmm|matmul|::linear|^linear_kernel|mkldnn"),
     ("copies", r"memcpy|memset|copy_|host to device|::to$"),
     ("elementwise", r"norm|rotary|silu|embed|elementwise|::(add|mul|cat|index)|write_kv|vectorized|reduce"),
 )

@@ -52,6 +52,7 @@ class BenchSession:
                 "memory_fraction": setup.memory_fraction,
                 "max_rows": setup.max_running,
                 "max_step_tokens": setup.max_step_tokens,
+                "batch_invariant": setup.batch_invariant,
             },
             ExecutorConfig,
         )

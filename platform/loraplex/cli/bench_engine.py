@@ -22,6 +22,9 @@ ThreadsOption = Annotated[int | None, typer.Option(min=1, help="torch threads on
 RunningOption = Annotated[int, typer.Option(min=1, help="Requests that run at once, at most.")]
 StepTokensOption = Annotated[int, typer.Option(min=1, help="Tokens of one step, at most.")]
 PagesOption = Annotated[int | None, typer.Option(min=1, help="Pages of the arena; default: what fits.")]
+InvariantOption = Annotated[
+    bool, typer.Option("--batch-invariant", help="On CUDA: logits that do not depend on what else is in the batch.")
+]
 CeilingsOption = Annotated[
     str | None,
     typer.Option(help="What eta is measured against: h100-80gb and the like, or a JSON file; default: by the device."),
@@ -62,6 +65,7 @@ def engine_command(
     max_running: RunningOption = 256,
     max_step_tokens: StepTokensOption = 2048,
     num_pages: PagesOption = None,
+    batch_invariant: InvariantOption = False,
     ceilings: CeilingsOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -83,6 +87,7 @@ def engine_command(
                 max_running=max_running,
                 max_step_tokens=max_step_tokens,
                 num_pages=num_pages,
+                batch_invariant=batch_invariant,
                 ceilings=ceilings,
             ),
             load=EngineLoad(
@@ -125,6 +130,7 @@ def sweep_command(
     max_running: RunningOption = 256,
     max_step_tokens: StepTokensOption = 2048,
     num_pages: PagesOption = None,
+    batch_invariant: InvariantOption = False,
     ceilings: CeilingsOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -141,6 +147,7 @@ def sweep_command(
             max_running=max_running,
             max_step_tokens=max_step_tokens,
             num_pages=num_pages,
+            batch_invariant=batch_invariant,
             ceilings=ceilings,
         ),
         cases=() if cases == "all" else tuple(name.strip() for name in cases.split(",")),

@@ -160,6 +160,17 @@ def test_equal_tokens_stay_or_go_together(dtype: torch.dtype, device: torch.devi
     assert len(drawn) > 5
 
 
+def test_a_row_does_not_depend_on_the_others(device: torch.device) -> None:
+    """Nor on the dtype, which another row's penalties change for all."""
+    rows = [*PLAIN[:3], *CUTS[:4]]
+    logits_BV = random_logits(len(rows), VOCAB, torch.bfloat16, device)
+    drawer = TokenDrawer(VOCAB, device, blocks=BLOCKS)
+    together = drawer.draw_tokens(logits_BV, sampling_rows(rows, device), 2).tolist()
+    for place, row in enumerate(rows):
+        alone = drawer.draw_tokens(logits_BV[place : place + 1].float(), sampling_rows([row], device), 2)
+        assert alone.tolist() == [together[place]], row
+
+
 def test_the_first_of_equal_logits_is_greedy(dtype: torch.dtype, device: torch.device) -> None:
     logits_BV = torch.zeros((3, VOCAB), dtype=dtype, device=device)
     logits_BV[0, [BLOCK + 3, BLOCK + 4, VOCAB - 1]] = 1.0
