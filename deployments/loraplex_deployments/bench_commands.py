@@ -187,11 +187,11 @@ def _print_serve(result: "ServeBenchResult") -> None:
             f"{summary.http_over_engine:.3f} of it"
         )
     typer.echo(line)
-    where = options.url or f"{options.gateways} gateways behind {options.proxy}"
+    where = options.url or f"{options.proxy} and {options.gateways} gateway{'s' * (options.gateways > 1)}"
     turn = result.rounds[0].http
     typer.echo(
-        f"{options.load.requests} requests over {options.load.concurrency} streams to {where}; medians of "
-        f"{options.rounds} rounds; {turn.client_processes} client processes, the busiest computed "
+        f"{options.load.requests} requests over {options.load.concurrency} streams to {where}; "
+        f"rounds: {options.rounds}; client processes: {turn.client_processes}, the busiest computed "
         f"{summary.busiest_client:.0%} of the time"
     )
     for error, count in summary.errors.items():
