@@ -130,6 +130,15 @@ def test_the_same_seed_and_budget_give_the_same_plan(cases: dict[str, Case]) -> 
     assert first.gained == again.gained
 
 
+def test_a_search_that_ran_out_of_time_is_repeated_by_its_number_of_evaluations(cases: dict[str, Case]) -> None:
+    problem = _problem(cases["early13b_m8_g8_r40"])
+    looks = iter(range(1000))
+    timed = plan(problem, evaluations=100_000, seed=2, out_of_time=lambda: next(looks) > 120)
+    assert timed.evaluations < 20_000
+    again = plan(problem, evaluations=timed.evaluations, seed=2)
+    assert (again.groups, again.evaluations) == (timed.groups, timed.evaluations)
+
+
 def test_placements_go_to_groups_and_back() -> None:
     problem = _small()
     placement = Placement(np.array([0, 0], dtype=np.int32), np.array([[0, 1, 0], [1, 1, 0]], dtype=np.bool_))

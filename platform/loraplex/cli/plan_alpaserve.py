@@ -1,5 +1,6 @@
 """``loraplex plan-alpaserve``: our planner on AlpaServe cases, under AlpaServe's contract."""
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -12,17 +13,15 @@ from loraplex.cli.connection import JsonOption
 from loraplex.cli.output import print_json, print_table
 from loraplex.cli.simulate_alpaserve import CasesOption, ProfilesOption
 from loraplex.planner.alpaserve.bound import goodput_bound
-from loraplex.planner.alpaserve.evaluation import Evaluation
 from loraplex.planner.alpaserve.problem import Problem
 from loraplex.planner.alpaserve.replan import Replanned, replan
-from loraplex.planner.alpaserve.search import default_evaluations, plan
-from loraplex.planner.alpaserve.seeds import uniform
+from loraplex.planner.alpaserve.search import plan
 from loraplex.simulator.alpaserve import Group, Layout, StageProfile, Work, goodput, simulate
 from loraplex.simulator.alpaserve_cases import Case, load_cases
 
 _RIVALS = ("mp-search", "mp-search-sep")
 _SEARCH_S = 4.0
-"""A search without ``--budget`` is made shorter when the machine would need longer for it."""
+"""A search without ``--budget`` ends here on a machine that is slow; the evaluations printed repeat it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,7 +108,9 @@ def _plan(case: Case, budget: int | None, seed: int) -> _Row:
     training, test = case.training_work(), case.test_work()
     problem = _problem(case, training)
     start_s = time.perf_counter()
-    found = plan(problem, evaluations=budget or _affordable(problem), seed=seed)
+    # A budget that is given is used up, however long it takes.
+    limit_s = math.inf if budget is not None else start_s + _SEARCH_S
+    found = plan(problem, evaluations=budget, seed=seed, out_of_time=lambda: time.perf_counter() > limit_s)
     wall_s = time.perf_counter() - start_s
     scored = training.scored()
     return _Row(
@@ -122,16 +123,6 @@ def _plan(case: Case, budget: int | None, seed: int) -> _Row:
         evaluations=found.evaluations,
         gained={name: count for name, count in found.gained.items() if count},
     )
-
-
-def _affordable(problem: Problem) -> int:
-    """The usual number of evaluations, or what a slow machine does in ``_SEARCH_S``."""
-    evaluation = Evaluation(problem)
-    start_s = time.perf_counter()
-    for layout in range(len(problem.layouts)):
-        evaluation.good(uniform(problem, layout))
-    each_s = (time.perf_counter() - start_s) / evaluation.evaluations
-    return min(default_evaluations(problem), int(_SEARCH_S / each_s))
 
 
 def _problem(case: Case, work: Work) -> Problem:

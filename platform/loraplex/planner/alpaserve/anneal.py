@@ -18,9 +18,9 @@ Counts = npt.NDArray[np.int64]
 ADD, REMOVE, MOVE, SWAP, RESHAPE, SPLIT, MERGE, COPY = range(8)
 MOVE_NAMES = ("add", "remove", "move", "swap", "reshape", "split", "merge", "copy")
 
-CHUNKS = 12
+CHUNKS = 24
 """Parts of the trace after which a placement that is behind is given up."""
-HOPE = 0.03
+HOPE = 0.02
 """Of the requests lost by the placement before: how far one may be behind in between."""
 
 
@@ -359,31 +359,34 @@ def anneal(
     arrays: Arrays,
     layout: Indices,
     hosted: Mask,
+    good: Counts,
+    best_layout: Indices,
+    best_hosted: Mask,
+    best: int,
     arrived: Counts,
-    evaluations: int,
-    warmest: float,
-    coldest: float,
+    steps: tuple[int, int, int],
+    temperatures: tuple[float, float],
     odds: Floats,
     seed: int,
     gained: Counts,
 ) -> tuple[int, int]:
-    """Improves ``layout`` [G] and ``hosted`` [G, M] in place to the best placement seen. Returns its accepted requests
-    that count, and the evaluations used (fewer than asked for once every request is served).
+    """Part of a run: steps [first, last) of ``length``. Returns the accepted requests that count of the best placement
+    seen, and the evaluations used (fewer than steps once every request is served).
 
-    ``arrived`` [M]: requests that count. ``warmest``, ``coldest``: temperatures in requests, falling geometrically.
-    ``odds`` [8]: cumulated chances of the kinds of moves. ``gained`` [8]: requests that new bests brought, by kind.
+    Moves ``layout`` [G], ``hosted`` [G, M] and their ``good`` [CHUNKS, M] on, ``best_layout`` and ``best_hosted`` when
+    they beat ``best``. ``arrived`` [M]: requests that count. ``temperatures``: at the first and the last step, in
+    requests, falling geometrically. ``odds`` [8]: cumulated chances of the kinds of moves. ``gained`` [8]: requests
+    that new bests brought, by kind.
     """
     np.random.seed(seed)
+    first, last, length = steps
+    warmest, coldest = temperatures
     num_models = hosted.shape[1]
-    everything = np.ones(num_models, dtype=np.bool_)
-    good = np.zeros((CHUNKS, num_models), dtype=np.int64)
-    count_good(arrays, layout, hosted, everything, good, good.copy(), np.inf)
-    score = good.sum()
-    best, best_layout, best_hosted = score, layout.copy(), hosted.copy()
     total = arrived.sum()
+    score = good.sum()
     touched = np.empty(2, dtype=np.int32)
-    used = 1
-    for step in range(1, evaluations):
+    used = 0
+    for step in range(first, last):
         if best == total:
             break
         used += 1
@@ -402,13 +405,14 @@ def anneal(
         mark_connected(old_layout, old_hosted, touched, wanted)
         mark_connected(layout, hosted, touched, wanted)
         new_good = good.copy()
-        temperature = warmest * (coldest / warmest) ** (step / evaluations)
+        temperature = warmest * (coldest / warmest) ** (step / length)
         # Metropolis: a placement that is worse by d is taken with probability exp(-d / temperature).
         allowed = -temperature * np.log(1.0 - np.random.random())
         finished = count_good(arrays, layout, hosted, wanted, new_good, good, allowed + HOPE * (total - score))
         new_score = new_good.sum()
         if finished and new_score >= score - allowed:
-            score, good = new_score, new_good
+            score = new_score
+            good[:] = new_good
             if score > best:
                 gained[kind] += score - best
                 best = score
@@ -417,6 +421,4 @@ def anneal(
         else:
             layout[:] = old_layout
             hosted[:] = old_hosted
-    layout[:] = best_layout
-    hosted[:] = best_hosted
     return best, used

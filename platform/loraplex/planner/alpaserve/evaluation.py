@@ -32,8 +32,12 @@ class Evaluation:
 
     def good(self, placement: Placement) -> Counts:
         """[M] accepted requests that count."""
+        total: Counts = self.good_by_chunk(placement).sum(axis=0)
+        return total
+
+    def good_by_chunk(self, placement: Placement) -> Counts:
+        """[CHUNKS, M], in each part of the trace."""
         self.evaluations += 1
         good = np.zeros((moves.CHUNKS, len(self.arrived)), dtype=np.int64)
         moves.count_good(self.arrays, placement.layout, placement.hosted, self._everything, good, good.copy(), np.inf)
-        total: Counts = good.sum(axis=0)
-        return total
+        return good

@@ -1,9 +1,12 @@
 """The search under AlpaServe's contract: many starts, fewer and longer runs of local search on the better ones.
 
-Deterministic for a seed and a number of evaluations. Called by the command ``plan-alpaserve`` and by ``replan``.
+One sequence of evaluations for a problem and a seed; a budget only says where it ends. Called by the command
+``plan-alpaserve`` and by ``replan``.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import chain, repeat
 
 import numpy as np
 
@@ -12,17 +15,21 @@ from loraplex.planner.alpaserve.anneal import Counts
 from loraplex.planner.alpaserve.baseline import greedy
 from loraplex.planner.alpaserve.evaluation import Evaluation
 from loraplex.planner.alpaserve.problem import Placement, Problem, to_groups
-from loraplex.planner.alpaserve.seeds import mixed_seeds
+from loraplex.planner.alpaserve.seeds import mixed_seeds, uniform
 from loraplex.simulator.alpaserve import Group
 
 _ODDS = {"add": 0.30, "remove": 0.15, "move": 0.20, "swap": 0.15, "reshape": 0.07, "split": 0.05, "merge": 0.05}
-_ROUNDS = ((12, 0.3), (4, 0.3), (2, 0.4))
-"""(Placements that go on, share of the evaluations)."""
+_ROUNDS = ((12, 0.25), (4, 0.3), (2, 0.4))
+"""(Placements that go on, share of the usual evaluations that they have together); the last is repeated."""
+_SLICE = 64
+"""Evaluations between looks at the budget."""
 _WORK = 120e6
 """Requests simulated when no number of evaluations is given."""
 _MAX_EVALUATIONS = 20_000
-_MIXED_LAYOUTS = 4
-"""The best layouts alone are also tried in pairs."""
+_GREEDY_LAYOUTS = 3
+"""The best layouts alone are also filled greedily ..."""
+_MIXED_LAYOUTS = 3
+"""... and tried in pairs."""
 _WARMEST = 0.02
 """Temperature of the first evaluation, of the requests that are lost at the start ..."""
 _COLDEST = 0.5
@@ -40,6 +47,7 @@ class Found:
     num_good: int
     """Of the requests of the problem that count."""
     evaluations: int
+    """As a budget they give the same placement again."""
     gained: dict[str, int]
     """Requests that new bests brought, by kind of move."""
 
@@ -49,26 +57,28 @@ def default_evaluations(problem: Problem) -> int:
     return int(min(_MAX_EVALUATIONS, _WORK / len(problem.work.arrival_s)))
 
 
-def plan(problem: Problem, *, evaluations: int | None = None, seed: int = 0, current: Placement | None = None) -> Found:
-    """The best placement found for ``problem.work``. ``current``: one more start."""
+def plan(
+    problem: Problem,
+    *,
+    evaluations: int | None = None,
+    seed: int = 0,
+    current: Placement | None = None,
+    out_of_time: Callable[[], bool] = lambda: False,
+) -> Found:
+    """The best placement found for ``problem.work`` within ``evaluations``, or until ``out_of_time``. ``current``: one
+    more start."""
     budget = default_evaluations(problem) if evaluations is None else evaluations
-    search = _Search(problem, seed)
-    starts = [search.scored(greedy(problem, layout, search)) for layout in range(len(problem.layouts))]
-    best_layouts = sorted(range(len(starts)), key=lambda index: (-starts[index][0], index))[:_MIXED_LAYOUTS]
-    for placement in mixed_seeds(problem, best_layouts):
-        if search.evaluations < budget:
-            starts.append(search.scored(placement))
-    if current is not None:
-        starts.append(search.scored(current))
-    left = max(0, budget - search.evaluations)
-    for keep, share in _ROUNDS:
+    search = _Search(problem, seed, budget, out_of_time)
+    starts = _starts(problem, search, current)
+    length = default_evaluations(problem)
+    for keep, share in chain(_ROUNDS, repeat(_ROUNDS[-1])):
         starts = sorted(starts, key=lambda scored: -scored[0])[:keep]
-        if starts[0][0] == search.num_counting:
+        if search.is_over or starts[0][0] == search.num_counting:
             break
-        starts = [search.improved(score, placement, int(left * share / len(starts))) for score, placement in starts]
+        starts = [search.improved(*start, int(length * share / len(starts))) for start in starts]
     score, placement = max(starts, key=lambda scored: scored[0])
     if score == search.num_counting:
-        placement = _with_headroom(problem, placement, max(0, budget - search.evaluations), search)
+        placement = _with_headroom(problem, placement, length, search)
     return Found(
         placement=placement,
         groups=to_groups(problem, placement),
@@ -78,15 +88,32 @@ def plan(problem: Problem, *, evaluations: int | None = None, seed: int = 0, cur
     )
 
 
-def _with_headroom(problem: Problem, placement: Placement, evaluations: int, search: "_Search") -> Placement:
+def _starts(problem: Problem, search: "_Search", current: Placement | None) -> list[tuple[int, Placement]]:
+    """(Score, placement): one at least, whatever the budget."""
+    starts = [] if current is None else [search.scored(current)]
+    alone = [search.scored(uniform(problem, layout)) for layout in range(len(problem.layouts))]
+    order = sorted(range(len(alone)), key=lambda layout: -alone[layout][0])
+    starts += alone
+    for layout in order[:_GREEDY_LAYOUTS]:
+        if not search.is_over:
+            starts.append(search.scored(greedy(problem, layout, search)))
+    for placement in mixed_seeds(problem, order[:_MIXED_LAYOUTS]):
+        if not search.is_over:
+            starts.append(search.scored(placement))
+    return starts
+
+
+def _with_headroom(problem: Problem, placement: Placement, length: int, search: "_Search") -> Placement:
     """Of the placements that serve every request the one that still does as arrivals come faster and faster."""
-    share = evaluations // _HEADROOM_ROUNDS
     for round_number in range(1, _HEADROOM_ROUNDS + 1):
+        if search.is_over:
+            break
         work = problem.work
-        faster = replace(work, arrival_s=work.arrival_s * _HEADROOM_PACE**round_number)
-        harder = _Search(problem.on(faster), search.seed + round_number)
-        _, better = harder.improved(*harder.scored(placement), share)
-        search.evaluations += harder.evaluations
+        faster = problem.on(replace(work, arrival_s=work.arrival_s * _HEADROOM_PACE**round_number))
+        harder = _Search(faster, search.seed + round_number, search.budget, search.out_of_time)
+        harder.evaluations = search.evaluations
+        _, better = harder.improved(*harder.scored(placement), length // (2 * _HEADROOM_ROUNDS))
+        search.evaluations = harder.evaluations
         if search.scored(better)[0] < search.num_counting:
             break
         placement = better
@@ -94,35 +121,51 @@ def _with_headroom(problem: Problem, placement: Placement, evaluations: int, sea
 
 
 class _Search(Evaluation):
-    """Each start has a seed of its own."""
+    """Runs of local search, each with a seed of its own, within a budget."""
 
-    def __init__(self, problem: Problem, seed: int) -> None:
+    def __init__(self, problem: Problem, seed: int, budget: int, out_of_time: Callable[[], bool]) -> None:
         super().__init__(problem)
         self._odds = np.cumsum([_ODDS.get(name, 0.0) for name in moves.MOVE_NAMES])
         self._odds /= self._odds[-1]
         self.seed = seed
+        self.budget = budget
+        self.out_of_time = out_of_time
         self.gained: Counts = np.zeros(len(moves.MOVE_NAMES), dtype=np.int64)
+
+    @property
+    def is_over(self) -> bool:
+        return self.evaluations >= self.budget or self.out_of_time()
 
     def scored(self, placement: Placement) -> tuple[int, Placement]:
         return int(self.good(placement).sum()), placement
 
-    def improved(self, score: int, placement: Placement, evaluations: int) -> tuple[int, Placement]:
-        if evaluations < 2:
-            return score, placement
+    def improved(self, score: int, placement: Placement, length: int) -> tuple[int, Placement]:
+        """A run of ``length`` evaluations from ``placement``, or as much of it as the budget leaves."""
         self.seed += 1
-        warmest = max(2.0, _WARMEST * (self.num_counting - score))
-        layout, hosted = placement.layout.copy(), placement.hosted.copy()
-        best, used = moves.anneal(
-            self.arrays,
-            layout,
-            hosted,
-            self.arrived,
-            evaluations,
-            warmest,
-            _COLDEST,
-            self._odds,
-            self.seed,
-            self.gained,
-        )
-        self.evaluations += used
-        return int(best), Placement(layout, hosted)
+        if self.is_over:
+            return score, placement
+        now = Placement(placement.layout.copy(), placement.hosted.copy())
+        best = Placement(placement.layout.copy(), placement.hosted.copy())
+        good = self.good_by_chunk(now)
+        temperatures = max(2.0, _WARMEST * (self.num_counting - score)), _COLDEST
+        for first in range(0, length, _SLICE):
+            if self.is_over or score == self.num_counting:
+                break
+            last = min(first + _SLICE, length, first + self.budget - self.evaluations)
+            score, used = moves.anneal(
+                self.arrays,
+                now.layout,
+                now.hosted,
+                good,
+                best.layout,
+                best.hosted,
+                score,
+                self.arrived,
+                (first, last, length),
+                temperatures,
+                self._odds,
+                self.seed * _SLICE + first // _SLICE,
+                self.gained,
+            )
+            self.evaluations += used
+        return int(score), best

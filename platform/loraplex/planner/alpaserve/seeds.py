@@ -1,4 +1,4 @@
-"""Placements to start from: groups of two layouts, models spread over them by load, with and without buckets.
+"""Placements to start from: groups of one or two layouts, models spread over them by load, with and without buckets.
 
 A bucket keeps models of alike latency apart (AlpaServe, section 4.2): a short request does not wait behind a long one.
 Called by ``search``.
