@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 
 _SLAB_BYTES = 1 << 28
-"""Pinning it takes about 0.3 s on an H100 machine, which the first adapter in it waits for."""
+"""The first adapter in a slab waits until it is pinned: 1 GiB took 1.1 s on an H100 machine."""
 
 
 class CopyEvent(Protocol):
