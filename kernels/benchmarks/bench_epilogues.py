@@ -65,12 +65,15 @@ def norms(warps: tuple[int, ...]) -> dict[str, object]:
     return {"default": None, **{f"{count}_warps": tuning.NormConfig(num_warps=count) for count in warps}}
 
 
-def expands(blocks: tuple[tuple[int, int], ...]) -> dict[str, object]:
+def expands(configs: tuple[tuple[int, int, int], ...]) -> dict[str, object]:
+    """Of (columns, warps, blocks of a program)."""
     return {
         "default": None,
         **{
-            f"{block}x{warps}w": tuning.ExpandConfig(block_n=block, num_warps=warps, evict_first=False)
-            for block, warps in blocks
+            f"{block}x{warps}wx{blocks}": tuning.ExpandConfig(
+                block_n=block, num_warps=warps, blocks=blocks, evict_first=False
+            )
+            for block, warps, blocks in configs
         },
     }
 
@@ -177,11 +180,11 @@ def elementwise(model: Model, num_tokens: int) -> Iterator[tuple[str, Bench]]:
             twin=twin_embed,
         ),
     )
-    yield "rotary_write_kv", rotary_bench(model, num_tokens, None, ((256, 2), (512, 4), (1024, 4), (2048, 8)))
+    yield "rotary_write_kv", rotary_bench(model, num_tokens, None, ((256, 2, 1), (512, 4, 1), (1024, 4, 1)))
 
 
 def rotary_bench(
-    model: Model, num_tokens: int, lora: PendingExpand | None, blocks: tuple[tuple[int, int], ...]
+    model: Model, num_tokens: int, lora: PendingExpand | None, blocks: tuple[tuple[int, int, int], ...]
 ) -> Bench:
     layout, shape, item = model.layout, model.shape, model.dtype.itemsize
     columns = shape.q + 2 * shape.kv
@@ -239,7 +242,7 @@ def prefill_lora(model: Model, num_tokens: int, num_adapters: int, rank: int) ->
 
         configs = {
             f"{block}x{warps}w{stages}s": tuning.ShrinkConfig(
-                block_k=64, dot_block_k=block, num_warps=warps, num_stages=stages, evict_first=False
+                block_k=block, num_warps=warps, num_stages=stages, evict_first=False
             )
             for block, warps, stages in ((64, 4, 3), (64, 4, 4), (64, 4, 2), (128, 4, 2), (128, 4, 3), (128, 8, 3))
         }
@@ -258,7 +261,7 @@ def prefill_lora(model: Model, num_tokens: int, num_adapters: int, rank: int) ->
 
     for site in Site:
         yield f"lora_shrink_{site.name.lower()}", shrink(site)
-    blocks = ((64, 4), (128, 4), (128, 8), (256, 8))
+    blocks = ((64, 4, 4), (64, 8, 8), (64, 4, 1), (128, 8, 4), (32, 4, 16))
     for site in (Site.O, Site.DOWN):
         lora = pending(site)
         widths = shape.outputs(site)
@@ -302,7 +305,7 @@ def prefill_lora(model: Model, num_tokens: int, num_adapters: int, rank: int) ->
             twin=twin_silu,
         ),
     )
-    heads = rotary_bench(model, num_tokens, pending(Site.QKV), ((64, 4), (64, 8), (128, 8)))
+    heads = rotary_bench(model, num_tokens, pending(Site.QKV), ((64, 8, 8), (64, 8, 4), (64, 4, 4), (64, 4, 1)))
     yield "rotary_write_kv_lora", heads
 
 

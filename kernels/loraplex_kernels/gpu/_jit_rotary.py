@@ -10,46 +10,54 @@ Legend as in ``_jit``; N low columns of the block's heads (their first halves; t
 import triton
 import triton.language as tl
 
-from loraplex_kernels.gpu._jit import expand, load_block
+from loraplex_kernels.gpu._jit import add_further_ranks, load_b, load_block, load_shrunk, load_tile, product, wait
 
 
 @triton.jit
-def _rotate_tile(
-    qkv_ptr, position_ptr, token_slot_ptr, page_table_ptr, cos_sin_ptr, q_norm_ptr, k_norm_ptr, pages_ptr,
-    partial_ptr, b_ptr, rank, count, split_stride, module, first_head, layer, max_pages, eps,
-    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr,
-    LAYERS: tl.constexpr, BLOCK_HEADS: tl.constexpr, HAS_NORM: tl.constexpr, LORA: tl.constexpr,
-    TOKEN_STRIDE: tl.constexpr, SPLITS: tl.constexpr, RANK_CAP: tl.constexpr, RANK_BLOCK: tl.constexpr,
-    M: tl.constexpr, EVICT: tl.constexpr, EXACT: tl.constexpr,
-):  # fmt: skip
+def _columns(
+    module, first_head, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_HEADS: tl.constexpr
+):
+    """Of a block's low columns: head, feature in it, column in the module, column in qkv, whether it exists."""
     HALF: tl.constexpr = HEAD_DIM // 2
-    COLUMNS: tl.constexpr = (HEADS + 2 * KV_HEADS) * HEAD_DIM
     in_block_N = tl.arange(0, BLOCK_HEADS * HALF)
     head_N = first_head + in_block_N // HALF
     feature_N = in_block_N % HALF
-    module_heads = tl.where(module == 0, HEADS, KV_HEADS)
-    present_N = head_N < module_heads
     low_N = head_N * HEAD_DIM + feature_N
     fused_N = tl.where(module == 0, 0, tl.where(module == 1, HEADS, HEADS + KV_HEADS)) * HEAD_DIM + low_N
+    return head_N, feature_N, low_N, fused_N, head_N < tl.where(module == 0, HEADS, KV_HEADS)
+
+
+@triton.jit
+def _load_heads(
+    qkv_ptr, added_ptr, token_slot_ptr, fused_N, present_N, count,
+    COLUMNS: tl.constexpr, HALF: tl.constexpr, ADDED: tl.constexpr, M: tl.constexpr,
+):  # fmt: skip
+    """Low and high halves of tokens that are not padding, (M, N) fp32 each."""
+    token_M = tl.arange(0, M)
+    slot_M = tl.load(token_slot_ptr + token_M, mask=token_M < count, other=-1)
+    live_MN = (slot_M >= 0)[:, None] & present_N[None, :]
+    low_MN = token_M[:, None] * COLUMNS + fused_N[None, :]
+    low = tl.load(qkv_ptr + low_MN, mask=live_MN, other=0.0).to(tl.float32)
+    high = tl.load(qkv_ptr + low_MN + HALF, mask=live_MN, other=0.0).to(tl.float32)
+    if ADDED:
+        low += tl.load(added_ptr + low_MN, mask=live_MN, other=0.0).to(tl.float32)
+        high += tl.load(added_ptr + low_MN + HALF, mask=live_MN, other=0.0).to(tl.float32)
+    return low, high
+
+
+@triton.jit
+def _rotate_store(
+    qkv_ptr, position_ptr, token_slot_ptr, page_table_ptr, cos_sin_ptr, q_norm_ptr, k_norm_ptr, pages_ptr,
+    low_MN, high_MN, head_N, feature_N, fused_N, present_N, count, module, layer, max_pages, eps,
+    KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, LAYERS: tl.constexpr,
+    COLUMNS: tl.constexpr, BLOCK_HEADS: tl.constexpr, HAS_NORM: tl.constexpr, M: tl.constexpr,
+):  # fmt: skip
+    HALF: tl.constexpr = HEAD_DIM // 2
     token_M = tl.arange(0, M)
     slot_M = tl.load(token_slot_ptr + token_M, mask=token_M < count, other=-1)
     live_M = slot_M >= 0
     position_M = tl.load(position_ptr + token_M, mask=live_M, other=0)
     live_MN = live_M[:, None] & present_N[None, :]
-    qkv_ptrs = qkv_ptr + token_M[:, None] * COLUMNS + fused_N[None, :]
-    low_in_MN = tl.load(qkv_ptrs, mask=live_MN, other=0.0)
-    low_MN = low_in_MN.to(tl.float32)
-    high_MN = tl.load(qkv_ptrs + HALF, mask=live_MN, other=0.0).to(tl.float32)
-    if LORA:
-        width = module_heads * HEAD_DIM
-        low_MN += expand(
-            partial_ptr, b_ptr, rank, width, low_N, present_N, count, split_stride,
-            TOKEN_STRIDE, SPLITS, RANK_CAP, RANK_BLOCK, M, EVICT, EXACT,
-        )  # fmt: skip
-        high_MN += expand(
-            partial_ptr, b_ptr, rank, width, low_N + HALF, present_N, count, split_stride,
-            TOKEN_STRIDE, SPLITS, RANK_CAP, RANK_BLOCK, M, EVICT, EXACT,
-        )  # fmt: skip
     if HAS_NORM:  # noqa: SIM102  (one is known at compile time)
         if module < 2:
             square_MN = low_MN * low_MN + high_MN * high_MN
@@ -69,9 +77,10 @@ def _rotate_tile(
         rotated_MN = low_MN * cos_MN - high_MN * sin_MN
         high_MN = high_MN * cos_MN + low_MN * sin_MN
         low_MN = rotated_MN
-    low_out_MN = low_MN.to(low_in_MN.dtype)
-    high_out_MN = high_MN.to(low_in_MN.dtype)
+    low_out_MN = low_MN.to(qkv_ptr.dtype.element_ty)
+    high_out_MN = high_MN.to(qkv_ptr.dtype.element_ty)
     if module == 0:
+        qkv_ptrs = qkv_ptr + token_M[:, None] * COLUMNS + fused_N[None, :]
         tl.store(qkv_ptrs, low_out_MN, mask=live_MN)
         tl.store(qkv_ptrs + HALF, high_out_MN, mask=live_MN)
     else:
@@ -86,58 +95,111 @@ def _rotate_tile(
         tl.store(pages_ptr + kv_MN + HALF, high_out_MN, mask=live_MN)
 
 
-@triton.jit(do_not_specialize=["layer", "entry", "num_tokens", "max_pages"])
+@triton.jit
+def _module_of(program, Q_PROGRAMS: tl.constexpr, KV_PROGRAMS: tl.constexpr):
+    """(module, index of the program in it): query heads come first, then key heads, then value heads."""
+    module = (program >= Q_PROGRAMS).to(tl.int32) + (program >= Q_PROGRAMS + KV_PROGRAMS).to(tl.int32)
+    return module, program - tl.where(module == 0, 0, tl.where(module == 1, Q_PROGRAMS, Q_PROGRAMS + KV_PROGRAMS))
+
+
+@triton.jit(do_not_specialize=["layer", "max_pages"])
 def rotary_write_kv_kernel(
+    qkv_ptr, position_ptr, token_slot_ptr, page_table_ptr, cos_sin_ptr, q_norm_ptr, k_norm_ptr, pages_ptr,
+    added_ptr, layer, max_pages, eps,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr,
+    LAYERS: tl.constexpr, BLOCK_HEADS: tl.constexpr, HAS_NORM: tl.constexpr, ADDED: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """Grid: (blocks of heads, tokens). ADDED: ``added_ptr`` holds the LoRA of q, k and v."""
+    wait(OVERLAP)
+    COLUMNS: tl.constexpr = (HEADS + 2 * KV_HEADS) * HEAD_DIM
+    Q_PROGRAMS: tl.constexpr = (HEADS + BLOCK_HEADS - 1) // BLOCK_HEADS
+    KV_PROGRAMS: tl.constexpr = (KV_HEADS + BLOCK_HEADS - 1) // BLOCK_HEADS
+    module, index = _module_of(tl.program_id(0), Q_PROGRAMS, KV_PROGRAMS)
+    row = tl.program_id(1).to(tl.int64)
+    head_N, feature_N, _, fused_N, present_N = _columns(
+        module, index * BLOCK_HEADS, HEADS, KV_HEADS, HEAD_DIM, BLOCK_HEADS
+    )
+    qkv_ptr += row * COLUMNS
+    low_MN, high_MN = _load_heads(
+        qkv_ptr, added_ptr + row * COLUMNS, token_slot_ptr + row, fused_N, present_N, 1,
+        COLUMNS, HEAD_DIM // 2, ADDED, 1,
+    )  # fmt: skip
+    _rotate_store(
+        qkv_ptr, position_ptr + row, token_slot_ptr + row, page_table_ptr, cos_sin_ptr, q_norm_ptr, k_norm_ptr,
+        pages_ptr, low_MN, high_MN, head_N, feature_N, fused_N, present_N, 1, module, layer, max_pages, eps,
+        KV_HEADS, HEAD_DIM, PAGE_SIZE, LAYERS, COLUMNS, BLOCK_HEADS, HAS_NORM, 1,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["layer", "entry", "num_tokens", "max_pages"])
+def rotary_write_kv_lora_kernel(
     qkv_ptr, position_ptr, token_slot_ptr, page_table_ptr, cos_sin_ptr, q_norm_ptr, k_norm_ptr, pages_ptr,
     partial_ptr, arena_ptr, entries_ptr, record_ptr, row_ptr, count_ptr, layer, entry, num_tokens, max_pages, eps,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr,
-    LAYERS: tl.constexpr, BLOCK_HEADS: tl.constexpr, HAS_NORM: tl.constexpr, LORA: tl.constexpr,
+    LAYERS: tl.constexpr, BLOCK_HEADS: tl.constexpr, BLOCKS: tl.constexpr, HAS_NORM: tl.constexpr,
     RECORD_ENTRIES: tl.constexpr, SPLITS: tl.constexpr, RANK_CAP: tl.constexpr, RANK_BLOCK: tl.constexpr,
-    M: tl.constexpr, INVARIANT: tl.constexpr, EVICT: tl.constexpr, EXACT: tl.constexpr,
+    M: tl.constexpr, EVICT: tl.constexpr, EXACT: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (blocks of query heads, then of key heads, then of value heads; tiles, or M tokens each without LoRA)."""
+    """Grid: (BLOCKS blocks of heads each, tiles)."""
+    HALF: tl.constexpr = HEAD_DIM // 2
     TOKEN_STRIDE: tl.constexpr = 3 * RANK_CAP
     COLUMNS: tl.constexpr = (HEADS + 2 * KV_HEADS) * HEAD_DIM
-    Q_BLOCKS: tl.constexpr = (HEADS + BLOCK_HEADS - 1) // BLOCK_HEADS
-    KV_BLOCKS: tl.constexpr = (KV_HEADS + BLOCK_HEADS - 1) // BLOCK_HEADS
-    block = tl.program_id(0)
-    tile = tl.program_id(1)
-    module = (block >= Q_BLOCKS).to(tl.int32) + (block >= Q_BLOCKS + KV_BLOCKS).to(tl.int32)
-    first_block = tl.where(module == 0, 0, tl.where(module == 1, Q_BLOCKS, Q_BLOCKS + KV_BLOCKS))
-    first_head = (block - first_block) * BLOCK_HEADS
-    if LORA:
-        count = tl.load(count_ptr + tile)
-        row = tl.load(row_ptr + tile).to(tl.int64)
-        b_ptr, rank = load_block(arena_ptr, entries_ptr, tl.load(record_ptr + tile), entry + 2 * module, RECORD_ENTRIES)
+    PROGRAM_HEADS: tl.constexpr = BLOCK_HEADS * BLOCKS
+    Q_PROGRAMS: tl.constexpr = (HEADS + PROGRAM_HEADS - 1) // PROGRAM_HEADS
+    KV_PROGRAMS: tl.constexpr = (KV_HEADS + PROGRAM_HEADS - 1) // PROGRAM_HEADS
+    module, index = _module_of(tl.program_id(0), Q_PROGRAMS, KV_PROGRAMS)
+    record, row, count, live = load_tile(record_ptr, row_ptr, count_ptr, tl.program_id(1))
+    if live:
+        b_ptr, rank = load_block(arena_ptr, entries_ptr, record, entry + 2 * module, RECORD_ENTRIES)
+        width = tl.where(module == 0, HEADS, KV_HEADS) * HEAD_DIM
+        rank_R = tl.arange(0, RANK_BLOCK)
         partial_ptr += row * TOKEN_STRIDE + module * RANK_CAP
-    else:
-        row = tile.to(tl.int64) * M
-        count = tl.minimum(num_tokens - tile * M, M)
-        b_ptr, rank = qkv_ptr, 0
-    qkv_ptr += row * COLUMNS
-    position_ptr += row
-    token_slot_ptr += row
-    split_stride = num_tokens * TOKEN_STRIDE
-    if count > 0:
-        if LORA and not INVARIANT:
-            if count == 1:
-                _rotate_tile(
-                    qkv_ptr, position_ptr, token_slot_ptr, page_table_ptr, cos_sin_ptr, q_norm_ptr, k_norm_ptr,
-                    pages_ptr, partial_ptr, b_ptr, rank, count, split_stride, module, first_head, layer, max_pages, eps,
-                    HEADS, KV_HEADS, HEAD_DIM, PAGE_SIZE, LAYERS, BLOCK_HEADS, HAS_NORM, LORA,
-                    TOKEN_STRIDE, SPLITS, RANK_CAP, RANK_BLOCK, 1, EVICT, EXACT,
-                )  # fmt: skip
-            else:
-                _rotate_tile(
-                    qkv_ptr, position_ptr, token_slot_ptr, page_table_ptr, cos_sin_ptr, q_norm_ptr, k_norm_ptr,
-                    pages_ptr, partial_ptr, b_ptr, rank, count, split_stride, module, first_head, layer, max_pages, eps,
-                    HEADS, KV_HEADS, HEAD_DIM, PAGE_SIZE, LAYERS, BLOCK_HEADS, HAS_NORM, LORA,
-                    TOKEN_STRIDE, SPLITS, RANK_CAP, RANK_BLOCK, M, EVICT, EXACT,
-                )  # fmt: skip
-        else:
-            _rotate_tile(
-                qkv_ptr, position_ptr, token_slot_ptr, page_table_ptr, cos_sin_ptr, q_norm_ptr, k_norm_ptr,
-                pages_ptr, partial_ptr, b_ptr, rank, count, split_stride, module, first_head, layer, max_pages, eps,
-                HEADS, KV_HEADS, HEAD_DIM, PAGE_SIZE, LAYERS, BLOCK_HEADS, HAS_NORM, LORA,
-                TOKEN_STRIDE, SPLITS, RANK_CAP, RANK_BLOCK, M, EVICT, EXACT,
+        split_stride = num_tokens * TOKEN_STRIDE
+        qkv_ptr += row * COLUMNS
+        position_ptr += row
+        token_slot_ptr += row
+        if BLOCKS == 1:
+            head_N, feature_N, low_N, fused_N, present_N = _columns(
+                module, index * BLOCK_HEADS, HEADS, KV_HEADS, HEAD_DIM, BLOCK_HEADS
+            )
+            low_b_RN = load_b(b_ptr, rank_R, rank, width, low_N, present_N, EVICT)
+            high_b_RN = load_b(b_ptr, rank_R, rank, width, low_N + HALF, present_N, EVICT)
+            wait(OVERLAP)
+            low_MN, high_MN = _load_heads(
+                qkv_ptr, qkv_ptr, token_slot_ptr, fused_N, present_N, count, COLUMNS, HALF, False, M
+            )
+            h = load_shrunk(partial_ptr, rank_R, rank, count, split_stride, TOKEN_STRIDE, SPLITS, M)
+            low_MN = add_further_ranks(
+                low_MN + product(h, low_b_RN, M, EXACT), partial_ptr, b_ptr, rank, width, low_N, present_N, count,
+                split_stride, TOKEN_STRIDE, SPLITS, RANK_CAP, RANK_BLOCK, M, EVICT, EXACT,
             )  # fmt: skip
+            high_MN = add_further_ranks(
+                high_MN + product(h, high_b_RN, M, EXACT), partial_ptr, b_ptr, rank, width, low_N + HALF, present_N,
+                count, split_stride, TOKEN_STRIDE, SPLITS, RANK_CAP, RANK_BLOCK, M, EVICT, EXACT,
+            )  # fmt: skip
+            _rotate_store(
+                qkv_ptr, position_ptr, token_slot_ptr, page_table_ptr, cos_sin_ptr, q_norm_ptr, k_norm_ptr, pages_ptr,
+                low_MN, high_MN, head_N, feature_N, fused_N, present_N, count, module, layer, max_pages, eps,
+                KV_HEADS, HEAD_DIM, PAGE_SIZE, LAYERS, COLUMNS, BLOCK_HEADS, HAS_NORM, M,
+            )  # fmt: skip
+        else:
+            wait(OVERLAP)
+            h = load_shrunk(partial_ptr, rank_R, rank, count, split_stride, TOKEN_STRIDE, SPLITS, M)
+            for block in tl.range(0, BLOCKS, num_stages=1):
+                head_N, feature_N, low_N, fused_N, present_N = _columns(
+                    module, (index * BLOCKS + block) * BLOCK_HEADS, HEADS, KV_HEADS, HEAD_DIM, BLOCK_HEADS
+                )
+                low_b_RN = load_b(b_ptr, rank_R, rank, width, low_N, present_N, EVICT)
+                high_b_RN = load_b(b_ptr, rank_R, rank, width, low_N + HALF, present_N, EVICT)
+                low_MN, high_MN = _load_heads(
+                    qkv_ptr, qkv_ptr, token_slot_ptr, fused_N, present_N, count, COLUMNS, HALF, False, M
+                )
+                low_MN += product(h, low_b_RN, M, EXACT)
+                high_MN += product(h, high_b_RN, M, EXACT)
+                _rotate_store(
+                    qkv_ptr, position_ptr, token_slot_ptr, page_table_ptr, cos_sin_ptr, q_norm_ptr, k_norm_ptr,
+                    pages_ptr, low_MN, high_MN, head_N, feature_N, fused_N, present_N, count, module, layer, max_pages,
+                    eps, KV_HEADS, HEAD_DIM, PAGE_SIZE, LAYERS, COLUMNS, BLOCK_HEADS, HAS_NORM, M,
+                )  # fmt: skip
+    wait(OVERLAP)

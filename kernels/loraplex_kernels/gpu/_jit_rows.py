@@ -8,77 +8,112 @@ Legend as in ``_jit``; D features of a row.
 import triton
 import triton.language as tl
 
-from loraplex_kernels.gpu._jit import expand, load_block
+from loraplex_kernels.gpu._jit import (
+    add_further_ranks,
+    load_b,
+    load_block,
+    load_shrunk,
+    load_tile,
+    product,
+    wait,
+)
 
 
 @triton.jit
-def _silu_mul_tile(
-    gate_up_ptr, out_ptr, partial_ptr, gate_b_ptr, gate_rank, up_b_ptr, up_rank, column_N, count, split_stride,
-    WIDTH: tl.constexpr, LORA: tl.constexpr, TOKEN_STRIDE: tl.constexpr, SPLITS: tl.constexpr,
-    RANK_CAP: tl.constexpr, RANK_BLOCK: tl.constexpr, M: tl.constexpr, EVICT: tl.constexpr, EXACT: tl.constexpr,
-):  # fmt: skip
+def _load_pair(
+    gate_up_ptr, added_ptr, column_N, present_N, count, WIDTH: tl.constexpr, ADDED: tl.constexpr, M: tl.constexpr
+):
+    """Gate and up, (M, N) fp32 each."""
     token_M = tl.arange(0, M)
-    present_N = column_N < WIDTH
     present_MN = (token_M < count)[:, None] & present_N[None, :]
-    gate_ptrs = gate_up_ptr + token_M[:, None] * (2 * WIDTH) + column_N[None, :]
-    gate_in_MN = tl.load(gate_ptrs, mask=present_MN, other=0.0)
-    gate_MN = gate_in_MN.to(tl.float32)
-    up_MN = tl.load(gate_ptrs + WIDTH, mask=present_MN, other=0.0).to(tl.float32)
-    if LORA:
-        gate_MN += expand(
-            partial_ptr, gate_b_ptr, gate_rank, WIDTH, column_N, present_N, count, split_stride,
-            TOKEN_STRIDE, SPLITS, RANK_CAP, RANK_BLOCK, M, EVICT, EXACT,
-        )  # fmt: skip
-        up_MN += expand(
-            partial_ptr + RANK_CAP, up_b_ptr, up_rank, WIDTH, column_N, present_N, count, split_stride,
-            TOKEN_STRIDE, SPLITS, RANK_CAP, RANK_BLOCK, M, EVICT, EXACT,
-        )  # fmt: skip
-    out_MN = gate_MN * tl.sigmoid(gate_MN) * up_MN
-    tl.store(out_ptr + token_M[:, None] * WIDTH + column_N[None, :], out_MN.to(gate_in_MN.dtype), mask=present_MN)
+    gate_MN = token_M[:, None] * (2 * WIDTH) + column_N[None, :]
+    gate = tl.load(gate_up_ptr + gate_MN, mask=present_MN, other=0.0).to(tl.float32)
+    up = tl.load(gate_up_ptr + gate_MN + WIDTH, mask=present_MN, other=0.0).to(tl.float32)
+    if ADDED:
+        gate += tl.load(added_ptr + gate_MN, mask=present_MN, other=0.0).to(tl.float32)
+        up += tl.load(added_ptr + gate_MN + WIDTH, mask=present_MN, other=0.0).to(tl.float32)
+    return gate, up
+
+
+@triton.jit
+def _store_gated(out_ptr, gate_MN, up_MN, column_N, present_N, count, WIDTH: tl.constexpr, M: tl.constexpr):
+    token_M = tl.arange(0, M)
+    gated_MN = gate_MN * tl.sigmoid(gate_MN) * up_MN
+    tl.store(
+        out_ptr + token_M[:, None] * WIDTH + column_N[None, :],
+        gated_MN.to(out_ptr.dtype.element_ty),
+        mask=(token_M < count)[:, None] & present_N[None, :],
+    )
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def silu_mul_kernel(
+    gate_up_ptr, added_ptr, out_ptr, num_tokens,
+    WIDTH: tl.constexpr, ADDED: tl.constexpr, M: tl.constexpr, BLOCK_N: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """Grid: (blocks of columns, M tokens each). ADDED: ``added_ptr`` holds the LoRA of gate and up."""
+    wait(OVERLAP)
+    row = tl.program_id(1).to(tl.int64) * M
+    count = num_tokens - row
+    column_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    present_N = column_N < WIDTH
+    first = row * (2 * WIDTH)
+    gate_MN, up_MN = _load_pair(gate_up_ptr + first, added_ptr + first, column_N, present_N, count, WIDTH, ADDED, M)
+    _store_gated(out_ptr + row * WIDTH, gate_MN, up_MN, column_N, present_N, count, WIDTH, M)
 
 
 @triton.jit(do_not_specialize=["entry", "num_tokens"])
-def silu_mul_kernel(
+def silu_mul_lora_kernel(
     gate_up_ptr, out_ptr, partial_ptr, arena_ptr, entries_ptr, record_ptr, row_ptr, count_ptr, entry, num_tokens,
-    WIDTH: tl.constexpr, LORA: tl.constexpr, RECORD_ENTRIES: tl.constexpr, SPLITS: tl.constexpr,
-    RANK_CAP: tl.constexpr, RANK_BLOCK: tl.constexpr, M: tl.constexpr, BLOCK_N: tl.constexpr,
-    INVARIANT: tl.constexpr, EVICT: tl.constexpr, EXACT: tl.constexpr,
+    WIDTH: tl.constexpr, RECORD_ENTRIES: tl.constexpr, SPLITS: tl.constexpr, RANK_CAP: tl.constexpr,
+    RANK_BLOCK: tl.constexpr, M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCKS: tl.constexpr, EVICT: tl.constexpr,
+    EXACT: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (blocks of columns; tiles, or M tokens each without LoRA)."""
+    """Grid: (BLOCKS blocks of columns each, tiles)."""
     TOKEN_STRIDE: tl.constexpr = 2 * RANK_CAP
-    column_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     tile = tl.program_id(1)
-    gate_b_ptr, gate_rank, up_b_ptr, up_rank = gate_up_ptr, 0, gate_up_ptr, 0
-    if LORA:
-        count = tl.load(count_ptr + tile)
-        row = tl.load(row_ptr + tile).to(tl.int64)
-        record = tl.load(record_ptr + tile)
+    record, row, count, live = load_tile(record_ptr, row_ptr, count_ptr, tile)
+    if live:
         gate_b_ptr, gate_rank = load_block(arena_ptr, entries_ptr, record, entry, RECORD_ENTRIES)
         up_b_ptr, up_rank = load_block(arena_ptr, entries_ptr, record, entry + 2, RECORD_ENTRIES)
         partial_ptr += row * TOKEN_STRIDE
-    else:
-        row = tile.to(tl.int64) * M
-        count = tl.minimum(num_tokens - tile * M, M)
-    gate_up_ptr += row * (2 * WIDTH)
-    out_ptr += row * WIDTH
-    split_stride = num_tokens * TOKEN_STRIDE
-    if count > 0:
-        if LORA and not INVARIANT:
-            if count == 1:
-                _silu_mul_tile(
-                    gate_up_ptr, out_ptr, partial_ptr, gate_b_ptr, gate_rank, up_b_ptr, up_rank, column_N, count,
-                    split_stride, WIDTH, LORA, TOKEN_STRIDE, SPLITS, RANK_CAP, RANK_BLOCK, 1, EVICT, EXACT,
-                )  # fmt: skip
-            else:
-                _silu_mul_tile(
-                    gate_up_ptr, out_ptr, partial_ptr, gate_b_ptr, gate_rank, up_b_ptr, up_rank, column_N, count,
-                    split_stride, WIDTH, LORA, TOKEN_STRIDE, SPLITS, RANK_CAP, RANK_BLOCK, M, EVICT, EXACT,
-                )  # fmt: skip
-        else:
-            _silu_mul_tile(
-                gate_up_ptr, out_ptr, partial_ptr, gate_b_ptr, gate_rank, up_b_ptr, up_rank, column_N, count,
-                split_stride, WIDTH, LORA, TOKEN_STRIDE, SPLITS, RANK_CAP, RANK_BLOCK, M, EVICT, EXACT,
+        up_partial_ptr = partial_ptr + RANK_CAP
+        split_stride = num_tokens * TOKEN_STRIDE
+        gate_up_ptr += row * (2 * WIDTH)
+        out_ptr += row * WIDTH
+        rank_R = tl.arange(0, RANK_BLOCK)
+        column_N = tl.program_id(0) * (BLOCK_N * BLOCKS) + tl.arange(0, BLOCK_N)
+        if BLOCKS == 1:
+            present_N = column_N < WIDTH
+            gate_b_RN = load_b(gate_b_ptr, rank_R, gate_rank, WIDTH, column_N, present_N, EVICT)
+            up_b_RN = load_b(up_b_ptr, rank_R, up_rank, WIDTH, column_N, present_N, EVICT)
+            wait(OVERLAP)
+            gate_MN, up_MN = _load_pair(gate_up_ptr, gate_up_ptr, column_N, present_N, count, WIDTH, False, M)
+            gate_h = load_shrunk(partial_ptr, rank_R, gate_rank, count, split_stride, TOKEN_STRIDE, SPLITS, M)
+            up_h = load_shrunk(up_partial_ptr, rank_R, up_rank, count, split_stride, TOKEN_STRIDE, SPLITS, M)
+            gate_MN = add_further_ranks(
+                gate_MN + product(gate_h, gate_b_RN, M, EXACT), partial_ptr, gate_b_ptr, gate_rank, WIDTH, column_N,
+                present_N, count, split_stride, TOKEN_STRIDE, SPLITS, RANK_CAP, RANK_BLOCK, M, EVICT, EXACT,
             )  # fmt: skip
+            up_MN = add_further_ranks(
+                up_MN + product(up_h, up_b_RN, M, EXACT), up_partial_ptr, up_b_ptr, up_rank, WIDTH, column_N,
+                present_N, count, split_stride, TOKEN_STRIDE, SPLITS, RANK_CAP, RANK_BLOCK, M, EVICT, EXACT,
+            )  # fmt: skip
+            _store_gated(out_ptr, gate_MN, up_MN, column_N, present_N, count, WIDTH, M)
+        else:
+            wait(OVERLAP)
+            gate_h = load_shrunk(partial_ptr, rank_R, gate_rank, count, split_stride, TOKEN_STRIDE, SPLITS, M)
+            up_h = load_shrunk(up_partial_ptr, rank_R, up_rank, count, split_stride, TOKEN_STRIDE, SPLITS, M)
+            for block in tl.range(0, BLOCKS, num_stages=1):
+                block_N = column_N + block * BLOCK_N
+                present_N = block_N < WIDTH
+                gate_b_RN = load_b(gate_b_ptr, rank_R, gate_rank, WIDTH, block_N, present_N, EVICT)
+                up_b_RN = load_b(up_b_ptr, rank_R, up_rank, WIDTH, block_N, present_N, EVICT)
+                gate_MN, up_MN = _load_pair(gate_up_ptr, gate_up_ptr, block_N, present_N, count, WIDTH, False, M)
+                gate_MN += product(gate_h, gate_b_RN, M, EXACT)
+                up_MN += product(up_h, up_b_RN, M, EXACT)
+                _store_gated(out_ptr, gate_MN, up_MN, block_N, present_N, count, WIDTH, M)
+    wait(OVERLAP)
 
 
 @triton.jit
@@ -100,31 +135,44 @@ def rms_norm_kernel(x_ptr, weight_ptr, out_ptr, eps, D: tl.constexpr, BLOCK_D: t
 
 @triton.jit(do_not_specialize=["entry", "num_tokens"])
 def add_rms_norm_kernel(
-    residual_ptr, delta_ptr, weight_ptr, out_ptr, partial_ptr, arena_ptr, entries_ptr, token_record_ptr, entry,
-    num_tokens, eps,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, LORA: tl.constexpr, RECORD_ENTRIES: tl.constexpr, SPLITS: tl.constexpr,
-    RANK_CAP: tl.constexpr, RANK_BLOCK: tl.constexpr, EVICT: tl.constexpr, EXACT: tl.constexpr,
+    residual_ptr, delta_ptr, added_ptr, weight_ptr, out_ptr, partial_ptr, arena_ptr, entries_ptr, token_record_ptr,
+    entry, num_tokens, eps,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, ADDED: tl.constexpr, LORA: tl.constexpr, RECORD_ENTRIES: tl.constexpr,
+    SPLITS: tl.constexpr, RANK_CAP: tl.constexpr, RANK_BLOCK: tl.constexpr, EVICT: tl.constexpr, EXACT: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (tokens,). The whole row stays in registers; B passes by in blocks of ranks."""
+    """Grid: (tokens,). The whole row stays in registers; B passes by in blocks of ranks.
+
+    ADDED: ``added_ptr`` holds the LoRA of delta. LORA: it is still to be expanded.
+    """
     token = tl.program_id(0).to(tl.int64)
     row = token * D
     column_D = tl.arange(0, BLOCK_D)
     present_D = column_D < D
-    residual_D = tl.load(residual_ptr + row + column_D, mask=present_D, other=0.0)
-    delta_D = tl.load(delta_ptr + row + column_D, mask=present_D, other=0.0)
-    weight_D = tl.load(weight_ptr + column_D, mask=present_D, other=0.0).to(tl.float32)
-    x_D = residual_D.to(tl.float32) + delta_D.to(tl.float32)
+    weight_D = tl.load(weight_ptr + column_D, mask=present_D, other=0.0)
     if LORA:
         record = tl.load(token_record_ptr + token)
         b_ptr, rank = load_block(arena_ptr, entries_ptr, record, entry, RECORD_ENTRIES)
-        lora_1D = expand(
-            partial_ptr + token * RANK_CAP, b_ptr, rank, D, column_D, present_D, 1, num_tokens * RANK_CAP,
+        rank_R = tl.arange(0, RANK_BLOCK)
+        b_RD = load_b(b_ptr, rank_R, rank, D, column_D, present_D, EVICT)
+    wait(OVERLAP)
+    residual_D = tl.load(residual_ptr + row + column_D, mask=present_D, other=0.0)
+    delta_D = tl.load(delta_ptr + row + column_D, mask=present_D, other=0.0)
+    x_D = residual_D.to(tl.float32) + delta_D.to(tl.float32)
+    if ADDED:
+        x_D += tl.load(added_ptr + row + column_D, mask=present_D, other=0.0).to(tl.float32)
+    if LORA:
+        partial_ptr += token * RANK_CAP
+        split_stride = num_tokens * RANK_CAP
+        h_R = load_shrunk(partial_ptr, rank_R, rank, 1, split_stride, RANK_CAP, SPLITS, 1)
+        lora_1D = add_further_ranks(
+            product(h_R, b_RD, 1, EXACT), partial_ptr, b_ptr, rank, D, column_D, present_D, 1, split_stride,
             RANK_CAP, SPLITS, RANK_CAP, RANK_BLOCK, 1, EVICT, EXACT,
         )  # fmt: skip
         x_D += tl.sum(lora_1D, 0)
     sum_D = x_D.to(residual_D.dtype)
     tl.store(residual_ptr + row + column_D, sum_D, mask=present_D)
-    normed_D = _normed(sum_D.to(tl.float32), weight_D, eps, D)
+    normed_D = _normed(sum_D.to(tl.float32), weight_D.to(tl.float32), eps, D)
     tl.store(out_ptr + row + column_D, normed_D.to(residual_D.dtype), mask=present_D)
 
 

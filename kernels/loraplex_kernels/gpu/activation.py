@@ -7,7 +7,7 @@ import torch
 import triton
 
 from loraplex_kernels.gpu import tuning
-from loraplex_kernels.gpu._jit_rows import silu_mul_kernel
+from loraplex_kernels.gpu._jit_rows import silu_mul_kernel, silu_mul_lora_kernel
 from loraplex_kernels.gpu.lora import NUM_MODULES, PendingExpand, Site, expand_constants
 
 
@@ -15,31 +15,41 @@ def silu_mul(
     gate_up_TJ: torch.Tensor,
     out_TI: torch.Tensor,
     *,
-    lora: PendingExpand | None = None,
+    lora: PendingExpand | torch.Tensor | None = None,
     config: tuning.ExpandConfig | tuning.RowsConfig | None = None,
 ) -> None:
     """``out = silu(gate) * up``, gate and up with their LoRA where one is pending.
 
-    ``gate_up_TJ``: (T, 2I) dense, gate columns first, left as it is. ``out_TI``: (T, I) dense. With ``lora``, tokens
-    that no tile covers are not written. ``config``: an ExpandConfig with ``lora``, a RowsConfig without.
+    ``gate_up_TJ``: (T, 2I) dense, gate columns first, left as it is. ``out_TI``: (T, I) dense. ``lora``: a tensor like
+    ``gate_up_TJ`` to add to it, or what is still to be expanded; then tokens that no tile covers are not written.
+    ``config``: an ExpandConfig with a pending expand, a RowsConfig without.
     """
     num_tokens, width = out_TI.shape
     assert gate_up_TJ.shape == (num_tokens, 2 * width)
     assert gate_up_TJ.is_contiguous()
     assert out_TI.is_contiguous()
-    if lora is None:
+    if not isinstance(lora, PendingExpand):
         rows = config if isinstance(config, tuning.RowsConfig) else tuning.rows_config(num_tokens, width)
+        overlaps = tuning.overlaps(out_TI.device)
         silu_mul_kernel[(triton.cdiv(width, rows.block_n), triton.cdiv(num_tokens, rows.block_rows))](
-            gate_up_TJ, out_TI, None, None, None, None, None, None, 0, num_tokens,
-            WIDTH=width, LORA=False, RECORD_ENTRIES=0, SPLITS=1, RANK_CAP=16, RANK_BLOCK=16, M=rows.block_rows,
-            BLOCK_N=rows.block_n, INVARIANT=False, EVICT="", EXACT=False, num_warps=rows.num_warps,
-        )  # fmt: skip
+            gate_up_TJ,
+            gate_up_TJ if lora is None else lora,
+            out_TI,
+            num_tokens,
+            WIDTH=width,
+            ADDED=lora is not None,
+            M=rows.block_rows,
+            BLOCK_N=rows.block_n,
+            OVERLAP=overlaps,
+            num_warps=rows.num_warps,
+            launch_pdl=overlaps and lora is None,
+        )
         return
     assert lora.site is Site.GATE_UP
     tiles = lora.tiles
     if not isinstance(config, tuning.ExpandConfig):
-        config = tuning.expand_config(tiles.num_tiles, tiles.tile_rows, width)
-    silu_mul_kernel[(triton.cdiv(width, config.block_n), tiles.num_tiles)](
+        config = tuning.expand_config(tiles.num_tiles, tiles.tile_rows, tiles.rank_cap, width, pairs=True)
+    silu_mul_lora_kernel[(triton.cdiv(width, config.block_n * config.blocks), tiles.num_tiles)](
         gate_up_TJ,
         out_TI,
         lora.partial,
@@ -51,11 +61,6 @@ def silu_mul(
         2 * (lora.layer * NUM_MODULES + lora.site.first_module) + 1,
         num_tokens,
         WIDTH=width,
-        LORA=True,
-        M=tiles.tile_rows,
         BLOCK_N=config.block_n,
-        INVARIANT=tiles.batch_invariant,
-        EXACT=tuning.exact(out_TI.dtype),
-        num_warps=config.num_warps,
-        **expand_constants(lora.table, lora.partial, tiles, tuning.RANK_BLOCK, config.evict_first),
+        **expand_constants(lora.table, lora.partial, tiles, config, out_TI, lora.overlap),
     )

@@ -43,19 +43,24 @@ def lora_shrink(
     partial: torch.Tensor,
     *,
     plane: int = 0,
+    overlap: bool = False,
     config: tuning.ShrinkConfig | None = None,
 ) -> None:
     """Writes ``x A^T`` of the tokens that have an adapter into ``partial``, whose rest is left as it is and never read.
 
     ``x_TK``: (T, K) dense. ``partial``: (splits, T, M * R), of ``view_partial``. ``plane``: of adapters with several.
+    ``overlap``: starts before its predecessor on the stream ends, which must not write any argument.
     """
     num_tokens, in_features = x_TK.shape
-    config = config or tuning.shrink_config(in_features, tiles.tile_rows, tiles.rank_cap)
-    splits = partial.shape[0]
+    modules = site.num_modules
+    config = config or tuning.shrink_config(in_features, modules, tiles.tile_rows, tiles.rank_cap)
+    splits, part = partial.shape[0], tuning.split_features(in_features, modules)
+    overlaps = tuning.overlaps(x_TK.device)
     assert x_TK.is_contiguous()
-    assert partial.shape == (tuning.num_splits(in_features), num_tokens, site.num_modules * tiles.rank_cap)
+    assert partial.shape == (tuning.num_splits(in_features, modules), num_tokens, modules * tiles.rank_cap)
+    assert tiles.tile_rows > 1 or config.block_k >= part
     whole_site = tiles.tile_rows > 16
-    grid = (splits if whole_site else splits * site.num_modules, tiles.num_tiles)
+    grid = (splits if whole_site else splits * modules, tiles.num_tiles)
     lora_shrink_kernel[grid](
         x_TK,
         partial,
@@ -69,20 +74,21 @@ def lora_shrink(
         plane,
         num_tokens,
         K=in_features,
-        PART=tuning.split_features(in_features),
+        PART=part,
         SPLITS=splits,
-        MODULES=site.num_modules,
+        MODULES=modules,
         RECORD_ENTRIES=table.record_entries,
         RANK_CAP=tiles.rank_cap,
-        RANK_BLOCK=tuning.RANK_BLOCK,
+        RANK_BLOCK=tuning.rank_block(tiles.tile_rows, tiles.rank_cap),
         M=tiles.tile_rows,
         BLOCK_K=config.block_k,
-        DOT_BLOCK_K=config.dot_block_k,
+        W=min(config.num_warps, max(1, config.block_k // 16)),
         STAGES=config.num_stages,
-        INVARIANT=tiles.batch_invariant,
         EVICT=tuning.eviction(config.evict_first),
         EXACT=tuning.exact(x_TK.dtype),
+        OVERLAP=overlaps,
         num_warps=config.num_warps,
+        launch_pdl=overlap and overlaps,
     )
 
 
@@ -96,18 +102,22 @@ def lora_expand_(
     tiles: LoraTiles,
     *,
     plane: int = 0,
+    add: bool = True,
+    overlap: bool = False,
     config: tuning.ExpandConfig | None = None,
 ) -> None:
     """``out += partial B`` in place, each module into its own columns.
 
-    ``out_TO``: (T, O) dense. ``widths``: columns of each of the site's modules, in order; together O.
+    ``out_TO``: (T, O) dense. ``widths``: columns of each of the site's modules, in order; together O. ``add`` false:
+    ``out = partial B``, 0 for tokens without an adapter. ``overlap``: starts before its predecessor on the stream ends,
+    which must not write adapters or tiles.
     """
     num_tokens = out_TO.shape[0]
-    config = config or tuning.expand_config(tiles.num_tiles, tiles.tile_rows, max(widths))
+    config = config or tuning.expand_config(tiles.num_tiles, tiles.tile_rows, tiles.rank_cap, max(widths))
     assert out_TO.is_contiguous()
     assert out_TO.shape[1] == sum(widths)
     assert len(widths) == site.num_modules
-    grid = (sum(triton.cdiv(width, config.block_n) for width in widths), tiles.num_tiles)
+    grid = (sum(triton.cdiv(width, config.block_n * config.blocks) for width in widths), tiles.num_tiles)
     lora_expand_kernel[grid](
         out_TO,
         partial,
@@ -124,23 +134,33 @@ def lora_expand_(
         WIDTH_1=widths[1] if len(widths) > 1 else 0,
         WIDTH_2=widths[2] if len(widths) > 2 else 0,
         MODULES=site.num_modules,
-        M=tiles.tile_rows,
         BLOCK_N=config.block_n,
-        INVARIANT=tiles.batch_invariant,
-        EXACT=tuning.exact(out_TO.dtype),
-        num_warps=config.num_warps,
-        **expand_constants(table, partial, tiles, tuning.RANK_BLOCK, config.evict_first),
+        ADD=add,
+        **expand_constants(table, partial, tiles, config, out_TO, overlap),
     )
 
 
 def expand_constants(
-    table: LoraTable, partial: torch.Tensor, tiles: LoraTiles, rank_block: int, evict_first: bool
+    table: LoraTable,
+    partial: torch.Tensor,
+    tiles: LoraTiles,
+    config: tuning.ExpandConfig,
+    out: torch.Tensor,
+    overlap: bool,
 ) -> dict[str, Any]:
-    """Compile-time arguments that every kernel with an expand takes."""
+    """Compile-time arguments that every kernel with an expand of tiles takes."""
+    assert tiles.tile_rows > 1 or config.blocks == 1
+    overlaps = tuning.overlaps(out.device)
     return {
         "RECORD_ENTRIES": table.record_entries,
         "SPLITS": partial.shape[0],
         "RANK_CAP": tiles.rank_cap,
-        "RANK_BLOCK": rank_block,
-        "EVICT": tuning.eviction(evict_first),
+        "RANK_BLOCK": tuning.rank_block(tiles.tile_rows, tiles.rank_cap),
+        "M": tiles.tile_rows,
+        "BLOCKS": config.blocks,
+        "EVICT": tuning.eviction(config.evict_first),
+        "EXACT": tuning.exact(out.dtype),
+        "OVERLAP": overlaps,
+        "num_warps": config.num_warps,
+        "launch_pdl": overlap and overlaps,
     }

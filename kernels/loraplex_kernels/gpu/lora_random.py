@@ -99,7 +99,6 @@ def device_tiles(
     rank_cap: int,
     device: torch.device,
     num_tiles: int | None = None,
-    batch_invariant: bool = False,
 ) -> LoraTiles:
     """``build_tiles``, uploaded."""
     tiles = build_tiles(records, planes, tokens, tile_rows, num_tiles)
@@ -114,5 +113,4 @@ def device_tiles(
         tile_rows=tile_rows,
         rank_cap=rank_cap,
         max_planes=int(planes.max(initial=1)),
-        batch_invariant=batch_invariant,
     )

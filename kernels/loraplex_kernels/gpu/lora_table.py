@@ -51,6 +51,9 @@ class LoraTable:
 class LoraTiles:
     """Runs of tokens that share a record, cut into tiles; together they cover each token of the step at most once.
 
+    Tiles of one row suit decode steps whose rows have adapters of their own: matrix-vector products. Results depend on
+    ``tile_rows`` and ``rank_cap`` within rounding; where all steps have the same, no token depends on the others.
+
     Device tensors are int32 and may be longer than what is used, so that a captured graph can keep their addresses.
     """
 
@@ -67,12 +70,10 @@ class LoraTiles:
     num_tiles: int
     """Tiles that kernels visit."""
     tile_rows: int
-    """16 or 64: the most tokens of a tile."""
+    """1, 16 or 64: the most tokens of a tile."""
     rank_cap: int
     """16 or 64: no plane in the step has a larger rank."""
     max_planes: int = 1
-    batch_invariant: bool = False
-    """One arithmetic for every tile, so that a token's result does not depend on the others in the step."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,15 +89,17 @@ class PendingExpand:
     site: Site
     partial: torch.Tensor
     """(splits, T, M * R) fp32, from ``view_partial``, filled by ``lora_shrink``."""
+    overlap: bool = False
+    """The operation may start before its predecessor on the stream ends, which must not write adapters or tiles."""
 
 
 def partial_elements(num_tokens: int, in_features: int, site: Site, rank_cap: int) -> int:
     """fp32 elements of the scratch of a site's shrink."""
-    return num_splits(in_features) * num_tokens * site.num_modules * rank_cap
+    return num_splits(in_features, site.num_modules) * num_tokens * site.num_modules * rank_cap
 
 
 def view_partial(scratch: torch.Tensor, num_tokens: int, in_features: int, site: Site, rank_cap: int) -> torch.Tensor:
     """(splits, T, M * R) fp32, the front of ``scratch``: flat fp32 of at least ``partial_elements``, one for all sites
     and layers in turn."""
-    shape = (num_splits(in_features), num_tokens, site.num_modules * rank_cap)
+    shape = (num_splits(in_features, site.num_modules), num_tokens, site.num_modules * rank_cap)
     return scratch[: shape[0] * shape[1] * shape[2]].view(shape)

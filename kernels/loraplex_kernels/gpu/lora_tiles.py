@@ -64,6 +64,17 @@ def build_tiles(
     return TileArrays(fields=fields, token_record=token_record, num_live=num_live)
 
 
+def shared_tiles(num_rows: int) -> int:
+    """The most tiles of 16 rows for which they suit a decode step of ``num_rows``: two rows or fewer of each adapter
+    are better off in tiles of one row."""
+    return (num_rows - 1) // 2
+
+
+def decode_tile_rows(num_rows: int, num_tiles: int) -> int:
+    """Rows of a tile that suit a decode step of ``num_rows``, which in tiles of 16 rows are ``num_tiles``: 1 or 16."""
+    return 16 if num_tiles <= shared_tiles(num_rows) else 1
+
+
 def _dead(num_tiles: int) -> Int32Array:
     fields = np.zeros((4, num_tiles), dtype=np.int32)
     fields[0] = -1

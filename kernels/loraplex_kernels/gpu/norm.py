@@ -7,7 +7,7 @@ import torch
 
 from loraplex_kernels.gpu import tuning
 from loraplex_kernels.gpu._jit_rows import add_rms_norm_kernel, embed_kernel, rms_norm_kernel
-from loraplex_kernels.gpu.lora import NUM_MODULES, PendingExpand, expand_constants
+from loraplex_kernels.gpu.lora import NUM_MODULES, PendingExpand
 
 
 def rms_norm(
@@ -35,46 +35,52 @@ def add_rms_norm(
     eps: float,
     out_TD: torch.Tensor,
     *,
-    lora: PendingExpand | None = None,
+    lora: PendingExpand | torch.Tensor | None = None,
     config: tuning.NormConfig | None = None,
 ) -> None:
     """``residual += delta`` in place, then ``out = rms_norm(residual) * weight``. All (T, D) dense.
 
-    ``lora``: pending at o or down, added to ``delta_TD``'s value (which is left as it is). Each token reads its B by
-    itself, which suits decode; for long runs of one adapter call ``lora_expand_`` before.
+    ``lora``: added to ``delta_TD``'s value (which is left as it is): a tensor like it, or what is pending at o or down.
+    Then each token reads its B by itself, which suits adapters of few rows; otherwise call ``lora_expand_`` before.
     """
     num_tokens, features = residual_TD.shape
-    config = config or tuning.norm_config(features, lora=lora is not None)
+    pending = lora if isinstance(lora, PendingExpand) else None
+    config = config or tuning.norm_config(features, lora=pending is not None)
     assert residual_TD.is_contiguous()
     assert delta_TD.is_contiguous()
     assert out_TD.is_contiguous()
-    block = tuning.next_power_of_2(features)
-    if lora is None:
+    added = delta_TD if pending is not None or lora is None else lora
+    overlaps = tuning.overlaps(out_TD.device)
+    inputs = (residual_TD, delta_TD, added, weight_D, out_TD)
+    shapes = {"D": features, "BLOCK_D": tuning.next_power_of_2(features), "ADDED": added is not delta_TD}
+    if pending is None:
         add_rms_norm_kernel[(num_tokens,)](
-            residual_TD, delta_TD, weight_D, out_TD, None, None, None, None, 0, num_tokens, eps,
-            D=features, BLOCK_D=block, LORA=False, RECORD_ENTRIES=0, SPLITS=1, RANK_CAP=16, RANK_BLOCK=16, EVICT="",
-            EXACT=False, num_warps=config.num_warps,
+            *inputs, None, None, None, None, 0, num_tokens, eps,
+            LORA=False, RECORD_ENTRIES=0, SPLITS=1, RANK_CAP=16, RANK_BLOCK=16, EVICT="", EXACT=False,
+            OVERLAP=overlaps, num_warps=config.num_warps, launch_pdl=overlaps and lora is None, **shapes,
         )  # fmt: skip
         return
-    assert lora.site.num_modules == 1
+    assert pending.site.num_modules == 1
     add_rms_norm_kernel[(num_tokens,)](
-        residual_TD,
-        delta_TD,
-        weight_D,
-        out_TD,
-        lora.partial,
-        lora.table.arena,
-        lora.table.entries,
-        lora.tiles.token_record,
-        2 * (lora.layer * NUM_MODULES + lora.site.first_module) + 1,
+        *inputs,
+        pending.partial,
+        pending.table.arena,
+        pending.table.entries,
+        pending.tiles.token_record,
+        2 * (pending.layer * NUM_MODULES + pending.site.first_module) + 1,
         num_tokens,
         eps,
-        D=features,
-        BLOCK_D=block,
         LORA=True,
+        RECORD_ENTRIES=pending.table.record_entries,
+        SPLITS=pending.partial.shape[0],
+        RANK_CAP=pending.tiles.rank_cap,
+        RANK_BLOCK=config.rank_block,
+        EVICT=tuning.eviction(config.evict_first),
         EXACT=tuning.exact(out_TD.dtype),
+        OVERLAP=overlaps,
         num_warps=config.num_warps,
-        **expand_constants(lora.table, lora.partial, lora.tiles, config.rank_block, config.evict_first),
+        launch_pdl=overlaps and pending.overlap,
+        **shapes,
     )
 
 

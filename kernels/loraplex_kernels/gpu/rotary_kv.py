@@ -8,7 +8,7 @@ import torch
 import triton
 
 from loraplex_kernels.gpu import tuning
-from loraplex_kernels.gpu._jit_rotary import rotary_write_kv_kernel
+from loraplex_kernels.gpu._jit_rotary import rotary_write_kv_kernel, rotary_write_kv_lora_kernel
 from loraplex_kernels.gpu.lora import NUM_MODULES, PendingExpand, Site, expand_constants
 from loraplex_kernels.kv import KvLayout
 
@@ -36,7 +36,7 @@ def rotary_write_kv(
     q_norm_H: torch.Tensor | None = None,
     k_norm_H: torch.Tensor | None = None,
     eps: float = 0.0,
-    lora: PendingExpand | None = None,
+    lora: PendingExpand | torch.Tensor | None = None,
     config: tuning.ExpandConfig | None = None,
 ) -> None:
     """Rotates the queries in place and stores keys and values in the pages of their tokens.
@@ -45,22 +45,22 @@ def rotary_write_kv(
     are left as they are. ``position_T``, ``token_slot_T``: (T,) int32; slot -1 is padding: nothing is stored for it.
     ``page_table_SP``: (S, max pages) int32 dense, page of each ``page_size`` positions of a slot. ``cos_sin_PH``: from
     ``rotary_table``. ``arena``: flat elements. ``q_norm_H``, ``k_norm_H``: weights of an RMS norm of each head before
-    the rotation, both or none. ``config.block_n`` counts columns of half heads.
+    the rotation, both or none. ``lora``: a tensor like ``qkv_TC`` to add to it, or what is still to be expanded.
+    ``config.block_n`` counts columns of half heads.
     """
     num_tokens, columns = qkv_TC.shape
     head_dim, kv_heads = layout.head_dim, layout.num_kv_heads
     heads = columns // head_dim - 2 * kv_heads
-    tiles = None if lora is None else lora.tiles
+    pending = lora if isinstance(lora, PendingExpand) else None
     assert qkv_TC.is_contiguous()
     assert page_table_SP.is_contiguous()
     assert cos_sin_PH.is_contiguous()
     assert head_dim == tuning.next_power_of_2(head_dim)
     assert (q_norm_H is None) == (k_norm_H is None)
-    if config is None:
-        num_tiles, tile_rows = (None, 1) if tiles is None else (tiles.num_tiles, tiles.tile_rows)
-        config = tuning.heads_config(heads, head_dim, num_tiles, tile_rows)
+    config = config or tuning.heads_config(heads, head_dim, None if pending is None else pending.tiles.tile_rows)
     block_heads = max(1, config.block_n // (head_dim // 2))
-    blocks = triton.cdiv(heads, block_heads) + 2 * triton.cdiv(kv_heads, block_heads)
+    program_heads = block_heads * config.blocks
+    programs = triton.cdiv(heads, program_heads) + 2 * triton.cdiv(kv_heads, program_heads)
     inputs = (qkv_TC, position_T, token_slot_T, page_table_SP, cos_sin_PH, q_norm_H, k_norm_H, arena)
     shapes = {
         "HEADS": heads,
@@ -72,15 +72,24 @@ def rotary_write_kv(
         "HAS_NORM": q_norm_H is not None,
     }
     max_pages = page_table_SP.shape[1]
-    if lora is None or tiles is None:
-        rotary_write_kv_kernel[(blocks, num_tokens)](
-            *inputs, None, None, None, None, None, None, layer, 0, num_tokens, max_pages, eps,
-            LORA=False, RECORD_ENTRIES=0, SPLITS=1, RANK_CAP=16, RANK_BLOCK=16, M=1, INVARIANT=False, EVICT="",
-            EXACT=False, num_warps=config.num_warps, **shapes,
-        )  # fmt: skip
+    if not isinstance(lora, PendingExpand):
+        overlaps = tuning.overlaps(qkv_TC.device)
+        rotary_write_kv_kernel[(programs, num_tokens)](
+            *inputs,
+            qkv_TC if lora is None else lora,
+            layer,
+            max_pages,
+            eps,
+            ADDED=lora is not None,
+            OVERLAP=overlaps,
+            num_warps=config.num_warps,
+            launch_pdl=overlaps and lora is None,
+            **shapes,
+        )
         return
+    tiles = lora.tiles
     assert lora.site is Site.QKV
-    rotary_write_kv_kernel[(blocks, tiles.num_tiles)](
+    rotary_write_kv_lora_kernel[(programs, tiles.num_tiles)](
         *inputs,
         lora.partial,
         lora.table.arena,
@@ -93,11 +102,6 @@ def rotary_write_kv(
         num_tokens,
         max_pages,
         eps,
-        LORA=True,
-        M=tiles.tile_rows,
-        INVARIANT=tiles.batch_invariant,
-        EXACT=tuning.exact(qkv_TC.dtype),
-        num_warps=config.num_warps,
         **shapes,
-        **expand_constants(lora.table, lora.partial, tiles, tuning.RANK_BLOCK, config.evict_first),
+        **expand_constants(lora.table, lora.partial, tiles, config, qkv_TC, lora.overlap),
     )

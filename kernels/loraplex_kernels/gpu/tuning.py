@@ -1,24 +1,21 @@
-"""Block sizes and warps of the LoRA and per-layer kernels: by operation and size, no search at run time.
+"""Block sizes, warps and schedules of the LoRA and per-layer kernels: by operation and size, no search at run time.
 
 A config never changes what is computed beyond rounding; only ``num_splits`` is shared between a shrink and its expand.
 The defaults suit an H100, run on any other GPU and in the interpreter. Called by the launchers; benchmarks pass others.
 """
 
 from dataclasses import dataclass
+from enum import Enum
+from functools import cache
 
 import torch
 import triton
-
-RANK_BLOCK = 16
-"""Ranks that the kernels take at a time, the least that a dot accepts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShrinkConfig:
     block_k: int
-    """Input features of one load in tiles of up to 16 rows."""
-    dot_block_k: int
-    """The same where the tile is a dot."""
+    """Input features of one load; in tiles of one row all of a split."""
     num_warps: int
     num_stages: int = 1
     evict_first: bool = True
@@ -29,8 +26,10 @@ class ExpandConfig:
     """Of ``lora_expand_`` and of the operations that expand on their way."""
 
     block_n: int
-    """Output columns of a program; of each half where the operation pairs two columns."""
+    """Output columns of a block; of each half where the operation pairs two columns."""
     num_warps: int
+    blocks: int = 1
+    """Blocks of a program one after another, which read the shrunk activations once. 1 in tiles of one row."""
     evict_first: bool = True
 
 
@@ -46,9 +45,33 @@ class RowsConfig:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NormConfig:
     num_warps: int
-    rank_block: int = 8
+    rank_block: int = 16
     """Ranks of B held at a time beside the row."""
     evict_first: bool = True
+
+
+class Schedule(Enum):
+    """Where a step's shrinks and expands run."""
+
+    BESIDE = "beside"
+    """Both on a second stream while the GEMM runs; the operation that follows adds their result."""
+    SERIAL = "serial"
+    """The shrink after the GEMM, whose last programs it overlaps; the expand in the operation that follows."""
+
+
+def schedule(num_tokens: int, tile_rows: int, num_tiles: int) -> Schedule:
+    """A GEMM of few rows waits for its weights and leaves room for other work; one of many does so where there is much
+    to read for the adapters."""
+    if tile_rows == 16:
+        beside = num_tokens <= 128 or 5 * num_tiles > num_tokens
+    else:
+        beside = tile_rows == 1 and num_tokens <= 32
+    return Schedule.BESIDE if beside else Schedule.SERIAL
+
+
+def fuses_norm(tile_rows: int) -> bool:
+    """Whether ``add_rms_norm`` expands. It reads B once a row: right where rows have adapters of their own."""
+    return tile_rows == 1
 
 
 def next_power_of_2(value: int) -> int:
@@ -56,37 +79,52 @@ def next_power_of_2(value: int) -> int:
     return 1 << (value - 1).bit_length()
 
 
-def num_splits(in_features: int) -> int:
-    """Parts into which a shrink cuts its input features, at most 8: about 1024 to 2048 features a part.
+def num_splits(in_features: int, num_modules: int) -> int:
+    """Parts into which a shrink of ``num_modules`` modules cuts its input features: about 1024 features a part, 512
+    where there is one module and few features, 2048 where there are many.
 
-    A function of the features alone, so that a row's sum has one order in every step.
+    A function of the shape alone, so that a row's sum has one order in every step.
     """
-    return min(8, -(-in_features // (1024 if in_features <= 8192 else 2048)))
+    part = 512 if num_modules == 1 and in_features <= 8192 else 1024
+    return -(-in_features // (part if in_features <= 16 * part else 2 * part))
 
 
-def split_features(in_features: int) -> int:
+def split_features(in_features: int, num_modules: int) -> int:
     """Input features of each split but the last: a multiple of 64."""
-    return -(-in_features // (num_splits(in_features) * 64)) * 64
+    return -(-in_features // (num_splits(in_features, num_modules) * 64)) * 64
 
 
-def shrink_config(in_features: int, tile_rows: int, rank_cap: int) -> ShrinkConfig:
-    part = next_power_of_2(split_features(in_features))
-    if tile_rows > 16:
-        # Stages hold x and up to three A in shared memory: at rank 64 two of them leave room for three programs.
-        num_stages = 4 if rank_cap <= 16 else 2
-        return ShrinkConfig(
-            block_k=min(1024, part), dot_block_k=min(64, part), num_warps=4, num_stages=num_stages, evict_first=False
-        )
-    return ShrinkConfig(block_k=min(1024, part), dot_block_k=min(512, part), num_warps=4)
+def shrink_config(in_features: int, num_modules: int, tile_rows: int, rank_cap: int) -> ShrinkConfig:
+    part = next_power_of_2(split_features(in_features, num_modules))
+    if tile_rows == 1:
+        # Rows of 256 features a warp: what a thread loads of them takes half of its registers.
+        return ShrinkConfig(block_k=part, num_warps=min(8, max(1, part // 256)))
+    if tile_rows == 16:
+        # Two blocks on their way: all of a split, or half of it.
+        return ShrinkConfig(block_k=min(512 if rank_cap <= 16 else 256, part), num_warps=4, num_stages=3)
+    if rank_cap <= 16:
+        return ShrinkConfig(block_k=min(128, part), num_warps=4, num_stages=2, evict_first=False)
+    return ShrinkConfig(block_k=min(64, part), num_warps=4, num_stages=3, evict_first=False)
 
 
-def expand_config(num_tiles: int, tile_rows: int, widest: int) -> ExpandConfig:
-    """``widest``: columns of the site's widest module. Few tiles take narrow blocks, so that all SMs have work."""
+def rank_block(tile_rows: int, rank_cap: int) -> int:
+    """Ranks that an expand takes at a time: in a dot all, in a matrix-vector product what fits into registers."""
+    return 16 if tile_rows == 1 else rank_cap
+
+
+def expand_config(num_tiles: int, tile_rows: int, rank_cap: int, widest: int, *, pairs: bool = False) -> ExpandConfig:
+    """``widest``: columns of the site's widest module. ``pairs``: two columns at a time (gate and up)."""
     limit = next_power_of_2(widest)
-    if tile_rows > 16:
-        return ExpandConfig(block_n=min(64, limit), num_warps=4, evict_first=False)
-    block_n = 256 if num_tiles < 16 else 512
-    return ExpandConfig(block_n=min(block_n, limit), num_warps=2 if block_n == 256 else 4)
+    if tile_rows == 1:
+        # 256 columns a warp: a thread adds its columns over the ranks without the others.
+        return ExpandConfig(block_n=min(512, limit), num_warps=2)
+    if tile_rows == 16:
+        if num_tiles < 16:
+            return ExpandConfig(block_n=min(256 if rank_cap <= 16 else 128, limit), num_warps=4)
+        return ExpandConfig(block_n=min(128, limit), num_warps=4, blocks=2)
+    if pairs:
+        return ExpandConfig(block_n=min(64, limit), num_warps=4, blocks=8, evict_first=False)
+    return ExpandConfig(block_n=min(128, limit), num_warps=8, blocks=4, evict_first=False)
 
 
 def rows_config(num_tokens: int, width: int) -> RowsConfig:
@@ -95,21 +133,28 @@ def rows_config(num_tokens: int, width: int) -> RowsConfig:
     return RowsConfig(block_rows=1, block_n=min(block_n, next_power_of_2(width)), num_warps=4)
 
 
-def heads_config(heads: int, head_dim: int, num_tiles: int | None, tile_rows: int) -> ExpandConfig:
-    """Of ``rotary_write_kv``: ``block_n`` counts columns of half heads. ``num_tiles`` None: without LoRA."""
+def heads_config(heads: int, head_dim: int, tile_rows: int | None) -> ExpandConfig:
+    """Of ``rotary_write_kv``: ``block_n`` counts columns of half heads. ``tile_rows`` None: no pending expand."""
     half = head_dim // 2
     limit = half * next_power_of_2(heads)
-    if num_tiles is None:
+    if tile_rows is None:
         return ExpandConfig(block_n=min(512, limit), num_warps=4)
-    if tile_rows > 16:
-        return ExpandConfig(block_n=half, num_warps=4, evict_first=False)
-    block_n = 128 if num_tiles < 16 else 256
-    return ExpandConfig(block_n=min(block_n, limit), num_warps=2 if block_n == 128 else 4)
+    if tile_rows == 1:
+        return ExpandConfig(block_n=min(128, limit), num_warps=1)
+    if tile_rows == 16:
+        return ExpandConfig(block_n=min(128, limit), num_warps=4)
+    return ExpandConfig(block_n=half, num_warps=4, blocks=8, evict_first=False)
 
 
 def norm_config(features: int, *, lora: bool) -> NormConfig:
     wide = features > 2048
     return NormConfig(num_warps=(16 if wide else 8) if lora else (8 if wide else 4))
+
+
+@cache
+def overlaps(device: torch.device) -> bool:
+    """Whether a kernel can start before its predecessor ends (programmatic dependent launch)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def eviction(first: bool) -> str:

@@ -28,7 +28,7 @@ def sum_rows_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     from triton.runtime import interpreter
 
     def dot(_builder: Any, a: Any, b: Any, acc: Any, _precision: Any, _imprecise: Any) -> Any:
-        product = (a.data[:, None, :] * b.data.T[None, :, :]).sum(axis=-1)
+        product = (a.data[..., :, None, :] * b.data.swapaxes(-1, -2)[..., None, :, :]).sum(axis=-1)
         return interpreter.TensorHandle(product + acc.data, acc.dtype.scalar)
 
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", dot)

@@ -25,28 +25,35 @@ LARGE_KV = KvLayout(num_layers=2, num_kv_heads=8, head_dim=128, page_size=16)
 NUM_TOKENS = 8
 EPS = 1e-5
 
-LORA = {
+LORA: dict[str, tuple[int, int] | str | None] = {
     "base": None,
-    "decode": (16, 16, False),
-    "decode_large_ranks": (64, 16, False),
-    "invariant": (16, 16, True),
-    "prefill": (16, 64, False),
+    "added": "added",
+    "single_rows": (16, 1),
+    "single_rows_large_ranks": (64, 1),
+    "decode": (16, 16),
+    "decode_large_ranks": (64, 16),
+    "prefill": (16, 64),
+    "prefill_large_ranks": (64, 64),
 }
 
 
-def pending(name: str, site: Site, shape: LayerShape, dtype: torch.dtype, device: torch.device) -> PendingExpand | None:
+def pending(
+    name: str, site: Site, shape: LayerShape, dtype: torch.dtype, device: torch.device
+) -> PendingExpand | torch.Tensor | None:
     """Tiles: two base tokens, three of one adapter, one of one without k, o and up, one, a base token; a dead tile."""
     kind = LORA[name]
     if kind is None:
         return None
-    rank_cap, tile_rows, batch_invariant = kind
+    if isinstance(kind, str):
+        return random(NUM_TOKENS, sum(shape.outputs(site)), dtype=dtype, device=device)
+    rank_cap, tile_rows = kind
     adapters = (Adapter(rank=rank_cap), Adapter(rank=8, missing=frozenset({1, 3, 5})), Adapter(rank=16))
     table, records = random_table(shape, LAYER + 1, adapters, dtype=dtype, device=device)
     of_token = np.array([-1, -1, *[records[0]] * 3, records[1], records[2], -1], dtype=np.int32)
     ones = np.ones(NUM_TOKENS, dtype=np.int32)
     tiles = device_tiles(
         of_token, np.minimum(of_token + 1, 1), ones, tile_rows=tile_rows, rank_cap=rank_cap, device=device,
-        num_tiles=6, batch_invariant=batch_invariant,
+        num_tiles=9 if tile_rows == 1 else 6,
     )  # fmt: skip
     x_TK = torch.randn(NUM_TOKENS, shape.inputs(site)).to(device, dtype)
     size = partial_elements(NUM_TOKENS, x_TK.shape[1], site, rank_cap)

@@ -38,14 +38,19 @@ def lora_expand_(
     tiles: LoraTiles,
     *,
     plane: int = 0,
+    add: bool = True,
 ) -> None:
+    if not add:
+        out_TO.zero_()
     out_TO += _product(out_TO, partial, table, layer, site, widths, tiles, plane).to(out_TO.dtype)
 
 
-def expanded(out_TO: torch.Tensor, lora: PendingExpand | None, widths: Sequence[int]) -> torch.Tensor:
+def expanded(out_TO: torch.Tensor, lora: PendingExpand | torch.Tensor | None, widths: Sequence[int]) -> torch.Tensor:
     """``out_TO`` plus what is pending, a new (T, O) fp32 tensor; what the fused operations start from."""
     if lora is None:
         return out_TO.to(torch.float32, copy=True)
+    if isinstance(lora, torch.Tensor):
+        return out_TO.float() + lora.float()
     return out_TO.float() + _product(out_TO, lora.partial, lora.table, lora.layer, lora.site, widths, lora.tiles, 0)
 
 

@@ -19,7 +19,7 @@ def add_rms_norm(
     eps: float,
     out_TD: torch.Tensor,
     *,
-    lora: PendingExpand | None = None,
+    lora: PendingExpand | torch.Tensor | None = None,
 ) -> None:
     if lora is not None:
         delta_TD = expanded(delta_TD, lora, (delta_TD.shape[1],))

@@ -21,7 +21,7 @@ def rotary_write_kv(
     q_norm_H: torch.Tensor | None = None,
     k_norm_H: torch.Tensor | None = None,
     eps: float = 0.0,
-    lora: PendingExpand | None = None,
+    lora: PendingExpand | torch.Tensor | None = None,
 ) -> None:
     num_tokens, head_dim, kv_heads = qkv_TC.shape[0], layout.head_dim, layout.num_kv_heads
     kv_size = kv_heads * head_dim

@@ -34,11 +34,12 @@ def row_buckets(max_rows: int) -> tuple[int, ...]:
     return (*(rows for rows in steps if rows < max_rows), max_rows)
 
 
-def decode_tile_buckets(num_rows: int, tile_rows: int) -> tuple[int, ...]:
-    """LoRA tiles of a decode step padded to ``num_rows``, ascending: from full tiles to one for each row."""
+def decode_tile_buckets(num_rows: int, tile_rows: int, most: int) -> tuple[int, ...]:
+    """Of LoRA tiles of up to ``tile_rows`` rows in a decode step padded to ``num_rows`` that has at most ``most``,
+    fewer than rows: ascending."""
     fewest = -(-num_rows // tile_rows)
-    steps = {fewest, *(size for power in range(11) for size in (1 << power, 3 << power >> 1))}
-    return (*(tiles for tiles in sorted(steps) if fewest <= tiles < num_rows), num_rows)
+    steps = {fewest, most, *(size for power in range(11) for size in (1 << power, 3 << power >> 1))}
+    return tuple(tiles for tiles in sorted(steps) if fewest <= tiles <= min(most, num_rows - 1))
 
 
 def single_buckets(max_rows: int) -> tuple[int, ...]:

@@ -1,14 +1,14 @@
 """The decoder body on Triton kernels: one forward pass over a step's tokens, eager or inside a graph capture.
 
-The same order of operations as ``model_runner.decoder``. In decode steps a LoRA's shrink runs beside the GEMM that
-reads the same input, and its expand inside the operation that reads the GEMM's output. Batch-invariant steps take the
+The same order of operations as ``model_runner.decoder``; a projection leaves what its LoRA adds to the operation that
+reads the GEMM's output. Batch-invariant steps take the
 operations of which no row depends on the others, the same in every step: GEMMs of our own, one number of attention
-splits, expands apart. Owns scratch and the side stream; weights, pages and routes are handed in. Called by the executor
+splits, expands apart. Owns scratch; weights, pages and routes are handed in. Called by the executor
 under ``torch.inference_mode``.
 Legend: T tokens, D hidden, B sampled rows, V vocabulary, C = q + k + v columns, J gate + up columns, I = J / 2.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import loraplex_kernels
 import torch
@@ -22,24 +22,14 @@ from loraplex_kernels.gpu.attention import (
     prefill_block_tokens,
 )
 from loraplex_kernels.gpu.linear import linear
-from loraplex_kernels.gpu.lora import (
-    MAX_RANK,
-    LoraTable,
-    LoraTiles,
-    PendingExpand,
-    Site,
-    lora_expand_,
-    lora_shrink,
-    partial_elements,
-    view_partial,
-)
+from loraplex_kernels.gpu.lora import LoraTable, PendingExpand, Site
+from loraplex_kernels.gpu.lora_project import LoraProjections
 from loraplex_kernels.gpu.norm import add_rms_norm, embed
 from loraplex_kernels.gpu.rotary_kv import rotary_write_kv
 
 from loraplex.core.model import ModelSpec
 from loraplex.model_runner.arena import Arena
 from loraplex.model_runner.gpu.adapters import Arrival
-from loraplex.model_runner.gpu.host_step import DECODE_TILE_ROWS
 from loraplex.model_runner.gpu.inputs import DeviceStep
 from loraplex.model_runner.weights import DecoderWeights, LayerWeights
 
@@ -74,33 +64,30 @@ class GpuDecoder:
         self._weights = weights
         self._arena = arena.elements
         self._layout = arena.kv.layout
-        self._table = table
         self._page_table = page_table
         self._last_token = last_token
         self._cos_sin = _cos_sin(frequencies, page_table.shape[1] * arena.spec.page_size)
         self._scale = float(model.head_dim) ** -0.5
         self._block_tokens = prefill_block_tokens(self._layout, model.num_heads, arena.dtype)
         self._num_sms = _FALLBACK_SMS
-        self._side: torch.cuda.Stream | None = None
         if device.type == "cuda":
             self._num_sms = torch.cuda.get_device_properties(device).multi_processor_count
-            self._side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._widths: Mapping[Site, tuple[int, ...]] = {
-            Site.QKV: (model.q_size, model.kv_size, model.kv_size),
-            Site.O: (model.hidden_size,),
-            Site.GATE_UP: (model.intermediate_size, model.intermediate_size),
-            Site.DOWN: (model.hidden_size,),
-        }
-        in_features = {
-            Site.QKV: model.hidden_size,
-            Site.O: model.q_size,
-            Site.GATE_UP: model.hidden_size,
-            Site.DOWN: model.intermediate_size,
-        }
-        self._partials = torch.empty(
-            max(partial_elements(max_step_tokens, size, site, MAX_RANK) for site, size in in_features.items()),
-            dtype=torch.float32,
-            device=device,
+        self._lora = LoraProjections(
+            table,
+            {
+                Site.QKV: model.hidden_size,
+                Site.O: model.q_size,
+                Site.GATE_UP: model.hidden_size,
+                Site.DOWN: model.intermediate_size,
+            },
+            {
+                Site.QKV: (model.q_size, model.kv_size, model.kv_size),
+                Site.O: (model.hidden_size,),
+                Site.GATE_UP: (model.intermediate_size, model.intermediate_size),
+                Site.DOWN: (model.hidden_size,),
+            },
+            max_step_tokens,
+            batch_invariant=batch_invariant,
         )
         self._scratch: dict[int, DecodeScratch | None] = {}
         self._max_rows = max_rows
@@ -156,42 +143,19 @@ class GpuDecoder:
         layer: int,
         site: Site,
         step: DeviceStep,
-    ) -> tuple[torch.Tensor, PendingExpand | None]:
+    ) -> tuple[torch.Tensor, PendingExpand | torch.Tensor | None]:
         """The GEMM, and the LoRA that the next operation still has to add to its output."""
-        tiles = step.lora
-        if tiles is None:
+        if step.lora is None:
             return self._linear(x, weight, bias), None
-        partial = view_partial(self._partials, x.shape[0], x.shape[1], site, tiles.rank_cap)
-        prefill = tiles.tile_rows > DECODE_TILE_ROWS
-        side = None if prefill or tiles.max_planes > 1 else self._side
-        if side is not None:
-            main = torch.cuda.current_stream()
-            side.wait_stream(main)
-            with torch.cuda.stream(side):
-                lora_shrink(x, self._table, layer, site, tiles, partial)
-            out = self._linear(x, weight, bias)
-            main.wait_stream(side)
-        else:
-            out = self._linear(x, weight, bias)
-            # The operation that follows adds plane 0 alone.
-            for plane in range(1, tiles.max_planes):
-                lora_shrink(x, self._table, layer, site, tiles, partial, plane=plane)
-                self._expand(out, layer, site, tiles, partial, plane=plane)
-            lora_shrink(x, self._table, layer, site, tiles, partial)
-        # The fused form of o and down reads B once a row, which pays for few rows only. Batch-invariant rows without an
-        # adapter must meet the same kernels whether others have one or not.
-        if self._batch_invariant or (prefill and site in (Site.O, Site.DOWN)):
-            self._expand(out, layer, site, tiles, partial, plane=0)
-            return out, None
-        return out, PendingExpand(table=self._table, tiles=tiles, layer=layer, site=site, partial=partial)
-
-    def _expand(
-        self, out: torch.Tensor, layer: int, site: Site, tiles: LoraTiles, partial: torch.Tensor, *, plane: int
-    ) -> None:
-        lora_expand_(out, partial, self._table, layer, site, self._widths[site], tiles, plane=plane)
+        return self._lora.project(lambda: self._linear(x, weight, bias), x, layer, site, step.lora)
 
     def _rotate(
-        self, qkv_TC: torch.Tensor, layer: LayerWeights, index: int, step: DeviceStep, lora: PendingExpand | None
+        self,
+        qkv_TC: torch.Tensor,
+        layer: LayerWeights,
+        index: int,
+        step: DeviceStep,
+        lora: PendingExpand | torch.Tensor | None,
     ) -> None:
         rotary_write_kv(
             qkv_TC,

@@ -13,6 +13,7 @@ import torch
 from loraplex_kernels import KvLayout
 from loraplex_kernels.gpu.attention import prefill_block_tokens
 from loraplex_kernels.gpu.lora import MAX_RANK, LoraTiles
+from loraplex_kernels.gpu.lora_tiles import TileArrays, decode_tile_rows, shared_tiles
 
 from loraplex.core.model import ModelSpec
 from loraplex.core.step import Row
@@ -131,11 +132,24 @@ class StepInputs:
         sections: list[Ints] = list(fields)
         num_tiles = 0
         if runs.digests:
-            tiles = runs.tiles(np.ones(len(rows), dtype=np.int32), num_rows - len(rows), DECODE_TILE_ROWS)
-            num_tiles = bucket_of(tiles.num_live, decode_tile_buckets(num_rows, DECODE_TILE_ROWS))
+            tiles, num_tiles = self._decode_tiles(runs, len(rows), num_rows)
             sections += [*tiles.fields, tiles.token_record]
         self._decode.send(sections)
         return self._decode_step(num_rows, num_tiles, runs)
+
+    def _decode_tiles(self, runs: AdapterRuns, num_live: int, num_rows: int) -> tuple[TileArrays, int]:
+        """Of ``num_live`` rows padded to ``num_rows``; and how many tiles the step visits, one of its buckets."""
+        row_tokens, num_padding = np.ones(num_live, dtype=np.int32), num_rows - num_live
+        tiles = runs.tiles(row_tokens, num_padding, DECODE_TILE_ROWS)
+        buckets = self._decode_tile_buckets(num_rows)
+        if self._batch_invariant or decode_tile_rows(num_rows, tiles.num_live) == DECODE_TILE_ROWS:
+            return tiles, bucket_of(tiles.num_live, buckets)
+        return runs.tiles(row_tokens, num_padding, 1), num_rows
+
+    def _decode_tile_buckets(self, num_rows: int) -> tuple[int, ...]:
+        """The last: a tile for each row, of one row unless all steps have tiles of one height."""
+        most = num_rows if self._batch_invariant else shared_tiles(num_rows)
+        return (*decode_tile_buckets(num_rows, DECODE_TILE_ROWS, most), num_rows)
 
     def mixed(self, rows: Sequence[Row]) -> DeviceStep:
         """Any rows. Conflict: an adapter is not loaded."""
@@ -178,7 +192,7 @@ class StepInputs:
         none = AdapterRuns((), self._adapters)
         self._decode.send([np.full(self._max_rows, value, dtype=np.int32) for value in (0, -1)])
         for num_rows in self._row_buckets:
-            for num_tiles in (0, *decode_tile_buckets(num_rows, DECODE_TILE_ROWS)):
+            for num_tiles in (0, *self._decode_tile_buckets(num_rows)):
                 yield self._decode_step(num_rows, num_tiles, none)
         empty = MixedArrays.of((), self._prefill_block)
         for num_tokens in MIXED_TOKENS:
@@ -191,7 +205,8 @@ class StepInputs:
 
     def _decode_step(self, num_rows: int, num_tiles: int, runs: AdapterRuns) -> DeviceStep:
         ids, slots, positions, lengths, *tile_views = self._decode.views
-        lora = self._tiles(tile_views, num_tiles, DECODE_TILE_ROWS, runs) if num_tiles else None
+        single_rows = num_tiles == num_rows and not self._batch_invariant
+        lora = self._tiles(tile_views, num_tiles, 1 if single_rows else DECODE_TILE_ROWS, runs) if num_tiles else None
         return DeviceStep(
             token_ids=ids[:num_rows],
             token_slot=slots[:num_rows],
@@ -241,7 +256,6 @@ class StepInputs:
             tile_rows=tile_rows,
             rank_cap=bucket_of(runs.max_rank, self._rank_caps),
             max_planes=runs.max_planes,
-            batch_invariant=self._batch_invariant,
         )
 
 
