@@ -45,10 +45,11 @@ def test_mixed_batches_equal_transformers(
 def test_base_only_decode_after_warm_up(make_base: Any, add_adapter: Any, make_driver: Any, check: Any) -> None:
     base = make_base("llama", num_hidden_layers=1)
     add_adapter(base, "unused", **ADAPTERS["attention"])
-    driver = make_driver(base.directory, page_size=16, device=DEVICE, kernels=True, max_rows=4, cuda_graphs=CUDA)
-    if CUDA:
-        driver.executor.warm_up()
-    requests = [driver.open(prompt(6, seed)) for seed in range(3)]
+    driver = make_driver(
+        base.directory, page_size=16, device=DEVICE, kernels=True, max_rows=4, max_step_tokens=20, cuda_graphs=True
+    )
+    driver.executor.warm_up()
+    requests = [driver.open(prompt(6, seed)) for seed in range(2)]
     driver.run(requests, num_tokens=3)
     for request in requests:
         check(base, driver, request)

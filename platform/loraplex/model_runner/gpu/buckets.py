@@ -7,8 +7,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-MIXED_TOKENS = (*range(64, 513, 64), *range(640, 1025, 128), *range(1280, 2049, 256))
-"""Larger steps run eagerly: the device takes longer for them than the host for its launches."""
+_MIXED_TOKENS = (*range(64, 513, 64), *range(640, 1025, 128), *range(1280, 2049, 256))
 
 MAX_SEVERAL = 32
 """Rows of several tokens in a step that runs as a graph."""
@@ -25,6 +24,13 @@ class MixedBucket:
     @property
     def num_sampled(self) -> int:
         return self.num_singles + MAX_SEVERAL
+
+
+def mixed_token_buckets(max_step_tokens: int) -> tuple[int, ...]:
+    """Of steps with prompts, ascending, none above ``max_step_tokens``. Steps above the last run eagerly: the device
+    takes longer for them than the host for its launches."""
+    last = min(max_step_tokens, _MIXED_TOKENS[-1])
+    return (*(tokens for tokens in _MIXED_TOKENS if tokens < last), last)
 
 
 def row_buckets(max_rows: int) -> tuple[int, ...]:

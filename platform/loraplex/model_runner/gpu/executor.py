@@ -68,6 +68,7 @@ class GpuExecutor(ExecutorBase):
             device=device,
             adapters=self._adapters,
             max_rows=max_rows,
+            max_step_tokens=max_step_tokens,
             padded=cuda_graphs,
             batch_invariant=batch_invariant,
         )

@@ -20,11 +20,11 @@ from loraplex.core.step import Row
 from loraplex.model_runner.gpu.adapters import Arrival, GpuAdapters
 from loraplex.model_runner.gpu.buckets import (
     MAX_SEVERAL,
-    MIXED_TOKENS,
     MixedBucket,
     bucket_of,
     decode_tile_buckets,
     mixed_tile_buckets,
+    mixed_token_buckets,
     row_buckets,
     single_buckets,
 )
@@ -86,6 +86,7 @@ class StepInputs:
         device: torch.device,
         adapters: GpuAdapters,
         max_rows: int,
+        max_step_tokens: int,
         padded: bool,
         batch_invariant: bool,
     ) -> None:
@@ -105,7 +106,8 @@ class StepInputs:
         self._row_buckets = row_buckets(max_rows)
         # Token ids, slots, positions, context lengths; record, row, count, planes of tiles; records of tokens.
         self._decode = FixedSections([max_rows] * 9, device)
-        most = MIXED_TOKENS[-1]
+        self._token_buckets = mixed_token_buckets(max_step_tokens)
+        most = self._token_buckets[-1]
         tiles = mixed_tile_buckets(most, max_rows, self._mixed_tile_rows)[-1]
         # As MixedArrays.sections, then tiles and records of tokens.
         self._mixed = FixedSections(
@@ -155,9 +157,9 @@ class StepInputs:
         """Any rows. Conflict: an adapter is not loaded."""
         runs = AdapterRuns(rows, self._adapters)
         arrays = MixedArrays.of(rows, self._prefill_block)
-        if self._padded and arrays.num_tokens <= MIXED_TOKENS[-1] and arrays.num_several <= MAX_SEVERAL:
+        if self._padded and arrays.num_tokens <= self._token_buckets[-1] and arrays.num_several <= MAX_SEVERAL:
             bucket = MixedBucket(
-                bucket_of(arrays.num_tokens, MIXED_TOKENS),
+                bucket_of(arrays.num_tokens, self._token_buckets),
                 bucket_of(len(arrays.single_token), single_buckets(self._max_rows)),
             )
             sections = arrays.padded_sections(bucket)
@@ -195,13 +197,14 @@ class StepInputs:
             for num_tiles in (0, *self._decode_tile_buckets(num_rows)):
                 yield self._decode_step(num_rows, num_tiles, none)
         empty = MixedArrays.of((), self._prefill_block)
-        for num_tokens in MIXED_TOKENS:
+        for num_tokens in self._token_buckets:
+            if num_tokens > _WARM_MIXED_TOKENS:
+                break
             for num_singles in single_buckets(self._max_rows)[:2]:
                 bucket = MixedBucket(num_tokens, num_singles)
                 self._mixed.send(empty.padded_sections(bucket))
                 for num_tiles in (0, self._tile_buckets(bucket)[0]):
-                    if num_tokens <= _WARM_MIXED_TOKENS:
-                        yield self._mixed_step(bucket, num_tiles, none)
+                    yield self._mixed_step(bucket, num_tiles, none)
 
     def _decode_step(self, num_rows: int, num_tiles: int, runs: AdapterRuns) -> DeviceStep:
         ids, slots, positions, lengths, *tile_views = self._decode.views
