@@ -1,0 +1,172 @@
+"""A replica of the exact simulator: the real engine, and a device that knows how long things take.
+
+Owns no decision. Called by ``exact``.
+"""
+
+from collections import deque
+from collections.abc import Iterator
+
+import numpy as np
+
+from loraplex.core.ids import Digest, ReplicaId
+from loraplex.core.request import EngineRequest, RequestOutput
+from loraplex.core.step import ArenaSpec, SampledToken, StepPlan, StepResult
+from loraplex.engine import AdapterLoad, Engine
+from loraplex.router.policy import ReplicaView
+from loraplex.simulator.cluster import PAGE_SIZE, Cluster
+from loraplex.simulator.step_time import step_time_s
+from loraplex.simulator.types import SimulationInput
+from loraplex.simulator.workload import Workload
+
+
+class Device:
+    """The GPUs of a group: one step at a time, the replicas by turns; one host link for adapters."""
+
+    def __init__(self) -> None:
+        self.replicas: list[VirtualReplica] = []
+        self.link_free_s = 0.0
+        self._running: VirtualReplica | None = None
+        self._last = 0
+
+    def start_next(self, now_s: float) -> "tuple[VirtualReplica, float] | None":
+        """Begins a planned step of the replica whose turn it is: (whose, when it will be done). None: a step runs, or
+        none is planned."""
+        if self._running is not None:
+            return None
+        count = len(self.replicas)
+        for offset in range(1, count + 1):
+            turn = (self._last + offset) % count
+            done_s = self.replicas[turn].start_step(now_s)
+            if done_s is not None:
+                self._last, self._running = turn, self.replicas[turn]
+                return self._running, done_s
+        return None
+
+    def step_done(self) -> None:
+        self._running = None
+
+
+class VirtualReplica:
+    def __init__(
+        self, given: SimulationInput, workload: Workload, cluster: Cluster, index: int, device: Device
+    ) -> None:
+        replica = cluster.replicas[index]
+        self.replica_id: ReplicaId = replica.replica_id
+        self._config, self._max_in_flight = given.engine, given.max_in_flight
+        memory = replica.cost.memory
+        arena = ArenaSpec(num_pages=replica.num_pages, page_size=PAGE_SIZE, page_bytes=memory.page_bytes)
+        self.engine = Engine(given.engine, model=replica.cost.model, arena=arena)
+        self._page_bytes = memory.page_bytes
+        self._device = device
+        device.replicas.append(self)
+        self.index = index
+        self._num_stages = replica.shape.pp
+        self._latency = replica.cost.step.latency.array()
+        self._interval = replica.cost.step.interval.array()
+        self._table = cluster.tables[index]
+        self._size_of = {
+            Digest(key): int(size) for key, size in zip(workload.adapter_keys, workload.adapter_size, strict=True)
+        }
+        self._loaded_s: dict[Digest, float] = {}
+        self._planned: deque[tuple[StepPlan, float, float]] = deque()
+        """(plan, when its adapters are there, how long it takes); the first one may be under way."""
+        self._seen: frozenset[Digest] = frozenset()
+        self._seen_version = 0
+        self._fetch_free_s = 0.0
+        self.busy_s = 0.0
+        self.num_steps = 0
+        self.num_loads = 0
+        self.load_bytes = 0
+
+    @property
+    def credits(self) -> int:
+        """What it will take, by the count of its one router."""
+        return self._config.max_running + self._config.max_waiting - self.engine.num_unfinished
+
+    def view(self, digest: Digest | None, weight: float) -> ReplicaView:
+        """As the router sees it: its own count of what runs there, residency as of the last step."""
+        return ReplicaView(
+            replica_id=self.replica_id,
+            resident=digest is None or digest in self._seen,
+            load=self.engine.num_unfinished,
+            credits=self.credits,
+            weight=weight,
+        )
+
+    def add(self, request: EngineRequest, now_s: float) -> None:
+        """InvalidInput when it can never hold the request."""
+        digest = request.adapter.digest if request.adapter is not None else None
+        if digest is not None and self._table.fetch_s[self._size_of[digest]] == 0.0:
+            self.engine.adapter_staged(digest, self._pages(digest), now_s)
+        self.engine.add(request, now_s)
+
+    def fetch(self, now_s: float) -> Iterator[tuple[Digest, float]]:
+        """Adapters that are not in host memory, and when they will be: one after another."""
+        for digest in self.engine.wanted_adapters():
+            self._fetch_free_s = max(self._fetch_free_s, now_s) + float(self._table.fetch_s[self._size_of[digest]])
+            yield digest, self._fetch_free_s
+
+    def staged(self, digest: Digest, now_s: float) -> tuple[RequestOutput, ...]:
+        return self.engine.adapter_staged(digest, self._pages(digest), now_s)
+
+    def plan(self, now_s: float) -> None:
+        """As many steps as may be in flight."""
+        while self.engine.num_in_flight < self._max_in_flight:
+            instructions = self.engine.schedule(now_s)
+            for load in instructions.loads:
+                self._load(load, now_s)
+            plan = instructions.plan
+            if plan is None:
+                return
+            adapters = {row.adapter for row in plan.rows if row.adapter is not None}
+            ready_s = max((self._loaded_s[digest] for digest in adapters), default=0.0)
+            self._planned.append((plan, ready_s, self._seconds(plan, adapters)))
+
+    def start_step(self, now_s: float) -> float | None:
+        """Begins the oldest planned step; when it will be done. None: none is planned."""
+        if not self._planned:
+            return None
+        _, ready_s, step_s = self._planned[0]
+        self.busy_s += step_s
+        self.num_steps += 1
+        return max(now_s, ready_s) + step_s
+
+    def collect(self, now_s: float) -> tuple[RequestOutput, ...]:
+        """The step under way is done."""
+        self._device.step_done()
+        plan, _, step_s = self._planned.popleft()
+        tokens = tuple(SampledToken(slot=row.slot, token_id=0) for row in plan.rows if row.samples)
+        outputs = self.engine.complete(StepResult(step_id=plan.step_id, tokens=tokens, duration_s=step_s), now_s)
+        if self.engine.residency_version != self._seen_version:
+            self._seen_version = self.engine.residency_version
+            self._seen = frozenset(self.engine.resident_adapters())
+        return outputs
+
+    def _pages(self, digest: Digest) -> int:
+        return int(self._table.pages[self._size_of[digest]])
+
+    def _load(self, load: AdapterLoad, now_s: float) -> None:
+        load_s = float(self._table.load_s[self._size_of[load.digest]])
+        self._device.link_free_s = max(self._device.link_free_s, now_s) + load_s
+        self._loaded_s[load.digest] = self._device.link_free_s
+        self.num_loads += 1
+        self.load_bytes += len(load.pages) * self._page_bytes
+
+    def _seconds(self, plan: StepPlan, adapters: set[Digest]) -> float:
+        sizes = np.array([(len(row.token_ids), row.start) for row in plan.rows], dtype=np.float64)
+        tokens, start = sizes[:, 0], sizes[:, 1]
+        prefill = tokens > 1
+        chunk, behind = tokens[prefill], start[prefill]
+        return step_time_s(
+            self._latency,
+            self._interval,
+            self._num_stages,
+            float(np.count_nonzero(prefill)),
+            float(chunk.sum()),
+            float((chunk * behind + chunk * (chunk + 1) / 2).sum()),
+            float(np.count_nonzero(~prefill)),
+            float((start + tokens).sum()),
+            float(len(adapters)),
+            float(sum(self._table.whole_bytes[self._size_of[digest]] for digest in adapters)),
+            float(sum(len(row.token_ids) for row in plan.rows if row.adapter is not None)),
+        )

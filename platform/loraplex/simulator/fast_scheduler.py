@@ -1,0 +1,328 @@
+"""Which requests a step of the fast simulator computes: ``engine.scheduler`` in counts. Compiled; called by
+``fast_steps`` and ``fast_router``.
+
+Differs from the engine in two things that change no order for long: a tenant pays for a prompt when it is admitted, not
+as it is computed; and with a step planned ahead a preemption does not wait for the step that runs.
+"""
+
+import numpy as np
+
+from loraplex.simulator.cluster import PAGE_SIZE
+from loraplex.simulator.compiled import inlined, inner
+from loraplex.simulator.fast_ends import position_of_end, push_end, remove_end
+from loraplex.simulator.fast_memory import (
+    end_idle,
+    forget_kv,
+    is_short,
+    keep_kv,
+    load_adapter,
+    make_idle,
+    num_pages_for,
+    pages_of_adapter,
+    take,
+)
+from loraplex.simulator.fast_state import NONE, Knobs, State
+
+
+@inlined
+def enqueue(state: State, knobs: Knobs, p: int, r: int, now_s: float) -> float:
+    """A request comes to a replica; when its adapter lies in host memory."""
+    replica, request = state.replicas[p], state.requests[r]
+    request.replica = p
+    request.known = request.prompt
+    request.since_s = now_s
+    state.slots[p, replica.num_waiting].waiting = r
+    replica.num_waiting += 1
+    state.load[p] += 1
+    _enter(state, knobs, p, request.tenant)
+    if request.adapter == NONE or not knobs.fetches:
+        return now_s
+    pair = state.pairs[request.adapter, p]
+    if pair.fetched_s == np.inf:
+        fetch_s = state.adapters[replica.cost, request.adapter].fetch_s
+        replica.fetch_free_s = max(now_s, replica.fetch_free_s) + fetch_s
+        pair.fetched_s = replica.fetch_free_s
+    request.since_s = max(now_s, pair.fetched_s)
+    return float(request.since_s)
+
+
+@inner
+def plan_step(state: State, knobs: Knobs, p: int, slot: int, now_s: float, admitting: bool) -> None:
+    """Fills plan ``slot`` of a replica with chunks of prompts, of running and newly admitted requests."""
+    replica, plan = state.replicas[p], state.plans[p, slot]
+    plan.size = 0
+    plan.rows = plan.tokens = plan.pairs = plan.single_rows = plan.kv_tokens = plan.lora_tokens = 0.0
+    plan.ready_s = 0.0
+    replica.stamp += 1
+    budget = knobs.max_step_tokens - replica.num_decoding
+    for index in range(replica.num_prefilling):
+        r = state.slots[p, index].prefilling
+        left = state.requests[r].known - state.requests[r].scheduled
+        if left > 0 and budget > 0:
+            budget -= _add_chunk(state, p, slot, r, min(left, budget))
+    if not admitting:
+        return
+    while budget > 0 and replica.num_waiting > 0 and replica.num_running < knobs.max_running:
+        index = _next_waiting(state, knobs, p, now_s)
+        if index == NONE:
+            return
+        r = state.slots[p, index].waiting
+        reserve = (replica.num_running + 3) // 4
+        if is_short(state, p, r, reserve):
+            if state.requests[r].since_s + knobs.overdue_s <= now_s:
+                return
+            state.requests[r].passed = replica.stamp
+            continue
+        replica.num_waiting -= 1
+        state.slots[p, index].waiting = state.slots[p, replica.num_waiting].waiting
+        _admit(state, knobs, p, r, slot, now_s)
+        left = state.requests[r].known - state.requests[r].scheduled
+        budget -= _add_chunk(state, p, slot, r, min(left, budget))
+
+
+@inlined
+def chunk_done(state: State, knobs: Knobs, p: int, r: int, count: int, now_s: float) -> None:
+    """A step that held ``count`` prompt tokens of a request ended."""
+    replica, request = state.replicas[p], state.requests[r]
+    request.planned -= 1
+    if request.planned > 0 or request.scheduled < request.known:
+        return
+    _leave_prefilling(state, p, r)
+    if request.generated == 0:
+        request.first_s = now_s
+    _begin_decoding(state, knobs, p, r)
+    if request.last_step == replica.step:
+        finish(state, knobs, p, r, now_s)
+    else:
+        push_end(state, p, r, request.last_step)
+
+
+@inlined
+def finish_due(state: State, knobs: Knobs, p: int, now_s: float) -> None:
+    """Ends the requests whose last step was the one that ended now."""
+    replica = state.replicas[p]
+    while replica.num_ends > 0 and state.slots[p, 0].end_step == replica.step:
+        r = state.slots[p, 0].end_request
+        remove_end(state, p, 0)
+        finish(state, knobs, p, r, now_s)
+
+
+@inlined
+def finish(state: State, knobs: Knobs, p: int, r: int, now_s: float) -> None:
+    request = state.requests[r]
+    request.end_s = now_s
+    _stop(state, knobs, p, r)
+    state.load[p] -= 1
+    state.placed[request.base, request.tenant] -= 1
+    _leave(state, p, request.tenant)
+
+
+@inner
+def preempt_latest(state: State, knobs: Knobs, p: int, now_s: float) -> None:
+    """The decoding request that came last gives its pages up and waits again, before all others."""
+    replica = state.replicas[p]
+    victim = NONE
+    for index in range(replica.num_running):
+        r = state.slots[p, index].running
+        if state.requests[r].start_step != NONE and r > victim:
+            victim = r
+    request = state.requests[victim]
+    generated = request.generated + 1 + replica.step - request.start_step
+    remove_end(state, p, position_of_end(state, p, victim))
+    _stop(state, knobs, p, victim)
+    request.generated = generated
+    request.known = request.prompt + generated
+    request.since_s = -np.inf
+    state.slots[p, replica.num_waiting].waiting = victim
+    replica.num_waiting += 1
+    replica.num_preemptions += 1
+
+
+@inlined
+def report(state: State, p: int) -> None:
+    """The router hears which adapters became resident."""
+    replica = state.replicas[p]
+    for index in range(replica.num_fresh):
+        adapter = state.slots[p, index].fresh
+        state.seen[adapter, p] = state.pairs[adapter, p].resident
+    replica.num_fresh = 0
+
+
+@inlined
+def _next_waiting(state: State, knobs: Knobs, p: int, now_s: float) -> int:
+    """Position of who is admitted next, of those whose adapter is in host memory and that this plan did not pass."""
+    replica = state.replicas[p]
+    best, best_score, best_r = NONE, np.inf, NONE
+    for index in range(replica.num_waiting):
+        r = state.slots[p, index].waiting
+        request = state.requests[r]
+        if request.passed == replica.stamp or request.since_s > now_s:
+            continue
+        if request.since_s == -np.inf:
+            score = -np.inf
+        else:
+            score = _service(state, knobs, p, request.tenant)
+            is_overdue = request.since_s + knobs.overdue_s <= now_s
+            if request.adapter != NONE and not is_overdue and state.pairs[request.adapter, p].users == 0:
+                score += pages_of_adapter(state, p, request.adapter) * knobs.page_price
+        if best == NONE or score < best_score or (score == best_score and r < best_r):
+            best, best_score, best_r = index, score, r
+    return best
+
+
+@inlined
+def _admit(state: State, knobs: Knobs, p: int, r: int, slot: int, now_s: float) -> None:
+    replica, request = state.replicas[p], state.requests[r]
+    shared = request.cached
+    if shared > 0:
+        forget_kv(state, p, r)
+        replica.num_cached -= shared
+        request.cached = 0
+    if request.adapter != NONE:
+        pair = state.pairs[request.adapter, p]
+        if not pair.resident:
+            plan = state.plans[p, slot]
+            plan.ready_s = max(plan.ready_s, load_adapter(state, p, request.adapter, now_s))
+        if pair.users == 0:
+            end_idle(state, p, request.adapter)
+        pair.users += 1
+    take(state, p, num_pages_for(request.known) - shared)
+    request.scheduled = shared * PAGE_SIZE
+    request.start_step = NONE
+    request.planned = 0
+    request.position = replica.num_running
+    state.slots[p, replica.num_running].running = r
+    replica.num_running += 1
+    state.slots[p, replica.num_prefilling].prefilling = r
+    replica.num_prefilling += 1
+    due = min(request.known, request.prompt) - max(request.scheduled, request.charged)
+    state.tenants[p, request.tenant].counter += max(0, due) * knobs.prefill_cost + knobs.decode_cost
+    request.charged = max(request.charged, min(request.known, request.prompt))
+
+
+@inlined
+def _add_chunk(state: State, p: int, slot: int, r: int, count: int) -> int:
+    plan, request = state.plans[p, slot], state.requests[r]
+    chunk = state.chunks[p, slot, plan.size]
+    chunk.request, chunk.count = r, count
+    plan.size += 1
+    start = request.scheduled
+    request.scheduled += count
+    request.planned += 1
+    if count > 1:
+        plan.rows += 1.0
+        plan.tokens += count
+        plan.pairs += count * start + 0.5 * count * (count + 1)
+    else:
+        plan.single_rows += 1.0
+    plan.kv_tokens += start + count
+    if request.adapter != NONE:
+        plan.lora_tokens += count
+    return count
+
+
+@inlined
+def _begin_decoding(state: State, knobs: Knobs, p: int, r: int) -> None:
+    """Its prompt was computed in the step that ended now, and its next token drawn."""
+    replica, request = state.replicas[p], state.requests[r]
+    request.start_step = replica.step
+    request.last_step = replica.step + request.output - request.generated - 1
+    replica.num_decoding += 1
+    replica.decode_offset += request.known - replica.step
+    state.phases[p, (request.known - 1 - replica.step) % PAGE_SIZE] += 1
+    for step in range(replica.step + 1, replica.paged_step + 1):
+        if (request.known - 1 - replica.step + step) % PAGE_SIZE == 0:
+            take(state, p, 1)
+    tenant = state.tenants[p, request.tenant]
+    tenant.num_decoding += 1
+    tenant.counter -= knobs.decode_cost * replica.step
+    if request.adapter != NONE:
+        replica.decode_lora += 1
+        pair = state.pairs[request.adapter, p]
+        if pair.decoding == 0:
+            replica.decode_adapters += 1
+            replica.decode_bytes += state.adapters[replica.cost, request.adapter].whole_bytes
+        pair.decoding += 1
+
+
+@inner
+def _stop(state: State, knobs: Knobs, p: int, r: int) -> None:
+    """A decoding request gives back its pages and its adapter; full pages are kept for their content."""
+    replica, request = state.replicas[p], state.requests[r]
+    steps = replica.step - request.start_step
+    held = num_pages_for(request.known + max(steps, replica.paged_step - request.start_step))
+    sealed = (request.known + steps) // PAGE_SIZE if knobs.prefix_cache else 0
+    replica.num_free += held - sealed
+    keep_kv(state, p, r, sealed)
+    replica.num_decoding -= 1
+    replica.decode_offset -= request.known - request.start_step
+    state.phases[p, (request.known - 1 - request.start_step) % PAGE_SIZE] -= 1
+    tenant = state.tenants[p, request.tenant]
+    tenant.num_decoding -= 1
+    tenant.counter += knobs.decode_cost * replica.step
+    request.start_step = NONE
+    replica.num_running -= 1
+    moved = state.slots[p, replica.num_running].running
+    state.slots[p, request.position].running = moved
+    state.requests[moved].position = request.position
+    if request.adapter == NONE:
+        return
+    pair = state.pairs[request.adapter, p]
+    replica.decode_lora -= 1
+    pair.decoding -= 1
+    if pair.decoding == 0:
+        replica.decode_adapters -= 1
+        replica.decode_bytes -= state.adapters[replica.cost, request.adapter].whole_bytes
+    pair.users -= 1
+    if pair.users == 0:
+        make_idle(state, p, request.adapter)
+
+
+@inlined
+def _leave_prefilling(state: State, p: int, r: int) -> None:
+    replica = state.replicas[p]
+    index = 0
+    while state.slots[p, index].prefilling != r:
+        index += 1
+    replica.num_prefilling -= 1
+    for position in range(index, replica.num_prefilling):
+        state.slots[p, position].prefilling = state.slots[p, position + 1].prefilling
+
+
+@inlined
+def _service(state: State, knobs: Knobs, p: int, t: int) -> float:
+    """What a tenant has had of a replica."""
+    tenant = state.tenants[p, t]
+    return float(tenant.counter + knobs.decode_cost * tenant.num_decoding * state.replicas[p].step)
+
+
+@inlined
+def _enter(state: State, knobs: Knobs, p: int, t: int) -> None:
+    """A tenant that was away is lifted to the least of the active."""
+    replica, tenant = state.replicas[p], state.tenants[p, t]
+    if tenant.num_active == 0:
+        least = np.inf
+        for index in range(replica.num_tenants):
+            least = min(least, _service(state, knobs, p, state.tenants[p, index].active))
+        if replica.num_tenants > 0:
+            tenant.counter = max(tenant.counter, least)
+        tenant.position = replica.num_tenants
+        state.tenants[p, replica.num_tenants].active = t
+        replica.num_tenants += 1
+    tenant.num_active += 1
+
+
+@inlined
+def _leave(state: State, p: int, t: int) -> None:
+    """When nobody is left all start anew."""
+    replica, tenant = state.replicas[p], state.tenants[p, t]
+    tenant.num_active -= 1
+    if tenant.num_active > 0:
+        return
+    replica.num_tenants -= 1
+    moved = state.tenants[p, replica.num_tenants].active
+    state.tenants[p, tenant.position].active = moved
+    state.tenants[p, moved].position = tenant.position
+    if replica.num_tenants == 0:
+        for index in range(state.tenants.shape[1]):
+            state.tenants[p, index].counter = 0.0
