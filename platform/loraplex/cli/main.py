@@ -21,6 +21,8 @@ class Root(LazyGroup):
             "loraplex.cli.simulate_alpaserve:simulate_alpaserve_command",
             "Score recorded AlpaServe placements with our simulator.",
         ),
+        "plan": ("loraplex.cli.plan:app", "Plan groups, layouts and adapter sets from a trace."),
+        "whatif": ("loraplex.cli.whatif:whatif_command", "Attainment under other circumstances."),
         "plan-alpaserve": (
             "loraplex.cli.plan_alpaserve:plan_alpaserve_command",
             "Place the models of AlpaServe cases with our planner.",

@@ -1,0 +1,274 @@
+"""``loraplex plan``: from a trace, a fleet and targets to a plan; ``plan diff``: what a change of plan costs."""
+
+import dataclasses
+import json
+import math
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Annotated
+
+import msgspec
+import typer
+
+from loraplex.cli.connection import JsonOption
+from loraplex.cli.output import print_json, print_table, shown_bytes
+from loraplex.core.errors import BadConfig, NotFound
+from loraplex.core.plan import Plan
+from loraplex.planner.baselines import baselines
+from loraplex.planner.fleet import Fleet
+from loraplex.planner.migration import move_between
+from loraplex.planner.problem import Problem
+from loraplex.planner.report import PlanReport, reported
+from loraplex.planner.sample import on_tables_of
+from loraplex.planner.search import Search
+from loraplex.simulator.types import Slo
+from loraplex.traces.arrivals import Window, read_arrivals
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, help="Plan groups, layouts and adapter sets from a trace."
+)
+
+TraceOption = Annotated[
+    str, typer.Option("--trace", help="A trace file, a folder of them, a glob or a pyarrow.fs URL.")
+]
+FleetOption = Annotated[Path, typer.Option("--fleet", help="Fleet file: nodes, cost profiles, adapter ranks.")]
+SloOption = Annotated[str, typer.Option("--slo", help='Targets, e.g. "ttft=500ms,tpot=50ms".')]
+BudgetOption = Annotated[
+    str,
+    typer.Option("--budget", help="Plans to score (400), or a time (30s): the same sequence, cut off by the clock."),
+]
+SeedOption = Annotated[int, typer.Option(min=0, help="Of the search.")]
+
+
+@app.callback(invoke_without_command=True)
+def plan(
+    context: typer.Context,
+    trace: Annotated[
+        str | None, typer.Option("--trace", help="A trace file, a folder, a glob or a pyarrow.fs URL.")
+    ] = None,
+    fleet: Annotated[Path | None, typer.Option("--fleet", help="Fleet file: nodes, profiles, adapter ranks.")] = None,
+    slo: SloOption = "ttft=500ms,tpot=50ms",
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="File for the plan, YAML.")] = None,
+    report: Annotated[Path | None, typer.Option(help="File for all that a report shows, JSON.")] = None,
+    budget: BudgetOption = "400",
+    seed: SeedOption = 0,
+    current: Annotated[
+        Path | None, typer.Option(help="The plan that runs: moves are charged, small gains refused.")
+    ] = None,
+    window: Annotated[str | None, typer.Option(help="Plan on these seconds of the trace, START:END.")] = None,
+    score_window: Annotated[str | None, typer.Option(help="Score on these seconds instead, START:END.")] = None,
+    tenant_floor: Annotated[
+        float, typer.Option(min=0, max=1, help="Attainment that no tenant should fall under.")
+    ] = 0.0,
+    compare: Annotated[bool, typer.Option(help="Also tune and score what others do.")] = True,
+    as_json: JsonOption = False,
+) -> None:
+    """Plan groups, layouts and adapter sets from a trace."""
+    if context.invoked_subcommand is not None:
+        return
+    if trace is None or fleet is None:
+        raise BadConfig("plan needs --trace and --fleet (or a command: diff)")
+    problem = read_problem(trace, fleet, slo, window=window, tenant_floor=tenant_floor)
+    layout = read_fleet(fleet)
+    before = None if current is None else read_plan(current)
+    if before is not None:
+        layout.check(before, where=str(current))
+    evaluations, seconds = parse_budget(budget)
+    compile_s = _compiled(problem)
+    started_s = time.perf_counter()
+    deadline_s = started_s + seconds
+    with _interrupts() as interrupted:
+        found = Search(
+            problem,
+            evaluations=evaluations,
+            seed=seed,
+            current=before,
+            out_of_time=lambda: interrupted() or time.perf_counter() > deadline_s,
+            progress=_progress,
+        ).run()
+    took_s = time.perf_counter() - started_s
+    layout.check(found.plan, where="the plan found")
+    scored_on = None
+    if score_window is not None:
+        scored_on = on_tables_of(problem.arrivals, read_arrivals(trace, parse_window(score_window)))
+    made = reported(problem, found, baselines(problem, seed=seed) if compare else (), scored_on)
+    if out is not None:
+        out.write_bytes(msgspec.yaml.encode(found.plan))
+    if report is not None:
+        report.write_text(json.dumps(dataclasses.asdict(made), default=str), encoding="utf-8")
+    if as_json:
+        print_json({"took_s": took_s, "compile_s": compile_s, **dataclasses.asdict(made)})
+        return
+    _print(made, took_s)
+
+
+@app.command("diff")
+def diff(
+    old: Annotated[Path, typer.Argument(help="A plan.")],
+    new: Annotated[Path, typer.Argument(help="Another.")],
+    fleet: FleetOption,
+    as_json: JsonOption = False,
+) -> None:
+    """What it costs to go from one plan to another."""
+    layout = read_fleet(fleet)
+    plans = [read_plan(old), read_plan(new)]
+    for one, where in zip(plans, (old, new), strict=True):
+        layout.check(one, where=str(where))
+    bases = dict.fromkeys(placed.base_model_id for one in plans for group in one.groups for placed in group.bases)
+    move = move_between(layout.costs(bases), lambda _, tenant, name: layout.size_of(tenant, name), plans[0], plans[1])
+    if as_json:
+        print_json(move)
+        return
+    print_table(
+        ["group", "was", "weights per GPU", "adapters", "stopped s"],
+        [
+            [one.group, one.was or "-", shown_bytes(one.weight_bytes), shown_bytes(one.adapter_bytes), one.stopped_s]
+            for one in move.groups
+        ],
+    )
+    typer.echo(
+        f"{len(move.groups)} groups change: {shown_bytes(move.weight_bytes)} of weights and "
+        f"{shown_bytes(move.adapter_bytes)} of adapters are loaded, {move.lost_gpu_s:.1f} GPU seconds serve nothing"
+    )
+
+
+def read_problem(trace: str, fleet: Path, slo: str, *, window: str | None = None, tenant_floor: float = 0.0) -> Problem:
+    """Errors name the file and key, or the row of the trace."""
+    layout = read_fleet(fleet)
+    arrivals = read_arrivals(trace, None if window is None else parse_window(window))
+    named = dict.fromkeys((*arrivals.base_models, *(a.base_model for a in arrivals.adapters if a.base_model)))
+    return Problem(
+        nodes=layout.all_nodes(),
+        arrivals=arrivals,
+        adapters=layout.sizes(arrivals.adapters),
+        costs=layout.costs(named),
+        slo=parse_slo(slo),
+        engine=layout.engine,
+        tenant_floor=tenant_floor,
+    )
+
+
+def read_fleet(path: Path) -> Fleet:
+    try:
+        return Fleet.parse(path.read_bytes(), where=str(path))
+    except OSError as error:
+        raise NotFound(f"cannot read {path}: {error.strerror}", param="fleet") from error
+
+
+def read_plan(path: Path) -> Plan:
+    try:
+        return msgspec.yaml.decode(path.read_bytes(), type=Plan)
+    except OSError as error:
+        raise NotFound(f"cannot read {path}: {error.strerror}", param="plan") from error
+    except msgspec.DecodeError as error:
+        raise BadConfig(f"{path}: not a plan: {error}", param="plan") from error
+
+
+def parse_slo(text: str) -> Slo:
+    """``ttft=500ms,tpot=50ms``, either alone too."""
+    targets: dict[str, float] = {}
+    for part in text.split(","):
+        name, _, value = part.strip().partition("=")
+        if name not in ("ttft", "tpot") or name in targets:
+            raise BadConfig(
+                f'slo {text!r}: {name!r} is not ttft or tpot, or comes twice (as in "ttft=500ms,tpot=50ms")'
+            )
+        targets[name] = parse_seconds(value, f"slo {text!r}")
+    return Slo(ttft_s=targets.get("ttft", math.inf), tpot_s=targets.get("tpot", math.inf))
+
+
+def parse_seconds(text: str, where: str) -> float:
+    """``500ms``, ``0.5s``, ``2m``."""
+    for unit, factor in (("ms", 0.001), ("s", 1.0), ("m", 60.0)):
+        if text.endswith(unit):
+            try:
+                seconds = float(text.removesuffix(unit)) * factor
+            except ValueError:
+                break
+            if math.isfinite(seconds) and seconds > 0:
+                return seconds
+    raise BadConfig(f"{where}: {text!r} is not a time above 0 such as 500ms, 2s or 1m")
+
+
+def parse_budget(text: str) -> tuple[int, float]:
+    """(Evaluations, seconds): one of them is without end."""
+    if text.isdecimal() and int(text) > 0:
+        return int(text), math.inf
+    return sys.maxsize, parse_seconds(text, "budget (a number, or a time)")
+
+
+def parse_window(text: str) -> Window:
+    start, _, end = text.partition(":")
+    try:
+        return Window(float(start or 0), float(end or "inf"))
+    except ValueError as error:
+        raise BadConfig(f"window {text!r} is not START:END in seconds", param="window") from error
+
+
+@contextmanager
+def _interrupts() -> Iterator["_Flag"]:
+    """Ctrl-C asks for the best so far; a second one ends the program."""
+    flag = _Flag()
+    old = signal.signal(signal.SIGINT, flag.raised)
+    try:
+        yield flag
+    finally:
+        signal.signal(signal.SIGINT, old)
+
+
+class _Flag:
+    def __init__(self) -> None:
+        self._is_up = False
+
+    def __call__(self) -> bool:
+        return self._is_up
+
+    def raised(self, signal_number: int, frame: FrameType | None) -> None:
+        if self._is_up:
+            raise KeyboardInterrupt
+        self._is_up = True
+
+
+def _compiled(problem: Problem) -> float:
+    """Seconds until the simulator is compiled, or loaded from the cache of an earlier run."""
+    started_s = time.perf_counter()
+    Search(problem).warm_up()
+    return time.perf_counter() - started_s
+
+
+def _progress(evaluations: int, attainment: float) -> None:
+    if sys.stderr.isatty():
+        print(f"\r{evaluations} plans, best attainment {attainment:.4f}", end="", file=sys.stderr, flush=True)
+
+
+def _print(made: PlanReport, took_s: float) -> None:
+    found = made.found
+    print_table(
+        ["policy", "attainment", "goodput/s", "TTFT p99 s", "TPOT p99 s", "planned", "setting"],
+        [
+            [
+                one.policy,
+                one.score.attainment,
+                one.score.goodput_per_s,
+                one.score.ttft_s["p99"],
+                one.score.tpot_s["p99"],
+                one.planned,
+                one.setting,
+            ]
+            for one in made.policies
+        ],
+    )
+    typer.echo()
+    for reason in found.reasons:
+        typer.echo(reason)
+    typer.echo(f"{found.evaluations} plans scored in {took_s:.1f} s (--budget {found.evaluations} repeats it)")
+    typer.echo(f"fluid bound: attainment {found.bound:.4f}; {made.gpus_bound:.1f} GPUs for 99 %")
+    if found.kept:
+        typer.echo("the current plan stays: no other is better by more than its move costs")
+    elif found.move is not None:
+        typer.echo(f"the move from the current plan costs {found.move.lost_gpu_s:.1f} GPU seconds")

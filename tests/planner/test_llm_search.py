@@ -1,0 +1,248 @@
+"""Planning of LLM clusters: what fits, what is found, what it is compared with, what a move costs."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from loraplex.core.errors import InvalidInput
+from loraplex.core.ids import BaseModelId
+from loraplex.core.plan import BasePlacement, GroupPlan, Plan, Shape
+from loraplex.cost.profile import CostProfile
+from loraplex.engine import EngineConfig
+from loraplex.planner.baselines import baselines
+from loraplex.planner.bound import attainment_bound, gpus_bound
+from loraplex.planner.capacity import capacities, demands
+from loraplex.planner.migration import move_between
+from loraplex.planner.packing import Choice, Traffic, to_plan
+from loraplex.planner.problem import Kind, Node, Problem, arena_bytes, kinds, place
+from loraplex.planner.report import reported
+from loraplex.planner.sample import sampled
+from loraplex.planner.search import Search
+from loraplex.planner.whatif import Knob, curve, vary
+from loraplex.simulator.types import AdapterSize, CostKey, ReplicaCost, Slo
+from loraplex.traces.arrivals import AdapterName, Arrivals
+
+B8, B70 = BaseModelId("llama3-8b"), BaseModelId("llama3-70b")
+SHAPES = (Shape(), Shape(tp=2), Shape(tp=4), Shape(tp=4, pp=2))
+
+
+def _arrivals(
+    rates: dict[BaseModelId, float], *, adapters: int = 6, duration_s: float = 30.0, seed: int = 0
+) -> Arrivals:
+    random = np.random.default_rng(seed)
+    names, times, which, base = [], [], [], []
+    for index, (base_id, rate) in enumerate(rates.items()):
+        share = 1 / np.arange(1, adapters + 1)
+        for adapter in range(adapters):
+            names.append(AdapterName(f"t{adapter % 3}", base_id, f"a{adapter}"))
+            count = int(rate * duration_s * share[adapter] / share.sum())
+            times.append(np.sort(random.uniform(0, duration_s, count)))
+            which.append(np.full(count, len(names) - 1))
+            base.append(np.full(count, index))
+    order = np.argsort(np.concatenate(times), kind="stable")
+    adapter = np.concatenate(which)[order].astype(np.int32)
+    count = len(order)
+    return Arrivals(
+        origin_s=0.0,
+        arrival_s=np.concatenate(times)[order],
+        adapter=adapter,
+        base_model=np.concatenate(base)[order].astype(np.int32),
+        tenant=np.array([int(name.tenant[1:]) for name in names if name.tenant], dtype=np.int32)[adapter],
+        prompt_tokens=random.integers(50, 600, count).astype(np.int32),
+        output_tokens=random.integers(20, 200, count).astype(np.int32),
+        adapters=tuple(names),
+        base_models=tuple(rates),
+        tenants=("t0", "t1", "t2"),
+    )
+
+
+def _problem(
+    rates: dict[BaseModelId, float],
+    *,
+    gpus: int = 8,
+    gpu: str = "h100-80gb",
+    profile: str = "h100-80gb",
+    slo: Slo | None = None,
+    shapes: tuple[Shape, ...] = SHAPES,
+) -> Problem:
+    arrivals = _arrivals(rates)
+    known = CostProfile.load(profile)
+    plain = EngineConfig()
+    return Problem(
+        nodes=(Node(name="n0", gpu=gpu, num_gpus=gpus),),
+        arrivals=arrivals,
+        adapters=tuple(AdapterSize(lora_rank=16) for _ in arrivals.adapters),
+        costs={
+            CostKey(gpu=gpu, base_model_id=base, shape=shape): ReplicaCost.of(
+                known, CostKey(gpu=gpu, base_model_id=base, shape=shape), plain
+            )
+            for base in rates
+            for shape in known.shapes(base, gpu)
+            if shape in shapes
+        },
+        slo=slo or Slo(ttft_s=0.5, tpot_s=0.05),
+    )
+
+
+BOTH = {B8: 170.0, B70: 22.0}
+
+
+@pytest.fixture(scope="module")
+def both() -> Problem:
+    return _problem(BOTH)
+
+
+def test_groups_fit_memory_and_nodes(both: Problem) -> None:
+    found = kinds(both)
+    assert Kind("h100-80gb", Shape(), (B8,)) in found
+    assert Kind("h100-80gb", Shape(tp=4), (B8, B70)) in found
+    # 141 GB of weights do not fit on one GPU of 80 GiB.
+    assert not any(B70 in kind.bases and kind.shape.num_ranks == 1 for kind in found)
+    assert all(arena_bytes(both, kind) > 0 for kind in found)
+    assert place(both.nodes, [Kind("h100-80gb", Shape(tp=4), (B70,))] * 2) == [("n0",) * 4, ("n0",) * 4]
+    assert place(both.nodes, [Kind("h100-80gb", Shape(tp=4), (B70,))] * 3) is None
+
+
+def test_a_group_beyond_a_node_takes_whole_nodes() -> None:
+    nodes = (
+        Node(name="a", gpu="x", num_gpus=2),
+        Node(name="b", gpu="x", num_gpus=2),
+        Node(name="c", gpu="y", num_gpus=2),
+    )
+    large, small = Kind("x", Shape(tp=2, pp=2), (B8,)), Kind("x", Shape(), (B8,))
+    assert place(nodes, [large]) == [("a", "a", "b", "b")]
+    assert place(nodes, [small, large]) is None
+    assert place(nodes, [Kind("y", Shape(tp=2, pp=2), (B8,))]) is None
+
+
+def test_the_plan_beats_or_equals_every_baseline_and_stays_under_the_bound(both: Problem) -> None:
+    found = Search(both, evaluations=120).run()
+    capacity = capacities(both, kinds(both), demands(both))
+    assert {placed.base_model_id for group in found.plan.groups for placed in group.bases} == {B8, B70}
+    assert sum(group.shape.num_ranks for group in found.plan.groups) <= 8
+    assert found.attainment <= attainment_bound(both, capacity) + 0.02
+    compared = baselines(both)
+    assert {one.name for one in compared} == {
+        "selective replication",
+        "round robin",
+        "AlpaServe greedy",
+        "AlpaServe bucketed",
+        "rendezvous",
+        "every-replica LRU",
+    }
+    made = reported(both, found, compared)
+    assert all(made.score.attainment >= one.score.attainment for one in made.policies)
+    assert made.score.attainment == found.attainment
+    assert 0 < made.gpus_bound <= 8
+    assert len(made.timeline_s) == len(made.timeline_attainment) == 60
+    assert [step.evaluation for step in found.steps] == sorted(step.evaluation for step in found.steps)
+
+
+def test_one_sequence_that_time_cuts_off_and_the_count_repeats(both: Problem) -> None:
+    looks = iter(range(10_000))
+    timed = Search(both, evaluations=10_000, seed=3, out_of_time=lambda: next(looks) > 40).run()
+    assert timed.evaluations < 200
+    again = Search(both, evaluations=timed.evaluations, seed=3).run()
+    assert (again.plan, again.evaluations) == (timed.plan, timed.evaluations)
+
+
+def test_shards_that_lose_over_pcie_are_not_chosen() -> None:
+    problem = _problem({B8: 60.0}, gpus=4, gpu="h100-pcie", profile="h100-pcie", slo=Slo(ttft_s=1.0, tpot_s=0.1))
+    found = Search(problem, evaluations=40).run()
+    assert all(group.shape.tp == 1 for group in found.plan.groups)
+
+
+def test_hot_adapters_get_more_groups_and_weights_follow_capacity(both: Problem) -> None:
+    capacity = capacities(both, kinds(both), demands(both))
+    groups = (*(Kind("h100-80gb", Shape(), (B8,)),) * 4, Kind("h100-80gb", Shape(tp=4), (B70,)))
+    traffic = Traffic.of(both)
+    plan = to_plan(both, traffic, capacity, Choice(groups=groups, spread={B8: 4.0}))
+    assert plan is not None
+    copies = [sum(share.name == f"a{i}" for g in plan.groups[:4] for share in g.bases[0].adapters) for i in range(6)]
+    assert copies == sorted(copies, reverse=True)
+    assert copies[0] > copies[-1] >= 1
+    assert plan.groups[4].bases[0].adapters == ()
+    load = [
+        sum(traffic.requests_per_s[int(share.name[1:])] / copies[int(share.name[1:])] for share in g.bases[0].adapters)
+        for g in plan.groups[:4]
+    ]
+    assert max(load) < 2 * min(load)
+
+
+def test_a_move_loads_what_is_new_and_a_plan_that_gains_little_is_refused(both: Problem) -> None:
+    group = GroupPlan(name="a", gpu="h100-80gb", shape=Shape(), bases=(BasePlacement(base_model_id=B8),))
+    old = Plan(version=1, groups=(group, dataclasses.replace(group, name="b")))
+    larger = dataclasses.replace(group, name="c", shape=Shape(tp=2))
+    weight = both.costs[CostKey(gpu="h100-80gb", base_model_id=B8, shape=Shape(tp=2))].memory.weight_bytes
+    assert move_between(both.costs, both.size_of, old, old).groups == ()
+    move = move_between(both.costs, both.size_of, old, Plan(version=2, groups=(larger,)))
+    assert move.weight_bytes == 2 * weight
+    assert move.groups[0].was == ""
+    assert move.lost_gpu_s == pytest.approx(2 * move.groups[0].stopped_s)
+    first = Search(both, evaluations=60).run()
+    again = Search(both, evaluations=20, seed=9, current=first.plan).run()
+    assert again.kept
+    assert again.plan == first.plan
+    bad = to_plan(
+        both,
+        Traffic.of(both),
+        capacities(both, kinds(both), demands(both)),
+        Choice(groups=(Kind("h100-80gb", Shape(tp=4), (B70,)), Kind("h100-80gb", Shape(), (B8,)))),
+    )
+    changed = Search(_problem({B8: 150.0, B70: 4.0}), evaluations=40, current=bad).run()
+    assert not changed.kept
+    assert changed.move is not None
+    assert changed.move.weight_bytes > 0
+
+
+def test_a_starved_tenant_counts_against_a_plan(both: Problem) -> None:
+    loaded = _problem({B8: 400.0, B70: 4.0})
+    free = Search(loaded, evaluations=30).run()
+    floor = Search(dataclasses.replace(loaded, tenant_floor=0.99), evaluations=30).run()
+    assert floor.steps[0].value < floor.steps[0].attainment
+    assert free.steps[0].value == free.steps[0].attainment
+
+
+def test_a_short_trace_stands_for_a_long_one_at_its_busy_and_quiet_times() -> None:
+    arrivals = _arrivals({B8: 200.0}, duration_s=60.0)
+    short = sampled(arrivals, max_requests=3000)
+    assert 2000 < len(short) < 4500
+    assert np.all(np.diff(short.arrival_s) >= 0)
+    assert sampled(arrivals, max_requests=10**9) is arrivals
+    counts = np.bincount(arrivals.adapter, minlength=6) / len(arrivals)
+    assert np.allclose(np.bincount(short.adapter, minlength=6) / len(short), counts, atol=0.03)
+
+
+def test_more_gpus_serve_more_and_a_tighter_slo_less() -> None:
+    problem = _problem({B8: 250.0}, gpus=4)
+    points = curve(problem, Knob.GPUS, [0.5, 1.0, 2.0], evaluations=12, with_baselines=False)
+    assert [point.num_gpus for point in points] == [2, 4, 8]
+    assert points[0].attainment["loraplex"] < points[2].attainment["loraplex"]
+    tight, loose = curve(problem, Knob.SLO, [0.5, 2.0], evaluations=12, with_baselines=False)
+    assert tight.attainment["loraplex"] <= loose.attainment["loraplex"]
+    faster = vary(problem, Knob.RATE, 2.0)
+    assert faster.arrivals.arrival_s[-1] == pytest.approx(problem.arrivals.arrival_s[-1] / 2)
+    bursty = vary(problem, Knob.CV, 6.0)
+    gaps = np.diff(bursty.arrivals.arrival_s[bursty.arrivals.adapter == 0])
+    assert gaps.std() / gaps.mean() > 2.5
+
+
+def test_fewest_gpus_grow_with_the_share_that_is_to_be_served(both: Problem) -> None:
+    capacity = capacities(both, kinds(both), demands(both))
+    assert gpus_bound(both, capacity, 0.5) < gpus_bound(both, capacity, 0.99)
+
+
+def test_what_cannot_be_planned_is_one_clear_line(both: Problem) -> None:
+    with pytest.raises(InvalidInput, match="base llama3-70b fits nowhere: no shape on 1 GPUs"):
+        Search(_problem(BOTH, gpus=1), evaluations=5).run()
+    with pytest.raises(InvalidInput, match=r"no layout of base llama3-8b meets ttft 0\.5 s and tpot 0\.0001 s"):
+        Search(_problem({B8: 4.0}, slo=Slo(ttft_s=0.5, tpot_s=0.0001)), evaluations=5).run()
+    nothing = dataclasses.replace(both.arrivals, **{
+        field.name: getattr(both.arrivals, field.name)[:0]
+        for field in dataclasses.fields(both.arrivals)
+        if isinstance(getattr(both.arrivals, field.name), np.ndarray)
+    })  # fmt: skip
+    with pytest.raises(InvalidInput, match="the trace has no requests"):
+        both.changed(arrivals=nothing)
+    with pytest.raises(InvalidInput, match="the fleet has no GPUs"):
+        both.changed(nodes=())
