@@ -12,8 +12,9 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Generations of one base that wait in this router for a replica's credit; what is more is refused."""
     max_queue_wait_s: _Positive = 60.0
     """A generation that no replica took for this long is refused."""
-    resume_timeout_s: _Positive = 15.0
-    """Generations of a lost replica are given up when none could take them over for this long."""
+    resume_timeout_s: _Positive = 60.0
+    """Generations of a lost replica are given up when none could take them over for this long. Longer than a replica
+    takes to start again: with an 8B model on a GPU half a minute."""
     max_losses: Annotated[int, msgspec.Meta(ge=1)] = 3
     """A request that loses this many replicas in a row without a token in between is given up: it may be what breaks
     them."""
