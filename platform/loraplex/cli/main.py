@@ -17,6 +17,7 @@ class Root(LazyGroup):
         "adapter": ("loraplex.cli.adapter:app", "Register, list, roll back and delete adapters."),
         "trace": ("loraplex.cli.trace:app", "Look at traffic; make, convert and split traces."),
         "replay": ("loraplex.cli.replay:replay_command", "Send a trace back as open-loop load and report latencies."),
+        "simulate": ("loraplex.cli.simulate:simulate_command", "Simulate a trace through a plan."),
         "simulate-alpaserve": (
             "loraplex.cli.simulate_alpaserve:simulate_alpaserve_command",
             "Score recorded AlpaServe placements with our simulator.",
