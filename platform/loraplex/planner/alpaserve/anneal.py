@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from loraplex.simulator.alpaserve import Indices, Mask, Seconds, StageSeconds, serve_from
-from loraplex.simulator.compiled import compiled, inner
+from loraplex.simulator.compiled import compiled
 
 Floats = npt.NDArray[np.float64]
 Counts = npt.NDArray[np.int64]
@@ -40,7 +40,7 @@ class Arrays(NamedTuple):
     memory_gib: float
 
 
-@inner
+@compiled
 def comes_before(left: Mask, right: Mask) -> bool:
     """Whether the ascending list of models of ``left`` [M] is less than that of ``right``."""
     num_models = len(left)
@@ -54,7 +54,7 @@ def comes_before(left: Mask, right: Mask) -> bool:
     return False
 
 
-@inner
+@compiled
 def contract_order(hosted: Mask) -> Indices:
     """[G] groups by their lists of models, stable: the order in which the contract looks at groups that are free at the
     same time."""
@@ -135,7 +135,7 @@ def count_good(
     return True
 
 
-@inner
+@compiled
 def used_gib(arrays: Arrays, layout: int, hosted: Mask) -> float:
     """Of the fullest GPU of a group; ``hosted`` [M]."""
     total = 0.0
@@ -145,7 +145,7 @@ def used_gib(arrays: Arrays, layout: int, hosted: Mask) -> float:
     return total
 
 
-@inner
+@compiled
 def evict(arrays: Arrays, layout: int, hosted: Mask, keep: int) -> None:
     """Drops models at random, never ``keep``, until the weights fit; those that the layout cannot serve first."""
     num_models = len(hosted)
@@ -168,7 +168,7 @@ def evict(arrays: Arrays, layout: int, hosted: Mask, keep: int) -> None:
                 pick -= 1
 
 
-@inner
+@compiled
 def random_layout(arrays: Arrays, gpus: int, other_than: int) -> int:
     """One of so many GPUs; -1 when there is no other."""
     count = 0
@@ -186,7 +186,7 @@ def random_layout(arrays: Arrays, gpus: int, other_than: int) -> int:
     return -1
 
 
-@inner
+@compiled
 def random_model(hosted: Mask, present: bool) -> int:
     """A model that ``hosted`` has, or lacks; -1 when there is none."""
     count = 0
@@ -204,7 +204,7 @@ def random_model(hosted: Mask, present: bool) -> int:
     return -1
 
 
-@inner
+@compiled
 def random_group(layout: Indices, other_than: int) -> int:
     """A group in use; -1 when there is no other."""
     count = 0
@@ -222,7 +222,7 @@ def random_group(layout: Indices, other_than: int) -> int:
     return -1
 
 
-@inner
+@compiled
 def needy_model(lost: Floats) -> int:
     """At random, in proportion to the requests that each model loses."""
     point = np.random.random() * lost.sum()
@@ -233,7 +233,7 @@ def needy_model(lost: Floats) -> int:
     return len(lost) - 1
 
 
-@inner
+@compiled
 def propose(arrays: Arrays, kind: int, layout: Indices, hosted: Mask, lost: Floats, touched: Indices) -> bool:
     """Changes ``layout`` and ``hosted`` by one move; False when there is none of this kind. ``touched`` [2]: the groups
     that changed, -1 for none."""
@@ -322,7 +322,7 @@ def propose(arrays: Arrays, kind: int, layout: Indices, hosted: Mask, lost: Floa
     return True
 
 
-@inner
+@compiled
 def mark_connected(layout: Indices, hosted: Mask, touched: Indices, wanted: Mask) -> None:
     """Adds to ``wanted`` the models of the touched groups and of all groups joined to these by shared models."""
     num_groups, num_models = hosted.shape
