@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -159,19 +160,32 @@ def test_a_run_of_steps_takes_the_sum_of_its_steps(first_s: float, slope_s: floa
     assert _run_s(first_s, slope_s, count) == pytest.approx(sum(steps_s), rel=1e-9)
 
 
+def _with_pages(given_: SimulationInput, num_pages: int | None) -> SimulationInput:
+    if num_pages is None:
+        return given_
+    costs = {}
+    for key, cost in given_.costs.items():
+        memory = cost.memory
+        gpu_bytes = memory.weight_bytes + memory.activation_bytes + num_pages * memory.page_bytes
+        costs[key] = dataclasses.replace(cost, memory=msgspec.structs.replace(memory, gpu_bytes=gpu_bytes))
+    return dataclasses.replace(given_, costs=costs)
+
+
 inputs = st.builds(
-    lambda seed, rate, adapters, groups, cv, sets, engine, in_flight, tier, output, router, shape: dataclasses.replace(
-        (lambda g: with_adapter_sets(g, num_replicas=min(2, groups)) if sets else g)(
-            make_input(
-                make_arrivals(num_requests=150, rate=rate, num_adapters=adapters, cv=cv, output=output, seed=seed),
-                num_groups=groups,
-                engine=engine,
-                shape=shape,
-            )
-        ),
-        max_in_flight=in_flight,
-        adapter_tier=tier,
-        router=router,
+    lambda seed, rate, adapters, groups, cv, sets, engine, in_flight, tier, output, router, shape, pages: (
+        dataclasses.replace(
+            (lambda g: _with_pages(with_adapter_sets(g, num_replicas=min(2, groups)) if sets else g, pages))(
+                make_input(
+                    make_arrivals(num_requests=150, rate=rate, num_adapters=adapters, cv=cv, output=output, seed=seed),
+                    num_groups=groups,
+                    engine=engine,
+                    shape=shape,
+                )
+            ),
+            max_in_flight=in_flight,
+            adapter_tier=tier,
+            router=router,
+        )
     ),
     seed=st.integers(0, 1000),
     rate=st.sampled_from([5.0, 50.0, 1000.0]),
@@ -192,6 +206,7 @@ inputs = st.builds(
     output=st.sampled_from([1.0, 60.0]),
     router=st.sampled_from([RouterConfig(), RouterConfig(max_queued_requests=5, max_queue_wait_s=0.5)]),
     shape=st.sampled_from([Shape(), Shape(tp=2), Shape(pp=2)]),
+    pages=st.sampled_from([None, 250, 600]),
 )
 
 
@@ -222,6 +237,18 @@ def test_nothing_is_lost_and_nothing_stays(given_: SimulationInput) -> None:
     assert (requests["first_s"][served] > requests["arrival_s"][served]).all()
     assert (requests["end_s"][served] >= requests["first_s"][served]).all()
     assert (replicas["busy_s"] <= np.max(requests["end_s"][served], initial=0.0) + 1e-6).all()
+
+
+@pytest.mark.parametrize("max_in_flight", [1, 2])
+def test_preempted_requests_end_and_are_about_as_many_as_in_the_engine(max_in_flight: int) -> None:
+    arrivals = make_arrivals(num_requests=600, rate=20, num_adapters=3, prompt=200, output=250, spread=0.4)
+    given_ = dataclasses.replace(_with_pages(make_input(arrivals, num_groups=1), 700), max_in_flight=max_in_flight)
+    ours, theirs = fast.simulate(given_), simulate_exact(given_)
+    assert ours.score.num_served == theirs.score.num_served == 600
+    assert theirs.groups[0].num_preemptions > 300
+    assert ours.groups[0].num_preemptions == pytest.approx(theirs.groups[0].num_preemptions, rel=0.2)
+    assert ours.score.ttft_s["mean"] == pytest.approx(theirs.score.ttft_s["mean"], rel=0.03)
+    assert ours.end_s == pytest.approx(theirs.end_s, rel=0.02)
 
 
 def test_the_same_input_gives_the_same_result() -> None:

@@ -179,20 +179,21 @@ def pages_to_grow(state: State, p: int, first: int, last: int) -> int:
 def grow_until(state: State, p: int, step: int) -> None:
     """Pages for all tokens up to ``step``; they are available."""
     replica = state.replicas[p]
-    take(state, p, pages_to_grow(state, p, replica.paged_step + 1, step))
-    replica.paged_step = step
+    if step > replica.paged_step:
+        take(state, p, pages_to_grow(state, p, replica.paged_step + 1, step))
+        replica.paged_step = step
 
 
 @inner
 def steps_with_pages(state: State, p: int, first: int, count: int) -> int:
     """How many of ``count`` steps from ``first`` on have the pages that they need."""
-    available = num_available(state, p)
-    if pages_to_grow(state, p, first, first + count - 1) <= available:
+    available, paged = num_available(state, p), state.replicas[p].paged_step
+    if pages_to_grow(state, p, max(first, paged + 1), first + count - 1) <= available:
         return count
     low, high = 0, count
     while high - low > 1:
         middle = (low + high) // 2
-        if pages_to_grow(state, p, first, first + middle - 1) <= available:
+        if pages_to_grow(state, p, max(first, paged + 1), first + middle - 1) <= available:
             low = middle
         else:
             high = middle

@@ -1,8 +1,8 @@
 """Which requests a step of the fast simulator computes: ``engine.scheduler`` in counts. Compiled; called by
 ``fast_steps`` and ``fast_router``.
 
-Differs from the engine in two things that change no order for long: a tenant pays for a prompt when it is admitted, not
-as it is computed; and with a step planned ahead a preemption does not wait for the step that runs.
+Differs from the engine in one thing that changes no order for long: a tenant pays for a prompt when it is admitted,
+not as it is computed.
 """
 
 import numpy as np

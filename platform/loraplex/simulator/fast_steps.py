@@ -86,18 +86,20 @@ def run_s(first_s: float, slope_s: float, count: int) -> float:
 def _begin(state: State, knobs: Knobs, p: int, now_s: float) -> None:
     """Plans what may be planned now, and starts the next run of steps."""
     replica = state.replicas[p]
-    admitting = True
-    while pages_to_grow(state, p, replica.step + 1, replica.step + 1) > num_available(state, p):
+    slot, admitting = replica.slot, True
+    while pages_to_grow(state, p, replica.paged_step + 1, replica.step + 1) > num_available(state, p):
         preempt_latest(state, knobs, p, now_s)
         admitting = replica.num_decoding + replica.num_prefilling == 0
     grow_until(state, p, replica.step + 1)
-    slot = replica.slot
-    if not knobs.ahead:
+    nothing_planned = state.plans[p, slot].size == 0 and replica.num_decoding == 0
+    if not knobs.ahead or nothing_planned or replica.blocked:
         plan_step(state, knobs, p, slot, now_s, admitting)
-    else:
-        if state.plans[p, slot].size == 0 and replica.num_decoding == 0:
-            plan_step(state, knobs, p, slot, now_s, admitting)
-        plan_step(state, knobs, p, 1 - slot, now_s, admitting)
+    if knobs.ahead:
+        # While a step is under way nobody is preempted: without pages for the next one nothing is planned.
+        replica.blocked = pages_to_grow(state, p, replica.paged_step + 1, replica.step + 2) > num_available(state, p)
+        if not replica.blocked:
+            grow_until(state, p, replica.step + 2)
+            plan_step(state, knobs, p, 1 - slot, now_s, True)
     if replica.num_decoding == 0 and state.plans[p, slot].size == 0:
         state.wake_s[p] = _next_fetched_s(state, knobs, p, now_s)
         return
