@@ -28,10 +28,13 @@ def stream(demo: Demo, *, kill_after: int | None = None) -> str:
 
 
 def kill_replicas() -> int:
+    """Those of the Ray that this process started; ``loraplex serve`` of other tests runs under a child of its own."""
     mine = [
-        process
-        for process in psutil.Process().children(recursive=True)
-        if any("ReplicaActor" in word for word in process.cmdline())
+        worker
+        for child in psutil.Process().children()
+        if child.name() == "raylet"
+        for worker in child.children()
+        if any("ReplicaActor" in word for word in worker.cmdline())
     ]
     for process in mine:
         process.kill()

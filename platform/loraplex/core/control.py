@@ -3,11 +3,12 @@
 Implemented in-process by ``controller`` and over Ray by ``loraplex_deployments``.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from loraplex.core.adapter import AdapterManifest, AdapterRef
 from loraplex.core.ids import BaseModelId, Digest, GatewayId, ReplicaId, TenantName
+from loraplex.core.plan import AdapterShare, Shape
 from loraplex.core.tenant import KeyView, Role, TenantLimits, TenantView, UsageRow
 
 
@@ -39,6 +40,16 @@ class ReplicaRoute:
     base_model_id: BaseModelId
     address: str
     """host:port of the replica's stream server."""
+    group: str = ""
+    """Of the plan: replicas of one group share its GPUs."""
+    shape: Shape = field(default_factory=Shape)
+    gpu: str = ""
+    """GPU type, for the cost model; empty where none is known."""
+    adapters: tuple[AdapterShare, ...] = ()
+    """That the plan puts here, with weights. Requests of an adapter go to the replicas that list it; of one that no
+    replica of its base lists, to any of them."""
+    draining: bool = False
+    """Takes nothing new; what runs there moves to other replicas when they have room, or ends there."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
