@@ -55,7 +55,7 @@ lock:
 # Every figure of the README, one JSON file each. About 20 minutes on 2 cores; keep the machine otherwise idle.
 FIGURES := notebooks/results
 SERVE_CPU := --model demo --dtype float32 --threads 1 --max-step-tokens 256 --num-pages 400 \
-  --streams 16 --requests 32 --input 64 --output 64 --single-ttft 8 --json
+  --streams 16 --requests 32 --input 64 --output 64 --single-ttft 8 --starts 7 --rounds 2 --json
 figures: setup-dev
 	mkdir -p $(FIGURES)
 	$(BIN)/python -m loraplex.demo.parity > $(FIGURES)/parity_cpu.json

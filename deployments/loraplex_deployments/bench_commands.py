@@ -52,7 +52,8 @@ def serve_command(
     rank: Annotated[int, typer.Option(min=1, help="LoRA rank of each adapter.")] = 16,
     modules: Annotated[str, typer.Option(help="Projections with LoRA, e.g. q,k,v,o.")] = "all",
     single_ttft: Annotated[int, typer.Option(min=0, help="Also: this many lone requests in each turn.")] = 0,
-    rounds: Annotated[int, typer.Option(min=1, help="Turns of each side; figures are medians over them.")] = 3,
+    starts: Annotated[int, typer.Option(min=1, help="Times that both sides start anew.")] = 1,
+    rounds: Annotated[int, typer.Option(min=1, help="Turns of each side per start; figures are medians of all.")] = 3,
     gateways: Annotated[int, typer.Option(min=1, help="Gateway processes.")] = 1,
     clients: Annotated[
         int | None, typer.Option(min=1, help=f"Client processes; default: one per {_STREAMS_PER_CLIENT} streams.")
@@ -129,6 +130,7 @@ def serve_command(
             concurrency=streams,
         ),
         single_ttft=single_ttft,
+        starts=starts,
         rounds=rounds,
         client_processes=clients or -(-streams // _STREAMS_PER_CLIENT),
         gateways=gateways,
@@ -191,8 +193,8 @@ def _print_serve(result: "ServeBenchResult") -> None:
     turn = result.rounds[0].http
     typer.echo(
         f"{options.load.requests} requests over {options.load.concurrency} streams to {where}; "
-        f"rounds: {options.rounds}; client processes: {turn.client_processes}, the busiest computed "
-        f"{summary.busiest_client:.0%} of the time"
+        f"starts: {options.starts}, rounds: {len(result.rounds)}; client processes: {turn.client_processes}, "
+        f"the busiest computed {summary.busiest_client:.0%} of the time"
     )
     for error, count in summary.errors.items():
         typer.echo(f"error {error}: {shown(count)} requests")

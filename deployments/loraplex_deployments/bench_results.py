@@ -16,8 +16,10 @@ class ServeBenchOptions(msgspec.Struct, frozen=True, kw_only=True):
     """``concurrency`` is the number of streams. One rank, round-robin, adapters resident."""
     single_ttft: int = 0
     """Lone requests of one token in each turn, for their TTFT."""
+    starts: int = 1
+    """How often both sides start anew: where a process's memory comes to lie makes it faster or slower for its life."""
     rounds: int = 3
-    """Turns of the engine alone and of HTTP."""
+    """Turns of the engine alone and of HTTP in each start."""
     client_processes: int = 1
     gateways: int = 1
     proxy: str = "haproxy"
@@ -55,7 +57,7 @@ class Round(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Compared(msgspec.Struct, frozen=True, kw_only=True):
-    """Medians over the rounds; the last two None without the engine alone."""
+    """Medians over the rounds of all starts; the last two None without the engine alone."""
 
     http: float
     engine: float | None
@@ -76,7 +78,7 @@ class ServeMachine(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ServeSummary(msgspec.Struct, frozen=True, kw_only=True):
-    """Medians over the rounds."""
+    """Medians over the rounds of all starts."""
 
     http_tokens_per_s: float
     engine_tokens_per_s: float | None
@@ -99,3 +101,4 @@ class ServeBenchResult(msgspec.Struct, frozen=True, kw_only=True):
     machine: ServeMachine
     summary: ServeSummary
     rounds: tuple[Round, ...]
+    """Those of all starts, in order."""

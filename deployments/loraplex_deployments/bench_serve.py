@@ -59,21 +59,24 @@ def run_serve_bench(
 ) -> ServeBenchResult:
     """``targets`` belong to ``options.url``. Raises BadConfig, InvalidInput, and what ``start_platform`` raises."""
     options.load.check()
-    with ExitStack() as stack:
-        session = None
-        if options.setup is not None:
-            say("loading the engine alone")
-            session = BenchSession(_shared(options.setup))
-            stack.callback(session.close)
-        elif options.url is None:
-            raise BadConfig("name a base model to start a platform for, or the URL of a running one", param="model")
-        if options.url is not None:
-            server = Server(url=options.url, targets=tuple(targets), cpu_seconds=dict)
-        else:
-            server = _start(options, session, stack, say)
-        measurement = _Measurement(options, requests, session, server, say)
-        rounds = tuple(measurement.round(number) for number in range(options.rounds))
-    return ServeBenchResult(options=options, machine=_machine(session), summary=summary_of(rounds), rounds=rounds)
+    if options.setup is None and options.url is None:
+        raise BadConfig("name a base model to start a platform for, or the URL of a running one", param="model")
+    rounds: list[Round] = []
+    for _ in range(options.starts):
+        with ExitStack() as stack:
+            session = None
+            if options.setup is not None:
+                say("loading the engine alone")
+                session = BenchSession(_shared(options.setup))
+                stack.callback(session.close)
+            if options.url is not None:
+                server = Server(url=options.url, targets=tuple(targets), cpu_seconds=dict)
+            else:
+                server = _start(options, session, stack, say)
+            machine = _machine(session)
+            measurement = _Measurement(options, requests, session, server, say)
+            rounds += [measurement.round(number) for number in range(options.rounds)]
+    return ServeBenchResult(options=options, machine=machine, summary=summary_of(rounds), rounds=tuple(rounds))
 
 
 def _shared(setup: EngineSetup) -> EngineSetup:
