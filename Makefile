@@ -7,7 +7,7 @@ CONFIG ?= cluster-configs/fleets/laptop.yaml
 PROTO := platform/loraplex/gateway/proto/loraplex_v1.proto
 CODE := platform kernels deployments tests
 
-.PHONY: serve test test-all check setup setup-dev lock proto figures clean
+.PHONY: serve test test-all check setup setup-dev lock proto figures figures-gpu clean
 
 serve: setup
 	@exec $(BIN)/loraplex serve --config $(CONFIG)
@@ -65,6 +65,23 @@ figures: setup-dev
 	$(BIN)/loraplex bench serve $(SERVE_CPU) > $(FIGURES)/platform_cpu.json
 	$(BIN)/loraplex bench serve $(SERVE_CPU) --proxy python > $(FIGURES)/platform_python_proxies_cpu.json
 	$(BIN)/loraplex bench start > $(FIGURES)/platform_adapters_cpu.json
+
+# Every figure of the engine, on a machine with one H100 80GB; about an hour and a half.
+GPU := --model random:llama3-8b --device cuda
+GPU_NARROW := base,lora-1,lora-32,lora-256,cold-32,cold-256,1-base,1-lora-1,32-base,32-lora-1,32-lora-32
+GPU_WIDE := 64-base,64-lora-32,rank-8,rank-16,rank-32,rank-64,rank-mixed,many-5,many-5-capped,many-2000,many-2000-capped
+GPU_SERVE := --max-step-tokens 8192 --streams 256 --requests 256 --input 256 --output 128 --clients 4 --rounds 5 --single-ttft 15 --json
+figures-gpu: setup-dev
+	mkdir -p $(FIGURES)
+	$(BIN)/python -m pytest tests/kernels/gpu tests/model_runner
+	$(BIN)/python -m loraplex.bench.sanitize
+	rm -f $(FIGURES)/engine*_h100.json
+	$(BIN)/loraplex bench sweep $(GPU) --max-step-tokens 8192 --rounds 10 --cases $(GPU_NARROW) --out $(FIGURES)/engine_h100.json
+	$(BIN)/loraplex bench sweep $(GPU) --max-step-tokens 16384 --cases $(GPU_WIDE) --out $(FIGURES)/engine_wide_h100.json
+	$(BIN)/loraplex bench sweep $(GPU) --max-step-tokens 8192 --batch-invariant --cases base,lora-32 --out $(FIGURES)/engine_invariant_h100.json
+	$(BIN)/loraplex bench serve $(GPU) $(GPU_SERVE) --adapters 0 > $(FIGURES)/serve_base_h100.json
+	$(BIN)/loraplex bench serve $(GPU) $(GPU_SERVE) --adapters 32 > $(FIGURES)/serve_h100.json
+	$(BIN)/loraplex profile $(GPU) --max-step-tokens 8192 --budget-s 300 --samples $(FIGURES)/steps_h100.json --out $(FIGURES)/profile_h100.json
 
 proto: setup-dev
 	$(BIN)/python -m grpc_tools.protoc -I platform --python_out=platform --pyi_out=platform --grpc_python_out=platform \
