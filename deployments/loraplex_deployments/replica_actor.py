@@ -9,7 +9,8 @@ import asyncio
 import ray
 from loraplex.config.platform import BaseModelConfig, PlatformConfig
 from loraplex.core.ids import ReplicaId
-from loraplex.model_runner.build import build_executor
+from loraplex.core.step import Executor
+from loraplex.model_runner.build import build_executor, load_model_spec
 from loraplex.registry.cache import NodeCache
 from loraplex.replica.engine_loop import EngineLoop
 from loraplex.replica.server import ReplicaServer
@@ -50,11 +51,7 @@ class ReplicaActor:
         return self._address
 
     def _build_loop(self) -> EngineLoop:
-        executor = build_executor(
-            self._base.executor,
-            model=model_source(self._config, self._base),
-            base_model_id=self._base.base_model_id,
-        )
+        executor = _executor(self._base, model_source(self._config, self._base))
         source = NodeCache(
             self._config.registry, directory=self._config.root / "cache", reader=RayArtifactReader(controller_handle())
         )
@@ -72,3 +69,17 @@ class ReplicaActor:
         """Returns when the engine thread has ended, which it does only when it is broken or told to."""
         assert self._loop is not None
         await asyncio.to_thread(self._loop.join)
+
+
+def _executor(base: BaseModelConfig, model: str) -> Executor:
+    if base.paced is None:
+        return build_executor(base.executor, model=model, base_model_id=base.base_model_id)
+    # Only here: no replica that computes needs the cost model and numba.
+    from loraplex.testing.paced_executor import build_paced_executor
+
+    return build_paced_executor(
+        base.paced,
+        model=load_model_spec(model, base.base_model_id),
+        engine=base.engine,
+        num_pages=base.executor.num_pages,
+    )

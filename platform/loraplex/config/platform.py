@@ -21,6 +21,7 @@ from loraplex.registry.config import RegistryConfig
 from loraplex.replica.config import ReplicaConfig
 from loraplex.router.config import RouterConfig
 from loraplex.tenancy.config import TenancyConfig
+from loraplex.testing.paced_config import PacedConfig
 from loraplex.traces.config import TraceConfig
 
 DEMO_MODEL = "demo"
@@ -41,6 +42,9 @@ class BaseModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     num_gpus: float = 0
     executor: ExecutorConfig = msgspec.field(default_factory=ExecutorConfig)
     engine: EngineConfig = msgspec.field(default_factory=EngineConfig)
+    paced: PacedConfig | None = None
+    """For tests and measurements of the platform without its GPUs: replicas compute nothing and take the time of a cost
+    profile. Of ``executor`` only ``num_pages`` then counts."""
 
     @property
     def base_model_id(self) -> BaseModelId:

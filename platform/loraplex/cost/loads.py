@@ -4,7 +4,7 @@ Called through ``CostProfile.load_time``.
 """
 
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Self
 
 import msgspec
 
@@ -27,6 +27,10 @@ class Hop(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     latency_s: _NotNegative
     bytes_per_s: _Positive
 
+    def slowed(self, factor: float) -> Self:
+        """``factor`` times the time."""
+        return type(self)(latency_s=factor * self.latency_s, bytes_per_s=self.bytes_per_s / factor)
+
     def seconds(self, num_bytes: float) -> float:
         return self.latency_s + num_bytes / self.bytes_per_s
 
@@ -40,6 +44,10 @@ class LoadRates(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """Disk to host memory, checked and packed into GPU layout."""
     host: Hop
     """Host memory to the GPU; each GPU has a link of its own."""
+
+    def slowed(self, factor: float) -> Self:
+        """``factor`` times the time."""
+        return type(self)(store=self.store.slowed(factor), disk=self.disk.slowed(factor), host=self.host.slowed(factor))
 
     def seconds(self, num_bytes: float, source: Tier = Tier.HOST, *, num_gpus: int = 1) -> float:
         """From ``source`` to the GPU, hop after hop. ``num_gpus``: over which the bytes are divided."""

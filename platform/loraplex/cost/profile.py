@@ -128,6 +128,21 @@ class CostProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             ),
         )
 
+    def slowed(self, factor: float) -> Self:
+        """The same machines at 1 / ``factor`` of their speed: every step and load takes ``factor`` times as long."""
+        if factor == 1:
+            return self
+        return type(self)(
+            gpus=tuple(msgspec.structs.replace(gpu, loads=gpu.loads.slowed(factor)) for gpu in self.gpus),
+            bases=self.bases,
+            steps=tuple(
+                msgspec.structs.replace(
+                    step, cost=step.cost.slowed(factor), note=f"{step.note}; all times x {factor:g}"
+                )
+                for step in self.steps
+            ),
+        )
+
     def gpu(self, name: str) -> GpuProfile:
         """BadConfig when there is none of this name."""
         return _named(name, self.gpus, "GPU")

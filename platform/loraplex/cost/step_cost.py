@@ -176,6 +176,14 @@ class StepCoefficients(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
             **dict(zip(names, scalars, strict=True)), token_knots=tuple(curve[:half]), token_slopes=tuple(curve[half:])
         )
 
+    def slowed(self, factor: float) -> Self:
+        """``factor`` times the time."""
+        values = self.array()
+        knots = slice(NUM_SCALARS, NUM_SCALARS + len(self.token_knots))
+        slowed = values * factor
+        slowed[knots] = values[knots]
+        return self.from_array(slowed)
+
     def seconds(self, steps: StepComposition) -> FloatArray:
         """(S,)."""
         weights = np.array([*(getattr(self, n) for n in self.__struct_fields__[:NUM_SCALARS]), *self.token_slopes])
@@ -248,6 +256,10 @@ class StepCost(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """From the start of one micro-batch to that of the next, when the pipeline is full: the slowest stage."""
     latency: StepCoefficients
     """From the start of a micro-batch to its tokens: all stages and the hand-overs. What one request alone sees."""
+
+    def slowed(self, factor: float) -> Self:
+        """``factor`` times the time."""
+        return type(self)(interval=self.interval.slowed(factor), latency=self.latency.slowed(factor))
 
     def interval_s(self, steps: StepComposition) -> FloatArray:
         """(S,) seconds."""

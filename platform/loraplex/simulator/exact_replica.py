@@ -6,15 +6,13 @@ Owns no decision. Called by ``exact``.
 from collections import deque
 from collections.abc import Iterator
 
-import numpy as np
-
 from loraplex.core.ids import Digest, ReplicaId
 from loraplex.core.request import EngineRequest, RequestOutput
 from loraplex.core.step import ArenaSpec, SampledToken, StepPlan, StepResult
 from loraplex.engine import AdapterLoad, Engine
 from loraplex.router.policy import ReplicaView
 from loraplex.simulator.cluster import PAGE_SIZE, Cluster
-from loraplex.simulator.step_time import step_time_s
+from loraplex.simulator.plan_time import PlanTime
 from loraplex.simulator.types import SimulationInput
 from loraplex.simulator.workload import Workload
 
@@ -60,9 +58,7 @@ class VirtualReplica:
         self._device = device
         device.replicas.append(self)
         self.index = index
-        self._num_stages = replica.shape.pp
-        self._latency = replica.cost.step.latency.array()
-        self._interval = replica.cost.step.interval.array()
+        self._time = PlanTime(replica.cost.step, replica.shape)
         self._table = cluster.tables[index]
         self._size_of = {
             Digest(key): int(size) for key, size in zip(workload.adapter_keys, workload.adapter_size, strict=True)
@@ -153,20 +149,5 @@ class VirtualReplica:
         self.load_bytes += len(load.pages) * self._page_bytes
 
     def _seconds(self, plan: StepPlan, adapters: set[Digest]) -> float:
-        sizes = np.array([(len(row.token_ids), row.start) for row in plan.rows], dtype=np.float64)
-        tokens, start = sizes[:, 0], sizes[:, 1]
-        prefill = tokens > 1
-        chunk, behind = tokens[prefill], start[prefill]
-        return step_time_s(
-            self._latency,
-            self._interval,
-            self._num_stages,
-            float(np.count_nonzero(prefill)),
-            float(chunk.sum()),
-            float((chunk * behind + chunk * (chunk + 1) / 2).sum()),
-            float(np.count_nonzero(~prefill)),
-            float((start + tokens).sum()),
-            float(len(adapters)),
-            float(sum(self._table.whole_bytes[self._size_of[digest]] for digest in adapters)),
-            float(sum(len(row.token_ids) for row in plan.rows if row.adapter is not None)),
-        )
+        whole_bytes = float(sum(self._table.whole_bytes[self._size_of[digest]] for digest in adapters))
+        return self._time.seconds(plan, num_adapters=len(adapters), adapter_bytes=whole_bytes)

@@ -1,0 +1,39 @@
+"""How long one planned step takes on a group, by the cost model.
+
+The same for the exact simulator's replicas and for the paced executor of ``testing``. Pure.
+"""
+
+import numpy as np
+
+from loraplex.core.plan import Shape
+from loraplex.core.step import StepPlan
+from loraplex.cost.step_cost import StepCost
+from loraplex.simulator.step_time import step_time_s
+
+
+class PlanTime:
+    def __init__(self, cost: StepCost, shape: Shape) -> None:
+        self._latency = cost.latency.array()
+        self._interval = cost.interval.array()
+        self._num_stages = shape.pp
+
+    def seconds(self, plan: StepPlan, *, num_adapters: int, adapter_bytes: float) -> float:
+        """Of a plan with at least one row. ``num_adapters``: distinct ones; ``adapter_bytes``: theirs, whole ones
+        whatever the shape."""
+        sizes = np.array([(len(row.token_ids), row.start) for row in plan.rows], dtype=np.float64)
+        tokens, start = sizes[:, 0], sizes[:, 1]
+        prefill = tokens > 1
+        chunk, behind = tokens[prefill], start[prefill]
+        return step_time_s(
+            self._latency,
+            self._interval,
+            self._num_stages,
+            float(np.count_nonzero(prefill)),
+            float(chunk.sum()),
+            float((chunk * behind + chunk * (chunk + 1) / 2).sum()),
+            float(np.count_nonzero(~prefill)),
+            float((start + tokens).sum()),
+            float(num_adapters),
+            adapter_bytes,
+            float(sum(len(row.token_ids) for row in plan.rows if row.adapter is not None)),
+        )
