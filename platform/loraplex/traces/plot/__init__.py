@@ -1,4 +1,4 @@
-"""A trace as pictures on one HTML page that needs nothing else: ``collect`` counts, ``svg`` draws, ``page`` joins.
+"""A trace as pictures on one HTML page that needs nothing else: ``collect`` counts, ``page`` draws.
 
 Called by ``loraplex trace plot``.
 """
