@@ -1,6 +1,7 @@
 """Router and replica over a real gRPC stream, with the fake executor."""
 
 import asyncio
+import dataclasses
 import itertools
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -340,7 +341,7 @@ async def test_an_error_keeps_its_kind_on_the_wire(stack: AsyncExitStack) -> Non
 
 async def test_unknown_base_and_removed_route(stack: AsyncExitStack) -> None:
     first, second = [await start_replica(stack, f"replica-{i}", step_s=0.005) for i in range(2)]
-    router = start_router(stack)
+    router = start_router(stack, max_unserved_wait_s=0.0)
     with pytest.raises(Unavailable):
         router.dispatch((make_request(),))
     router.update((first.route,), SECRET)
@@ -372,3 +373,21 @@ async def test_a_stopping_replica_finishes_what_runs(stack: AsyncExitStack) -> N
     await run
     await eventually(lambda: not replica.loop.alive)
     assert replica.executor.closed
+
+
+async def test_what_runs_on_a_draining_replica_moves_and_keeps_its_tokens(stack: AsyncExitStack) -> None:
+    first, second = [await start_replica(stack, f"replica-{i}", step_s=0.005) for i in range(2)]
+    router = start_router(stack, first, drain_timeout_s=0.0)
+    runs = [
+        asyncio.create_task(check(router, make_request(max_tokens=150, adapter=adapter), make_request(max_tokens=90)))
+        for adapter in (None, "a" * 64, "b" * 64)
+    ]
+    await eventually(lambda: first.loop.num_unfinished == 6 and router.loads()["replica-0"].generated_tokens > 60)
+    router.update((dataclasses.replace(first.route, draining=True), second.route), SECRET)
+    await eventually(lambda: first.loop.num_unfinished == 0)
+    assert second.loop.num_unfinished == 6
+    assert set(router.loads()) == {"replica-0", "replica-1"}
+    # And back, to a replica that may have tokens of their first run on the way.
+    router.update((first.route, dataclasses.replace(second.route, draining=True)), SECRET)
+    await eventually(lambda: second.loop.num_unfinished == 0)
+    await asyncio.gather(*runs)

@@ -1,9 +1,10 @@
 """The router against scripted replicas: order, wake-ups, what is sent when. No network."""
 
 import asyncio
+import dataclasses
 import itertools
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 import pytest
 from hypothesis import given, settings
@@ -11,8 +12,10 @@ from hypothesis import strategies as st
 from loraplex.core.control import ReplicaRoute
 from loraplex.core.errors import ReplicaLost, Unavailable
 from loraplex.core.ids import BaseModelId, GatewayId, ReplicaId, RequestId, TenantName
+from loraplex.core.plan import AdapterShare
 from loraplex.core.request import EngineRequest, FinishReason, OutputToken, Priority, RequestOutput, SamplingParams
 from loraplex.core.wire import LoadReport, ReplicaFrame, ReplicaInfo, decode_replica_frame, encode
+from loraplex.router import router as router_module
 from loraplex.router.client import ReplicaListener
 from loraplex.router.config import RouterConfig
 from loraplex.router.router import Router
@@ -61,18 +64,25 @@ class ScriptedReplica:
         )
         self.listener.on_frame(ReplicaFrame(outputs=outputs))
 
+    def refuse(self, name: str) -> None:
+        output = RequestOutput(
+            request_id=RequestId(name), finish_reason=FinishReason.ERROR, error="full", error_code="overloaded"
+        )
+        self.listener.on_frame(ReplicaFrame(outputs=(output,)))
+
     def down(self) -> None:
         self.submitted.clear()
         self.listener.on_down("test")
 
 
 class World:
-    def __init__(self, *names: str, **config: float) -> None:
+    def __init__(self, *names: str, on_unserved: Callable[[BaseModelId], None] | None = None, **config: float) -> None:
         self.replicas: dict[str, ScriptedReplica] = {}
         self.router = Router(
             gateway_id=GatewayId("g"),
             config=RouterConfig(**config),  # type: ignore[arg-type]
             connect=self.connect,
+            on_unserved=on_unserved,
         )
         self.router.update(tuple(map(route, names)), "secret")
 
@@ -85,14 +95,14 @@ def route(name: str) -> ReplicaRoute:
     return ReplicaRoute(replica_id=ReplicaId(name), base_model_id=BASE, address="nowhere:1")
 
 
-def make(name: str | None = None, *, tenant: str = "t", offline: bool = False) -> EngineRequest:
+def make(name: str | None = None, *, tenant: str = "t", offline: bool = False, max_tokens: int = 100) -> EngineRequest:
     return EngineRequest(
         request_id=RequestId(name or f"q{next(_ids)}"),
         tenant=TenantName(tenant),
         base_model_id=BASE,
         adapter=None,
         prompt_token_ids=(1, 2, 3),
-        sampling=SamplingParams(max_tokens=100, seed=0),
+        sampling=SamplingParams(max_tokens=max_tokens, seed=0),
         arrival_s=0.0,
         cache_salt=tenant,
         priority=Priority.OFFLINE if offline else Priority.ONLINE,
@@ -216,11 +226,146 @@ async def test_an_aborted_request_leaves_the_queue(world: World) -> None:
     assert world.replicas["a"].submitted == {}
 
 
-async def test_what_waits_for_a_base_without_a_route_is_refused(world: World) -> None:
+async def test_what_waits_for_a_base_without_a_route_is_refused_if_nothing_is_to_be_waited_for() -> None:
+    world = World("a", max_unserved_wait_s=0.0)
     stream = world.router.dispatch((make("x"),))
     world.router.update((), "secret")
     with pytest.raises(Unavailable):
         await stream.next_outputs()
+    with pytest.raises(Unavailable):
+        world.router.dispatch((make("y"),))
+    await world.router.close()
+
+
+async def test_a_base_without_a_replica_is_told_of_once_a_second_and_its_requests_wait(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(router_module, "_REMIND_S", 0.05)
+    told: list[str] = []
+    world = World(on_unserved=told.append)
+    streams = [world.router.dispatch((make(f"x{i}"),)) for i in range(3)]
+    assert told == [BASE]
+    await asyncio.sleep(0.12)
+    assert told == [BASE] * 3
+    draining = dataclasses.replace(route("b"), draining=True)
+    world.router.update((draining,), "secret")
+    world.replicas["b"].up()
+    assert world.replicas["b"].submitted == {}
+    world.router.update((draining, route("a")), "secret")
+    world.replicas["a"].up()
+    assert list(world.replicas["a"].submitted) == ["x0", "x1", "x2"]
+    await asyncio.sleep(0.12)
+    assert told == [BASE] * 3
+    world.replicas["a"].answer("x0", tokens=(1,), end=True)
+    assert len(await streams[0].next_outputs()) == 1
+    await world.router.close()
+
+
+async def test_a_request_that_nobody_comes_up_for_is_refused_after_its_time() -> None:
+    world = World(max_unserved_wait_s=0.05)
+    stream = world.router.dispatch((make("x"),))
+    with pytest.raises(Unavailable):
+        await asyncio.wait_for(stream.next_outputs(), 1)
+    assert world.router.num_queued() == 0
+    await world.router.close()
+
+
+async def test_a_route_that_changes_keeps_its_stream(world: World) -> None:
+    replica = world.replicas["a"]
+    replica.up()
+    world.router.dispatch((make("x"),))
+    share = AdapterShare(tenant="t", name="n")
+    world.router.update((dataclasses.replace(route("a"), adapters=(share,), group="g1"),), "secret")
+    world.router.update((dataclasses.replace(route("a"), draining=True),), "secret")
+    world.router.update((route("a"),), "secret")
+    assert world.replicas["a"] is replica
+    assert not replica.closed
+    assert replica.aborted == []
+    world.router.dispatch((make("y"),))
+    assert list(replica.submitted) == ["x", "y"]
+    world.router.update((dataclasses.replace(route("a"), address="elsewhere:2"),), "secret")
+    assert world.replicas["a"] is not replica
+
+
+async def test_a_draining_replica_loses_its_long_requests_at_once_and_the_others_after_a_while() -> None:
+    world = World("a", drain_migrate_above_s=2.0, drain_timeout_s=0.1)
+    old = world.replicas["a"]
+    old.up()
+    # Steps of 50 ms: a hundred tokens are 5 s, ten are 0.5 s.
+    old.listener.on_frame(ReplicaFrame(load=LoadReport(credits=100, steps=10, busy_s=0.5)))
+    long, short = world.router.dispatch((make("long"),)), world.router.dispatch((make("short", max_tokens=10),))
+    old.answer("long", "short", tokens=(0, 1))
+    world.router.update((dataclasses.replace(route("a"), draining=True), route("b")), "secret")
+    assert old.aborted == []
+    new = world.replicas["b"]
+    new.up(credits=1)
+    assert old.aborted == ["long"]
+    (moved,) = new.submitted.values()
+    assert moved.resumed_token_ids == (0, 1)
+    # What the old replica had on its way is not taken for more.
+    old.answer("long", tokens=(2,))
+    old.answer("long", tokens=(3,), end=True)
+    new.answer(moved.request_id, tokens=(2, 3), end=True)
+    await asyncio.sleep(0.15)
+    assert old.aborted == ["long"]
+    new.report(credits=1)
+    assert old.aborted == ["long", "short"]
+    assert [output.request_id for output in await long.next_outputs()] == ["long"] * 2
+    assert [t.token_id for t in (await short.next_outputs())[0].tokens] == [0, 1]
+    assert await long.next_outputs() == ()
+    await world.router.close()
+
+
+async def test_without_another_replica_what_drains_ends_where_it_is(world: World) -> None:
+    replica = world.replicas["a"]
+    replica.up()
+    stream = world.router.dispatch((make("x"),))
+    world.router.update((), "secret")
+    await asyncio.sleep(0)
+    assert not replica.closed
+    replica.answer("x", tokens=(1,), end=True)
+    await asyncio.sleep(0)
+    assert replica.closed
+    assert len(await stream.next_outputs()) == 1
+
+
+async def test_tokens_of_an_earlier_run_on_the_same_replica_are_not_sent_twice() -> None:
+    world = World("a", "b", drain_timeout_s=0.0)
+    a, b = world.replicas["a"], world.replicas["b"]
+    a.up(credits=0)
+    b.up()
+    stream = world.router.dispatch((make("x"),))
+    a.report(credits=9)
+    b.answer("x", tokens=(0,))
+    world.router.update((route("a"), dataclasses.replace(route("b"), draining=True)), "secret")
+    (on_a,) = a.submitted
+    world.router.update((dataclasses.replace(route("a"), draining=True), route("b")), "secret")
+    again = list(b.submitted)[-1]
+    assert len({"x", on_a, again}) == 3
+    b.answer("x", tokens=(1,))
+    a.answer(on_a, tokens=(1,))
+    b.answer(again, tokens=(1,), end=True)
+    got = [token.token_id for output in await stream.next_outputs() for token in output.tokens]
+    assert got == [0, 1]
+    await world.router.close()
+
+
+async def test_a_replica_that_refuses_for_lack_of_room_is_not_the_last_word() -> None:
+    world = World("a", "b")
+    for replica in world.replicas.values():
+        replica.up()
+    stream = world.router.dispatch((make("x"), make("y")))
+    first = world.replicas[stream.replica_id or ""]
+    (other,) = (replica for replica in world.replicas.values() if replica is not first)
+    first.refuse("x")
+    first.answer("y", tokens=(1,), end=True)
+    assert list(other.submitted) == ["x"]
+    other.refuse("x")
+    outputs = await stream.next_outputs()
+    assert [(o.request_id, o.error_code) for o in outputs] == [("y", None), ("x", "overloaded")]
+    assert await stream.next_outputs() == ()
+    assert world.router._queue._placed == {}
+    await world.router.close()
 
 
 async def test_a_resumed_request_tells_cached_tokens_once(world: World) -> None:
@@ -252,7 +397,9 @@ async def test_a_request_under_which_replicas_die_one_after_another_is_given_up(
 
 @settings(max_examples=60, deadline=None)
 @given(
-    st.lists(st.tuples(st.sampled_from(["answer", "down", "up", "report", "route"]), st.integers(0, 2)), max_size=60)
+    st.lists(
+        st.tuples(st.sampled_from(["answer", "down", "up", "report", "route", "drain"]), st.integers(0, 2)), max_size=60
+    )
 )
 def test_no_token_is_lost_or_sent_twice_whatever_breaks(events: list[tuple[str, int]]) -> None:
     asyncio.run(_break_things(events))
@@ -260,7 +407,8 @@ def test_no_token_is_lost_or_sent_twice_whatever_breaks(events: list[tuple[str, 
 
 async def _break_things(events: list[tuple[str, int]]) -> None:
     names = ("a", "b", "c")
-    world = World(*names, max_losses=1000)
+    world = World(*names, max_losses=1000, drain_timeout_s=0.0)
+    draining: set[str] = set()
     streams = [world.router.dispatch((make(f"x{i}"), make(f"y{i}"))) for i in range(4)]
     routed = set(names)
     for kind, index in events:
@@ -273,10 +421,13 @@ async def _break_things(events: list[tuple[str, int]]) -> None:
             replica.up(credits=4)
         elif kind == "report":
             replica.report(credits=3)
-        elif kind == "route":
-            # Never all of them: what waits for a base without a route is refused at once.
-            routed = routed ^ {names[index]} or routed
-            world.router.update(tuple(route(name) for name in sorted(routed)), "secret")
+        elif kind in ("route", "drain"):
+            if kind == "route":
+                routed ^= {names[index]}
+            else:
+                draining ^= {names[index]}
+            routes = (dataclasses.replace(route(name), draining=name in draining) for name in sorted(routed))
+            world.router.update(tuple(routes), "secret")
             await asyncio.sleep(0)
     world.router.update(tuple(map(route, names)), "secret")
     for _ in range(40):

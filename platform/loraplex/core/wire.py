@@ -37,6 +37,10 @@ class ReplicaInfo:
     max_context_tokens: int
     num_pages: int
     page_size: int
+    max_running: int = 0
+    """Requests that compute at the same time; 0 from a replica that does not tell."""
+    max_step_tokens: int = 0
+    """Of one step, prompts and decoding together; 0 likewise."""
     protocol_version: int = PROTOCOL_VERSION
 
 
@@ -58,6 +62,10 @@ class LoadReport:
     takes a report for the answer to all that it sent before."""
     steps: int = 0
     generated_tokens: int = 0
+    busy_s: float = 0.0
+    """Spent in ``steps``; 0 from a replica that does not tell."""
+    prefilled_tokens: int = 0
+    """Prompt tokens that are through, computed or found in the prefix cache."""
     adapter_loads: int = 0
     """Copies of adapters to the accelerator that an admitted request waited for."""
     adapter_prefetches: int = 0

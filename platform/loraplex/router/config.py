@@ -12,6 +12,14 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Generations of one base that wait in this router for a replica's credit; what is more is refused."""
     max_queue_wait_s: _Positive = 60.0
     """A generation that no replica took for this long is refused."""
+    max_unserved_wait_s: Annotated[float, msgspec.Meta(ge=0)] = 60.0
+    """Instead, where no replica of the base takes requests at the time of arrival: it is being started. 0: refused at
+    once."""
+    drain_migrate_above_s: Annotated[float, msgspec.Meta(ge=0)] = 2.0
+    """Of a draining replica's requests those that are predicted to go on for longer than this move to another replica
+    at once, the others may end where they are."""
+    drain_timeout_s: Annotated[float, msgspec.Meta(ge=0)] = 10.0
+    """From then on all of them move as soon as another replica has room."""
     resume_timeout_s: _Positive = 60.0
     """Generations of a lost replica are given up when none could take them over for this long. Longer than a replica
     takes to start again: with an 8B model on a GPU half a minute."""

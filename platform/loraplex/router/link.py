@@ -3,10 +3,13 @@
 Turns the client's callbacks into calls of the router. Mutable, owned by ``router``.
 """
 
+from collections.abc import Iterable
 from typing import Protocol
 
 from loraplex.core.control import ReplicaRoute
+from loraplex.core.errors import Overloaded
 from loraplex.core.ids import Digest, RequestId
+from loraplex.core.request import RequestOutput
 from loraplex.core.wire import LoadReport, ReplicaFrame
 from loraplex.router.client import ReplicaClient
 from loraplex.router.policy import ReplicaView
@@ -20,6 +23,9 @@ class LinkOwner(Protocol):
     def generation_ended(self, generation: Generation) -> None:
         """It got its last output."""
 
+    def generation_refused(self, link: "Link", generation: Generation) -> bool:
+        """The replica had no room for it. False: no other could have, the caller shall hear of it."""
+
     def link_lost(self, link: "Link", generations: list[Generation]) -> None:
         """Its stream broke; ``generations`` ran there and have not ended."""
 
@@ -31,16 +37,22 @@ class Link:
         self.route = route
         self.client: ReplicaClient | None = None
         self.generations: dict[RequestId, Generation] = {}
+        """By their ids on the wire."""
         self.load = LoadReport()
         self.up = False
-        self.draining = False
-        """Its route is gone: what runs there ends there, nothing new is sent."""
+        self.drain_since_s: float | None = None
+        """Event loop's time from which on nothing new is sent: its route says so, or is gone."""
         self._owner = owner
         self._resident: frozenset[Digest] = frozenset()
         self._num_sent = 0
         """Requests sent on the stream that is up now."""
         self._num_received = 0
         """Those that the last report has counted."""
+
+    @property
+    def step_s(self) -> float:
+        """Seconds of a step, by what it has told; 0 while it has told nothing."""
+        return self.load.busy_s / self.load.steps if self.load.steps else 0.0
 
     def view(self, digest: Digest | None) -> ReplicaView:
         return ReplicaView(
@@ -51,22 +63,29 @@ class Link:
             credits=self.load.credits - (self._num_sent - self._num_received),
         )
 
-    def place(self, stream: RoutedStream) -> None:
-        """Sends all unfinished generations of the stream."""
+    def place(self, generations: Iterable[Generation]) -> None:
+        """Sends generations of one stream that run nowhere."""
         assert self.client is not None, "the link has no client"
-        self.generations.update(stream.generations)
-        self._num_sent += len(stream.generations)
-        stream.replica_id = self.route.replica_id
-        self.client.send(tuple(g.resumed_request() for g in stream.generations.values()), ())
+        requests = []
+        for generation in generations:
+            assert generation.replica_id is None, "a generation was to run twice"
+            generation.replica_id = generation.stream.replica_id = self.route.replica_id
+            self.generations[generation.wire_id] = generation
+            requests.append(generation.resumed_request())
+        self._num_sent += len(requests)
+        self.client.send(tuple(requests), ())
 
-    def abort(self, stream: RoutedStream) -> int:
-        """Ends the stream's generations here; returns how many there were."""
-        request_ids = tuple(request_id for request_id in stream.generations if request_id in self.generations)
-        for request_id in request_ids:
-            del self.generations[request_id]
-        if request_ids and self.client is not None:
-            self.client.send((), request_ids)
-        return len(request_ids)
+    def take_back(self, stream: RoutedStream) -> list[Generation]:
+        """Ends the stream's generations here; they run nowhere from now on."""
+        taken = [g for g in stream.generations.values() if g.wire_id in self.generations]
+        for generation in taken:
+            del self.generations[generation.wire_id]
+        if taken and self.client is not None:
+            self.client.send((), tuple(generation.wire_id for generation in taken))
+        for generation in taken:
+            generation.replica_id = None
+            generation.left_alive()
+        return taken
 
     def on_frame(self, frame: ReplicaFrame) -> None:
         if frame.replica is not None:
@@ -84,6 +103,9 @@ class Link:
                 continue
             if output.finish_reason is not None:
                 del self.generations[output.request_id]
+                generation.replica_id = None
+                if _is_refusal(output) and self._owner.generation_refused(self, generation):
+                    continue
                 self._owner.generation_ended(generation)
             generation.stream.push(generation, output)
             touched[generation.stream] = None
@@ -97,4 +119,10 @@ class Link:
         self._resident = frozenset()
         self._num_sent = self._num_received = 0
         lost, self.generations = list(self.generations.values()), {}
+        for generation in lost:
+            generation.replica_id = None
         self._owner.link_lost(self, lost)
+
+
+def _is_refusal(output: RequestOutput) -> bool:
+    return output.error_code == Overloaded.code and not output.tokens

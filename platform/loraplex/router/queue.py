@@ -17,7 +17,7 @@ class RouterQueue:
         self._placed: Counter[TenantName] = Counter()
 
     def num_generations(self, base_model_id: BaseModelId) -> int:
-        return sum(len(stream.generations) for stream in self._streams.get(base_model_id, {}).values())
+        return sum(len(stream.pending) for stream in self._streams.get(base_model_id, {}).values())
 
     def bases(self) -> tuple[BaseModelId, ...]:
         return tuple(self._streams)
@@ -42,6 +42,9 @@ class RouterQueue:
         self._placed[tenant] += count
         if self._placed[tenant] <= 0:
             del self._placed[tenant]
+
+    def waiting(self, base_model_id: BaseModelId) -> list[RoutedStream]:
+        return list(self._streams.get(base_model_id, {}).values())
 
     def all(self) -> list[RoutedStream]:
         return [stream for waiting in self._streams.values() for stream in waiting.values()]

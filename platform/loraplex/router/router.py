@@ -23,6 +23,7 @@ from loraplex.router.stream import Generation, RoutedStream
 
 _log = logging.getLogger(__name__)
 
+_REMIND_S = 1.0
 Connect = Callable[[ReplicaRoute, ReplicaListener], ReplicaClient]
 
 
@@ -30,10 +31,19 @@ class Router:
     """Implements ``core.generation.Dispatcher``."""
 
     def __init__(
-        self, *, gateway_id: GatewayId, config: RouterConfig | None = None, connect: Connect | None = None
+        self,
+        *,
+        gateway_id: GatewayId,
+        config: RouterConfig | None = None,
+        connect: Connect | None = None,
+        on_unserved: Callable[[BaseModelId], None] | None = None,
     ) -> None:
-        """``connect`` opens the stream to a replica; by default gRPC."""
+        """``connect`` opens the stream to a replica; by default gRPC. ``on_unserved`` hears, once a second at most and
+        as long as it is so, that requests wait for a base that no replica takes requests of; called on the event
+        loop, must not block."""
         self._gateway_id = gateway_id
+        self._on_unserved = on_unserved
+        self._reminders: dict[BaseModelId, asyncio.TimerHandle] = {}
         self._config = config or RouterConfig()
         self._connect = connect or self._connect_grpc
         self._cluster_secret = ""
@@ -44,25 +54,36 @@ class Router:
         self._closing: set[asyncio.Task[None]] = set()
 
     def update(self, routes: tuple[ReplicaRoute, ...], cluster_secret: str) -> None:
-        """Takes the route table: connects to new replicas; those that are gone finish what they run. Needs a running
-        event loop. The secret is used from the next connection on."""
+        """Takes the route table: connects to new replicas; what runs on those that drain or are gone moves to others or
+        ends there. Needs a running event loop. The secret is used from the next connection on."""
         self._cluster_secret = cluster_secret
         wanted = {route.replica_id: route for route in routes}
         for replica_id, link in tuple(self._links.items()):
-            if wanted.get(replica_id) != link.route:
+            route = wanted.get(replica_id)
+            if route is None or _place_of(route) != _place_of(link.route):
                 del self._links[replica_id]
-                link.draining = True
                 self._leaving.add(link)
-                self._close_if_empty(link)
+                self._drain(link, True)
+            else:
+                link.route = route
+                self._drain(link, route.draining)
         for replica_id, route in wanted.items():
             if replica_id not in self._links:
                 link = self._links[replica_id] = Link(route, self)
                 link.client = self._connect(route, link)
-        self._fail_unrouted()
+                self._drain(link, route.draining)
+        for base_model_id in self._queue.bases():
+            self._look_after(base_model_id)
+        for base_model_id in {link.route.base_model_id for link in (*self._leaving, *self._links.values())}:
+            self._pump(base_model_id)
+        for link in tuple(self._leaving):
+            self._close_if_empty(link)
 
     def dispatch(self, requests: tuple[EngineRequest, ...]) -> RoutedStream:
         base_model_id = requests[0].base_model_id
-        if not any(link.route.base_model_id == base_model_id for link in self._links.values()):
+        served = self._is_served(base_model_id)
+        wait_s = self._config.max_queue_wait_s if served else self._config.max_unserved_wait_s
+        if wait_s == 0:
             raise Unavailable(f"no replica serves {base_model_id} now", retry_after_s=2.0)
         self._order += 1
         stream = RoutedStream(requests, order=self._order, on_abort=self._abort)
@@ -73,7 +94,8 @@ class Router:
                     f"{queued} requests wait for {base_model_id} already",
                     retry_after_s=self._retry_after_s(base_model_id),
                 )
-            self._wait(stream, self._config.max_queue_wait_s)
+            self._wait(stream, wait_s)
+            self._look_after(base_model_id)
         return stream
 
     def loads(self) -> dict[ReplicaId, LoadReport]:
@@ -90,6 +112,9 @@ class Router:
         self._links.clear()
         self._leaving.clear()
         error = Unavailable("the gateway is stopping")
+        for reminder in self._reminders.values():
+            reminder.cancel()
+        self._reminders.clear()
         for stream in self._queue.all():
             self._unwait(stream)
             stream.fail(error)
@@ -110,17 +135,31 @@ class Router:
             self._queue.placed(generation.request.tenant, -1)
         for stream in {generation.stream: None for generation in generations}:
             stream.num_losses += 1
+            self._unwait(stream)
             if stream.num_losses >= self._config.max_losses:
-                stream.fail(ReplicaLost(f"{stream.num_losses} replicas in a row were lost while they ran this request"))
+                error = ReplicaLost(f"{stream.num_losses} replicas in a row were lost while they ran this request")
+                self._give_up(stream, error)
             else:
                 stream.resumed = True
                 self._wait(stream, self._config.resume_timeout_s)
         self._close_if_empty(link)
         self._pump(link.route.base_model_id)
+        self._look_after(link.route.base_model_id)
 
     def generation_ended(self, generation: Generation) -> None:
         """For ``Link`` only."""
         self._queue.placed(generation.request.tenant, -1)
+
+    def generation_refused(self, link: Link, generation: Generation) -> bool:
+        """For ``Link`` only."""
+        stream = generation.stream
+        stream.refused_by |= {link.route.replica_id}
+        if not any(other.route.replica_id not in stream.refused_by for other in self._takers(stream)):
+            return False
+        self._queue.placed(generation.request.tenant, -1)
+        if stream.timer is None and not self._place(stream):
+            self._wait(stream, self._config.max_queue_wait_s)
+        return True
 
     def _connect_grpc(self, route: ReplicaRoute, listener: ReplicaListener) -> ReplicaClient:
         return GrpcReplicaClient(
@@ -132,28 +171,82 @@ class Router:
         )
 
     def _pump(self, base_model_id: BaseModelId) -> None:
+        self._move_off_draining(base_model_id)
         while (stream := self._queue.next(base_model_id)) is not None and self._place(stream):
             self._unwait(stream)
 
     def _place(self, stream: RoutedStream) -> bool:
+        """Sends what runs nowhere to one replica; False when none has a credit."""
+        link = self._choose(stream)
+        if link is None:
+            return False
+        self._send(stream, link)
+        return True
+
+    def _choose(self, stream: RoutedStream) -> Link | None:
         request = stream.first
         digest = request.adapter.digest if request.adapter is not None else None
-        links = {
-            link.route.replica_id: link
-            for link in self._links.values()
-            if link.up and link.route.base_model_id == request.base_model_id
-        }
+        takers = self._takers(stream)
+        willing = [link for link in takers if link.route.replica_id not in stream.refused_by]
+        links = {link.route.replica_id: link for link in willing or takers if link.up}
         chosen = choose_replica(
             [link.view(digest) for link in links.values()],
             request,
             load_slack=self._config.load_slack,
             load_bound=self._config.load_bound,
         )
-        if chosen is None:
-            return False
-        self._queue.placed(request.tenant, len(stream.generations))
-        links[chosen].place(stream)
-        return True
+        return None if chosen is None else links[chosen]
+
+    def _send(self, stream: RoutedStream, link: Link) -> None:
+        pending = stream.pending
+        self._queue.placed(stream.first.tenant, len(pending))
+        link.place(pending)
+
+    def _takers(self, stream: RoutedStream) -> list[Link]:
+        """Links to replicas that may run it, up or not."""
+        base_model_id = stream.first.base_model_id
+        return [
+            link
+            for link in self._links.values()
+            if link.drain_since_s is None and link.route.base_model_id == base_model_id
+        ]
+
+    def _is_served(self, base_model_id: BaseModelId) -> bool:
+        return any(
+            link.drain_since_s is None and link.route.base_model_id == base_model_id for link in self._links.values()
+        )
+
+    def _drain(self, link: Link, draining: bool) -> None:
+        if not draining:
+            link.drain_since_s = None
+        elif link.drain_since_s is None:
+            loop = asyncio.get_running_loop()
+            link.drain_since_s = loop.time()
+            loop.call_later(self._config.drain_timeout_s, self._move_off_draining, link.route.base_model_id)
+
+    def _move_off_draining(self, base_model_id: BaseModelId) -> None:
+        """What draining replicas run goes to others, as far as it is due and they have room."""
+        now_s = asyncio.get_running_loop().time()
+        for link in (*self._leaving, *self._links.values()):
+            if link.drain_since_s is None or link.route.base_model_id != base_model_id or not link.generations:
+                continue
+            overdue = now_s >= link.drain_since_s + self._config.drain_timeout_s
+            for stream in {generation.stream: None for generation in link.generations.values()}:
+                if overdue or self._remaining_s(stream, link) > self._config.drain_migrate_above_s:
+                    self._move(stream, link)
+            self._close_if_empty(link)
+
+    def _remaining_s(self, stream: RoutedStream, link: Link) -> float:
+        return max(generation.num_left for generation in stream.generations.values()) * link.step_s
+
+    def _move(self, stream: RoutedStream, source: Link) -> None:
+        """To another replica, unless none has a credit."""
+        link = self._choose(stream)
+        if link is not None:
+            taken = source.take_back(stream)
+            self._queue.placed(stream.first.tenant, -len(taken))
+            self._unwait(stream)
+            self._send(stream, link)
 
     def _wait(self, stream: RoutedStream, timeout_s: float) -> None:
         self._queue.push(stream)
@@ -166,7 +259,6 @@ class Router:
             stream.timer = None
 
     def _expire(self, stream: RoutedStream) -> None:
-        self._unwait(stream)
         base_model_id = stream.first.base_model_id
         error: LoraplexError
         if stream.resumed:
@@ -177,26 +269,41 @@ class Router:
             )
         else:
             error = Unavailable(f"no replica of {base_model_id} is up", retry_after_s=2.0)
-        stream.fail(error)
+        self._give_up(stream, error)
 
-    def _fail_unrouted(self) -> None:
-        """What waits for a base that no replica serves any more, and never will by this table, waits in vain."""
-        served = {link.route.base_model_id for link in self._links.values()}
-        for stream in self._queue.all():
-            if stream.first.base_model_id not in served and not stream.resumed:
-                self._unwait(stream)
-                stream.fail(Unavailable(f"no replica serves {stream.first.base_model_id} now", retry_after_s=2.0))
+    def _look_after(self, base_model_id: BaseModelId) -> None:
+        """Tells the owner of a base that requests wait for and no replica takes requests of, now and while it lasts."""
+        if not self._queue.num_generations(base_model_id) or self._is_served(base_model_id):
+            return
+        if self._config.max_unserved_wait_s == 0:
+            error = Unavailable(f"no replica serves {base_model_id} now", retry_after_s=2.0)
+            for stream in self._queue.waiting(base_model_id):
+                if not stream.resumed:
+                    self._give_up(stream, error)
+        elif self._on_unserved is not None and base_model_id not in self._reminders:
+            loop = asyncio.get_running_loop()
+            self._reminders[base_model_id] = loop.call_later(_REMIND_S, self._remind, base_model_id)
+            self._on_unserved(base_model_id)
+
+    def _remind(self, base_model_id: BaseModelId) -> None:
+        del self._reminders[base_model_id]
+        self._look_after(base_model_id)
 
     def _abort(self, stream: RoutedStream) -> None:
         self._unwait(stream)
         for link in (*self._links.values(), *self._leaving):
-            count = link.abort(stream)
-            if count:
-                self._queue.placed(stream.first.tenant, -count)
+            taken = link.take_back(stream)
+            if taken:
+                self._queue.placed(stream.first.tenant, -len(taken))
                 self._close_if_empty(link)
 
+    def _give_up(self, stream: RoutedStream, error: LoraplexError) -> None:
+        """None of its generations goes on, wherever it is."""
+        self._abort(stream)
+        stream.fail(error)
+
     def _close_if_empty(self, link: Link) -> None:
-        if not link.draining or link.generations or link not in self._leaving:
+        if link.generations or link not in self._leaving:
             return
         self._leaving.discard(link)
         if link.client is not None:
@@ -210,3 +317,8 @@ class Router:
             len(link.generations) for link in self._links.values() if link.route.base_model_id == base_model_id
         )
         return min(30.0, 1.0 + self._queue.num_generations(base_model_id) / max(1, running))
+
+
+def _place_of(route: ReplicaRoute) -> tuple[str, BaseModelId]:
+    """What differs in this is another replica."""
+    return route.address, route.base_model_id

@@ -1,6 +1,6 @@
 """The tokens of one client request on their way back: buffer, wake-up, and what a resubmission needs.
 
-Owns what each generation has got so far. Knows no replicas; the router pushes, the gateway pulls.
+Owns what each generation has got so far, and where it runs. Knows no replicas; the router pushes, the gateway pulls.
 """
 
 import asyncio
@@ -17,24 +17,47 @@ from loraplex.core.request import EngineRequest, RequestOutput
 class Generation:
     """One unfinished generation."""
 
-    __slots__ = ("emitted", "request", "stream", "token_ids")
+    __slots__ = ("_num_moves", "emitted", "replica_id", "request", "stream", "token_ids", "wire_id")
 
     def __init__(self, request: EngineRequest, stream: "RoutedStream") -> None:
         self.request = request
         self.stream = stream
         self.token_ids = list(request.resumed_token_ids)
         self.emitted = False
+        self.replica_id: ReplicaId | None = None
+        """Where it runs; None while it waits in the router."""
+        self.wire_id = request.request_id
+        """Under which a replica knows it."""
+        self._num_moves = 0
+
+    @property
+    def num_left(self) -> int:
+        """Tokens that it may still generate."""
+        return self.request.sampling.max_tokens - len(self.token_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and generated."""
+        return len(self.request.prompt_token_ids) + len(self.token_ids)
+
+    def left_alive(self) -> None:
+        """It was taken from a replica that is up and may still send tokens of it: they must not be taken for those of
+        its next run, which therefore has another id."""
+        self._num_moves += 1
+        self.wire_id = RequestId(f"{self.request.request_id}~{self._num_moves}")
 
     def resumed_request(self) -> EngineRequest:
         """The request as another replica can go on with it."""
-        if len(self.token_ids) == len(self.request.resumed_token_ids):
+        if self._num_moves == 0 and len(self.token_ids) == len(self.request.resumed_token_ids):
             return self.request
-        return replace(self.request, resumed_token_ids=tuple(self.token_ids))
+        return replace(self.request, request_id=self.wire_id, resumed_token_ids=tuple(self.token_ids))
 
     def take(self, output: RequestOutput) -> RequestOutput:
         """Notes what arrived; returns it as the caller shall see it: cached tokens are told once."""
         for token in output.tokens:
             self.token_ids.append(token.token_id)
+        if self._num_moves:
+            output = msgspec.structs.replace(output, request_id=self.request.request_id)
         if self.emitted and output.num_cached_tokens:
             output = msgspec.structs.replace(output, num_cached_tokens=0)
         self.emitted = True
@@ -57,12 +80,19 @@ class RoutedStream:
         """It was on a replica that was lost."""
         self.num_losses = 0
         """Replicas that were lost under it since its last output."""
+        self.refused_by: frozenset[ReplicaId] = frozenset()
+        """Replicas that had no room for it though they had given a credit."""
         self.timer: asyncio.TimerHandle | None = None
         """Set while it waits in the router."""
         self._on_abort = on_abort
         self._buffer: list[RequestOutput] = []
         self._waiter: asyncio.Future[None] | None = None
         self._error: LoraplexError | None = None
+
+    @property
+    def pending(self) -> list[Generation]:
+        """Those that run nowhere."""
+        return [generation for generation in self.generations.values() if generation.replica_id is None]
 
     async def next_outputs(self) -> tuple[RequestOutput, ...]:
         """As the protocol says; besides ReplicaLost also Overloaded and Unavailable, when it waited in vain."""
@@ -89,7 +119,7 @@ class RoutedStream:
         self._buffer.append(generation.take(output))
         self.num_losses = 0
         if output.finish_reason is not None:
-            del self.generations[output.request_id]
+            del self.generations[generation.request.request_id]
 
     def fail(self, error: LoraplexError) -> None:
         """The generations can go on nowhere."""
