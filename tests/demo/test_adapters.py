@@ -147,6 +147,7 @@ def answers(model: Any, tokenizer: Any, prompts: tuple[str, ...]) -> list[str]:
     return texts
 
 
+@pytest.mark.timeout(1800)
 @pytest.mark.slow
 def test_each_adapter_shows_its_effect_on_held_out_prompts(demo_base: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(demo_base)

@@ -7,6 +7,7 @@ from loraplex.demo.base import prepare_demo_base
 from loraplex.demo.parity import run_parity
 
 
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize(("num_prompts", "max_tokens"), [(2, 24), pytest.param(20, 64, marks=pytest.mark.slow)])
 def test_tokens_and_logits_equal_the_reference(
     tmp_path_factory: pytest.TempPathFactory, num_prompts: int, max_tokens: int
