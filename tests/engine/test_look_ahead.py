@@ -37,7 +37,7 @@ class World:
     def plan(self) -> StepPlan | None:
         instructions = self.engine.schedule(0.0)
         for load in instructions.loads:
-            self.executor.load_adapter(load.digest, load.pages, after_step=load.after_step)
+            self.executor.load_adapter(load.digest, load.pages)
         if instructions.plan is not None:
             self.executor.submit(instructions.plan)
         self.engine.validate()

@@ -62,7 +62,7 @@ class World:
         for digest in instructions.unstages:
             self.executor.unstage_adapter(digest)
         for load in instructions.loads:
-            self.executor.load_adapter(load.digest, load.pages, after_step=load.after_step)
+            self.executor.load_adapter(load.digest, load.pages)
         self.loads.append(tuple(load.digest for load in instructions.loads))
         self.drops.extend(instructions.drops)
         self.engine.validate()

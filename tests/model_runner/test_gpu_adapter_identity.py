@@ -17,6 +17,7 @@ import pytest
 import torch
 from loraplex.core.adapter import AdapterBlock, AdapterManifest, AdapterRef
 from loraplex.core.clock import SystemClock
+from loraplex.core.errors import Conflict
 from loraplex.core.ids import BaseModelId, Digest, RequestId, TenantName
 from loraplex.core.model import ModelSpec
 from loraplex.core.request import EngineRequest, FinishReason, Priority, SamplingParams
@@ -386,9 +387,9 @@ class Steps:
         self.known.append(self.executor.collect().tokens[0].token_id)
         return self.known[-1]
 
-    def load(self, first_page: int, *, after_step: int = 0) -> None:
+    def load(self, first_page: int) -> None:
         pages = tuple(range(first_page, first_page + self.num_pages))
-        self.executor.load_adapter(self.adapter.manifest.digest, pages, after_step=after_step)
+        self.executor.load_adapter(self.adapter.manifest.digest, pages)
 
 
 def _hold_up(stream: torch.cuda.Stream | None) -> None:
@@ -398,27 +399,57 @@ def _hold_up(stream: torch.cuda.Stream | None) -> None:
         torch.cuda._sleep(200_000_000)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
-@pytest.mark.parametrize("graphs", [True, False])
-def test_a_copy_does_not_overtake_the_step_that_reads_its_pages(graphs: bool, tmp_path: Path) -> None:
-    adapter = make_adapters(TINY, tmp_path)[0]
+@pytest.mark.parametrize("call", ["submit", "collect"])
+def test_after_a_failed_step_the_device_writes_no_more(
+    call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pages of void steps may go to an adapter at once, whose copy waits for nothing."""
 
-    def logits(after_step: int | None) -> torch.Tensor:
-        steps = Steps(adapter, graphs=graphs)
-        steps.submit(first=0, adapter=None)
-        steps.collect()
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("a passing failure")
+
+    steps = Steps(make_adapters(TINY, tmp_path)[0], graphs=False)
+    steps.submit(first=0, adapter=None)
+    steps.collect()
+    if CUDA:
         _hold_up(torch.cuda.current_stream())
-        steps.submit(first=40, adapter=None)
-        if after_step is not None:
-            steps.load(0, after_step=after_step)
+    steps.submit(first=40, adapter=None)
+    if call == "submit":
+        with monkeypatch.context() as broken:
+            broken.setattr(steps.sampler, "draw", fail)
+            with pytest.raises(RuntimeError, match="passing"):
+                steps.submit(first=40, adapter=None)
+        assert not CUDA or torch.cuda.current_stream().query()
         steps.collect()
-        torch.cuda.synchronize()
-        return steps.sampler.logits.cpu()
+    else:
+        steps.submit(first=40, adapter=None)
+        monkeypatch.setattr(steps.executor._in_flight[0].drawn, "result", fail)
+        with pytest.raises(RuntimeError, match="passing"):
+            steps.executor.collect()
+        assert not CUDA or torch.cuda.current_stream().query()
+        with pytest.raises(Conflict, match="in flight"):
+            steps.executor.collect()
+    steps.submit(first=40, adapter=None)
+    steps.collect()
 
-    undisturbed = logits(None)
-    assert torch.equal(logits(2), undisturbed)
-    assert not torch.equal(logits(0), undisturbed), "the copy came too late to show anything"
+
+def test_an_adapter_whose_copy_fails_leaves_no_records_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any) -> None:
+        raise RuntimeError("the copy failed")
+
+    adapter = make_adapters(TINY, tmp_path)[0]
+    steps = Steps(adapter, graphs=False)
+    adapters = steps.executor._adapters
+    with monkeypatch.context() as broken:
+        broken.setattr(adapters, "_copy", fail)
+        with pytest.raises(RuntimeError, match="copy failed"):
+            steps.load(10)
+    assert adapters._free.all()
+    with pytest.raises(Conflict, match="not loaded"):
+        adapters.get(adapter.manifest.digest)
+    steps.load(10)
+    steps.submit(first=0, adapter=adapter.manifest.digest)
+    assert steps.collect() // (2 * DIRECTIONS) == adapter.identity
 
 
 @pytest.mark.gpu

@@ -231,12 +231,12 @@ def test_an_adapter_that_could_not_be_loaded_is_staged_again_for_the_next_reques
 
         failed = False
 
-        def load_adapter(self, digest: Digest, pages: tuple[int, ...], *, after_step: int = 0) -> None:
+        def load_adapter(self, digest: Digest, pages: tuple[int, ...]) -> None:
             if not self.failed:
                 self.failed = True
                 world.loop.submit(1, (make("second", adapter=A),))
                 raise RuntimeError("the copy failed")
-            super().load_adapter(digest, pages, after_step=after_step)
+            super().load_adapter(digest, pages)
 
     world = Harness(FailsOnce())
     world.loop.open_session(1)

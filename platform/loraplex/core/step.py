@@ -121,9 +121,9 @@ class Executor(Protocol):
     def unstage_adapter(self, digest: Digest) -> None:
         """Drop from the host tier. Any thread."""
 
-    def load_adapter(self, digest: Digest, pages: tuple[int, ...], *, after_step: int = 0) -> None:
-        """Copy a staged adapter into ``pages`` (length ``adapter_pages``). May overlap steps: ordered before the next
-        step that names the digest, and after step ``after_step``, the last that may use what ``pages`` held before."""
+    def load_adapter(self, digest: Digest, pages: tuple[int, ...]) -> None:
+        """Copy a staged adapter into ``pages`` (length ``adapter_pages``), which no step in flight uses. May overlap
+        steps: ordered before the next step that names the digest."""
 
     def drop_adapter(self, digest: Digest) -> None:
         """Forget the adapter's addresses; its pages are the engine's again. No step in flight names the digest."""

@@ -10,8 +10,7 @@ from loraplex.core.step import StepPlan
 class AdapterLoad:
     digest: Digest
     pages: tuple[int, ...]
-    after_step: int
-    """The last step that may use what ``pages`` held before; 0 when none did."""
+    """No step in flight uses what they held before."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

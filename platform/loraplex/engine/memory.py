@@ -5,7 +5,7 @@ nothing of queues or budgets; called by ``scheduler``.
 """
 
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 from loraplex.core.ids import Digest
 from loraplex.core.model import ModelSpec
@@ -28,7 +28,7 @@ class Memory:
             self.pool, page_size=arena.page_size, base_model_id=model.base_model_id, enabled=config.prefix_cache
         )
         self.last_done_step = 0
-        """Id of the last step that ended; what is free or idle was used by none after it."""
+        """Id of the last step that ended."""
         self.num_adapter_hits = 0
         """Admissions that found their adapter resident."""
         self._stamp = 0
@@ -120,6 +120,11 @@ class Memory:
         if sequence.adapter is not None:
             self.adapters.touch(sequence.adapter, stamp=self._stamp)
 
+    def touch_adapters(self, digests: Iterable[Digest]) -> None:
+        """Those that are idle count as used now. Changes state."""
+        for digest in digests:
+            self.adapters.touch(digest, stamp=self._stamp)
+
     def grow(self, sequence: Sequence) -> bool:
         """One more page for a running sequence; False when there is none to be had. Changes state."""
         if self.num_available < 1:
@@ -168,10 +173,7 @@ class Memory:
         Pages are given back when no step in flight uses them, so a load waits for no step in flight.
         """
         drops = tuple(self._drops)
-        loads = tuple(
-            AdapterLoad(digest=digest, pages=pages, after_step=self.last_done_step)
-            for digest, pages in self._loads.items()
-        )
+        loads = tuple(AdapterLoad(digest=digest, pages=pages) for digest, pages in self._loads.items())
         self._drops.clear()
         self._loads.clear()
         return drops, loads

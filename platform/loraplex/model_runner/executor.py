@@ -44,11 +44,8 @@ class TorchExecutor(ExecutorBase):
     def max_in_flight(self) -> int:
         return 1
 
-    def load_adapter(self, digest: Digest, pages: tuple[int, ...], *, after_step: int = 0) -> None:
-        """Copies a staged adapter into ``pages``. Conflict when it is not staged, or loaded already.
-
-        All steps are done, so ``after_step`` changes nothing.
-        """
+    def load_adapter(self, digest: Digest, pages: tuple[int, ...]) -> None:
+        """Copies a staged adapter into ``pages``. Conflict when it is not staged, or loaded already."""
         with self._host.lend(digest) as staged:
             self._resident.load(digest, staged, pages)
 

@@ -14,6 +14,7 @@ from loraplex.core.step import ArenaSpec, RowStart, StepPlan, StepResult
 from loraplex.model_runner.arena import Arena
 from loraplex.model_runner.drawn import Drawn
 from loraplex.model_runner.host_adapters import HostAdapters
+from loraplex.model_runner.shard import Shard
 
 
 class TokenSampler(Protocol):
@@ -32,20 +33,20 @@ class ExecutorBase(ABC):
     """A ``core.step.Executor`` but for what touches the device."""
 
     def __init__(
-        self, model: ModelSpec, arena: Arena, sampler: TokenSampler, *, max_rows: int, max_step_tokens: int
+        self, shard: Shard, arena: Arena, sampler: TokenSampler, *, max_rows: int, max_step_tokens: int
     ) -> None:
-        self._model = model
+        self._shard = shard
         self._arena = arena
         self._sampler = sampler
         self._max_rows = max_rows
         self._max_step_tokens = max_step_tokens
         self._host = HostAdapters(
-            model, page_bytes=arena.spec.page_bytes, dtype=arena.dtype, pin=arena.pages.device.type == "cuda"
+            shard, page_bytes=arena.spec.page_bytes, dtype=arena.dtype, pin=arena.pages.device.type == "cuda"
         )
 
     @property
     def model(self) -> ModelSpec:
-        return self._model
+        return self._shard.model
 
     @property
     def arena(self) -> ArenaSpec:
@@ -56,7 +57,7 @@ class ExecutorBase(ABC):
     def max_in_flight(self) -> int: ...
 
     @abstractmethod
-    def load_adapter(self, digest: Digest, pages: tuple[int, ...], *, after_step: int = 0) -> None: ...
+    def load_adapter(self, digest: Digest, pages: tuple[int, ...]) -> None: ...
 
     @abstractmethod
     def drop_adapter(self, digest: Digest) -> None: ...

@@ -77,7 +77,7 @@ class StepDriver:
         failures: dict[Digest, LoraplexError] = {}
         for load in instructions.loads:
             try:
-                self._executor.load_adapter(load.digest, load.pages, after_step=load.after_step)
+                self._executor.load_adapter(load.digest, load.pages)
             except Exception as error:
                 _log.exception("loading adapter %s failed", load.digest)
                 failures[load.digest] = request_failure(error, LOAD_FAILED)

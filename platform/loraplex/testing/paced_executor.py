@@ -101,9 +101,8 @@ class PacedExecutor:
     def unstage_adapter(self, digest: Digest) -> None:
         self._staged.pop(digest, None)
 
-    def load_adapter(self, digest: Digest, pages: tuple[int, ...], *, after_step: int = 0) -> None:
-        """Takes its turn on the host link; ``after_step`` changes nothing where no bytes are moved. Conflict when it is
-        not staged."""
+    def load_adapter(self, digest: Digest, pages: tuple[int, ...]) -> None:
+        """Takes its turn on the host link; no bytes are moved. Conflict when it is not staged."""
         manifest = self._staged.get(digest)
         if manifest is None:
             raise Conflict(f"adapter {digest} is not staged")

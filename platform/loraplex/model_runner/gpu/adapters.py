@@ -1,11 +1,12 @@
 """The device tier of adapters for the Triton kernels: copies of staged blobs in arena pages, and a table of records.
 
-Owns digest -> records and the stream that copies. Pages come from the engine; bytes from ``host_adapters``. A copy
-waits only for the step that may still read its pages; a step waits, layer by layer where it runs eagerly, only for the
-copies that it names. Called by the executor, between steps.
+Owns digest -> records and the stream that copies. Pages come from the engine, which gives none that a step in flight
+uses, so a copy waits for nothing; bytes come from ``host_adapters``. A step waits, layer by layer where it runs
+eagerly, only for the copies that it names. Called by the executor, between steps.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -70,17 +71,26 @@ class GpuAdapters:
         if device.type == "cuda":
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
-    def load(
-        self, digest: Digest, staged: StagedAdapter, pages: Sequence[int], *, after: torch.cuda.Event | None
-    ) -> None:
-        """Copies the blob into ``pages`` once ``after`` has passed. Conflict when already loaded or when the number of
-        pages is wrong, Overloaded when no record is free."""
+    def load(self, digest: Digest, staged: StagedAdapter, pages: Sequence[int]) -> None:
+        """Starts the copy of the blob into ``pages``. Conflict when already loaded or when the number of pages is
+        wrong, Overloaded when no record is free. After an exception nothing is written to ``pages`` any more."""
         if digest in self._resident:
             raise Conflict(f"adapter {digest} is already loaded")
         if len(pages) != staged.layout.num_pages:
             raise Conflict(f"adapter {digest} takes {staged.layout.num_pages} pages, {len(pages)} were given")
         plan = self._plan(staged.layout)
         record = self._take_records(plan.num_planes)
+        try:
+            self._resident[digest] = self._start_copy(staged, pages, plan, record)
+        except BaseException:
+            # An error of the device is on its way to the caller, and nothing runs after it.
+            with suppress(RuntimeError):
+                if self._stream is not None:
+                    self._stream.synchronize()
+            self._free[record : record + plan.num_planes] = True
+            raise
+
+    def _start_copy(self, staged: StagedAdapter, pages: Sequence[int], plan: RecordPlan, record: int) -> _Resident:
         entries = torch.from_numpy(
             plan.entries(
                 tuple(pages),
@@ -95,8 +105,6 @@ class GpuAdapters:
         if self._stream is None:
             self._copy(staged.blob, pages, 0, len(pages))
         else:
-            if after is not None:
-                self._stream.wait_event(after)
             with torch.cuda.stream(self._stream):
                 for first, last, first_layer in _segments(staged.layout, self._model.num_layers):
                     self._copy(staged.blob, pages, first, last)
@@ -104,7 +112,7 @@ class GpuAdapters:
                     event.record(self._stream)
                     resident.arrivals.append(Arrival(first_layer, event))
             staged.run.copied_when(resident.arrivals[-1].event)
-        self._resident[digest] = resident
+        return resident
 
     def drop(self, digest: Digest) -> None:
         """Idempotent; no step in flight names it. What is queued from now on may overwrite the pages: it waits for a

@@ -8,6 +8,7 @@ from any.
 
 import time
 from collections import deque
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -26,6 +27,7 @@ from loraplex.model_runner.gpu.adapters import GpuAdapters
 from loraplex.model_runner.gpu.decoder import GpuDecoder
 from loraplex.model_runner.gpu.graphs import GraphCache
 from loraplex.model_runner.gpu.inputs import StepInputs
+from loraplex.model_runner.shard import Shard
 from loraplex.model_runner.weights import DecoderWeights
 
 _MAX_IN_FLIGHT = 2
@@ -41,6 +43,7 @@ class _InFlight:
     step_id: int
     drawn: Drawn | None
     done: torch.cuda.Event | None
+    """Behind a step that draws nothing."""
     submitted_s: float
 
 
@@ -57,7 +60,7 @@ class GpuExecutor(ExecutorBase):
         cuda_graphs: bool = True,
         batch_invariant: bool = False,
     ) -> None:
-        super().__init__(model, arena, sampler, max_rows=max_rows, max_step_tokens=max_step_tokens)
+        super().__init__(Shard.whole(model), arena, sampler, max_rows=max_rows, max_step_tokens=max_step_tokens)
         device = arena.pages.device
         # No adapter is smaller than a page.
         self._adapters = GpuAdapters(model, arena, num_records=arena.spec.num_pages)
@@ -92,11 +95,10 @@ class GpuExecutor(ExecutorBase):
     def max_in_flight(self) -> int:
         return _MAX_IN_FLIGHT
 
-    def load_adapter(self, digest: Digest, pages: tuple[int, ...], *, after_step: int = 0) -> None:
+    def load_adapter(self, digest: Digest, pages: tuple[int, ...]) -> None:
         """Starts the copy of a staged adapter into ``pages``. Conflict when it is not staged, or loaded already."""
-        after = next((step.done for step in reversed(self._in_flight) if step.step_id <= after_step), None)
         with self._host.lend(digest) as staged:
-            self._adapters.load(digest, staged, pages, after=after)
+            self._adapters.load(digest, staged, pages)
 
     def drop_adapter(self, digest: Digest) -> None:
         self._adapters.drop(digest)
@@ -108,16 +110,20 @@ class GpuExecutor(ExecutorBase):
             raise Conflict(f"{_MAX_IN_FLIGHT} steps are in flight already")
         self._check_size(plan)
         submitted_s = time.perf_counter()
-        for slot in plan.releases:
-            self._sampler.release(slot)
-        for start in plan.starts:
-            self._sampler.start(start)
-            self._inputs.page_tables.start(start.slot)
-        drawn = self._run_rows(plan.rows) if plan.rows else None
         done: torch.cuda.Event | None = None
-        if self._arena.pages.is_cuda:
-            done = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            done.record()
+        try:
+            for slot in plan.releases:
+                self._sampler.release(slot)
+            for start in plan.starts:
+                self._sampler.start(start)
+                self._inputs.page_tables.start(start.slot)
+            drawn = self._run_rows(plan.rows) if plan.rows else None
+            if drawn is None and self._arena.pages.is_cuda:
+                done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+                done.record()
+        except BaseException:
+            self._settle()
+            raise
         self._in_flight.append(_InFlight(step_id=plan.step_id, drawn=drawn, done=done, submitted_s=submitted_s))
 
     def collect(self) -> StepResult:
@@ -133,6 +139,7 @@ class GpuExecutor(ExecutorBase):
                 step.done.synchronize()
         except BaseException:
             self._in_flight.clear()
+            self._settle()
             raise
         # A step that was submitted while its predecessor ran began when that ended.
         began_s, self._collected_s = max(step.submitted_s, self._collected_s), time.perf_counter()
@@ -164,6 +171,14 @@ class GpuExecutor(ExecutorBase):
         for name in ("_graphs", "_decoder", "_inputs", "_adapters", "_arena"):
             if hasattr(self, name):
                 delattr(self, name)
+
+    def _settle(self) -> None:
+        """Waits until the device has nothing to do: what is void must not write to pages that change hands."""
+        device = self._arena.pages.device
+        if device.type == "cuda":
+            # An error of the device is on its way to the caller, and nothing runs after it.
+            with suppress(RuntimeError):
+                torch.cuda.synchronize(device)
 
     def _run_rows(self, rows: tuple[Row, ...]) -> Drawn | None:
         self._inputs.page_tables.update(rows)
