@@ -152,7 +152,7 @@ class AdapterResidency:
 
     def load(self, digest: Digest, pages: tuple[int, ...], *, stamp: int, ahead: bool) -> None:
         """It becomes resident in ``pages`` (taken from the pool by the caller) and idle. ``ahead``: before the turn of
-        whoever waits for it. Changes state."""
+        whoever waits for it, or before anybody does. Changes state."""
         entry = self._entries[digest]
         assert entry.state is AdapterState.HOST, f"adapter {digest} loaded from {entry.state}"
         assert len(pages) == entry.num_pages, "an adapter got the wrong number of pages"
@@ -161,9 +161,10 @@ class AdapterResidency:
         self._num_idle_pages += entry.num_pages
         self._num_resident_pages += entry.num_pages
         self.version += 1
-        entry.loaded_ahead = ahead
-        if ahead:
+        entry.loaded_ahead = ahead and entry.num_waiters > 0
+        if entry.loaded_ahead:
             self._num_ahead_pages += entry.num_pages
+        if ahead:
             self.num_prefetches += 1
         else:
             self.num_loads += 1

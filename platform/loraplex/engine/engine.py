@@ -5,6 +5,7 @@ no clock. Called by ``replica.driver`` and the simulator.
 """
 
 from collections import Counter, deque
+from collections.abc import Collection
 
 from loraplex.core.errors import BadConfig, Conflict, ContextTooLong, InvalidInput, LoraplexError
 from loraplex.core.ids import Digest, RequestId, TenantName
@@ -133,6 +134,15 @@ class Engine:
         outputs = self._fail_waiting(digest, error)
         self._memory.adapters.failed(digest)
         return outputs
+
+    def is_staged(self, digest: Digest) -> bool:
+        """It lies in host memory, resident or not."""
+        return self._memory.adapters.is_ready(digest)
+
+    def warm(self, digest: Digest, wanted: Collection[Digest]) -> bool:
+        """Makes a staged adapter resident before anybody asks for it; False when there is no room for it beside what
+        runs and the others of ``wanted``. All of ``wanted`` count as used now. Changes state."""
+        return self._scheduler.warm(digest, wanted)
 
     def schedule(self, now_s: float) -> Instructions:
         """What to do next, also while steps are in flight; with no plan the oldest of them is to be answered first.

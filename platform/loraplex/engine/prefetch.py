@@ -1,11 +1,13 @@
-"""Which adapters of waiting requests are loaded before their turn, so that admission finds them resident.
+"""Which adapters are loaded before their turn, so that admission finds them resident: those of waiting requests, and
+those that the plan puts here.
 
 Takes pages that are free, idle, or cached for nobody near; never preempts, and never takes what a request nearer to its
 turn needs. Called by ``scheduler``.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
+from loraplex.core.ids import Digest
 from loraplex.engine.memory import Memory
 from loraplex.engine.sequence import Sequence
 
@@ -41,3 +43,23 @@ def prefetch_adapters(memory: Memory, waiting: Iterable[Sequence], *, reserve: i
             memory.pool.num_references(page) > 0 for page in shared
         )
         memory.touch(sequence, shared)
+
+
+def warm_adapter(memory: Memory, digest: Digest, *, wanted: Collection[Digest], reserve: int) -> bool:
+    """Makes a staged adapter resident that the plan puts here; False when there is no room for it beside what runs and
+    the others of ``wanted``, all of which count as used now. Changes ``memory``.
+
+    ``reserve``: pages that stay available.
+    """
+    adapters = memory.adapters
+    memory.touch_adapters(wanted)
+    num_pages = adapters.num_pages_to_load(digest)
+    if num_pages == 0:
+        return True
+    kept = sum(map(adapters.idle_pages_of, wanted))
+    if num_pages + reserve > memory.num_available - kept:
+        return False
+    if adapters.num_resident_pages - adapters.num_idle_pages + kept + num_pages > memory.max_adapter_pages:
+        return False
+    memory.load_adapter(digest, ahead=True)
+    return True

@@ -25,7 +25,7 @@ from loraplex.core.ids import Digest, TenantName
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.fairness import TenantCounters
 from loraplex.engine.memory import Memory
-from loraplex.engine.prefetch import prefetch_adapters
+from loraplex.engine.prefetch import prefetch_adapters, warm_adapter
 from loraplex.engine.quarantine import Quarantine
 from loraplex.engine.queue import WaitingQueue
 from loraplex.engine.sequence import Sequence
@@ -259,6 +259,10 @@ class Scheduler:
             reserve=self._reserve(len(self.running)),
             max_ahead_pages=self._config.max_ahead_pages,
         )
+
+    def warm(self, digest: Digest, wanted: Collection[Digest]) -> bool:
+        """Makes a staged adapter resident, as ``prefetch.warm_adapter`` says. Changes state."""
+        return warm_adapter(self._memory, digest, wanted=wanted, reserve=self._reserve(len(self.running)))
 
     def _is_ready(self, sequence: Sequence) -> bool:
         return sequence.adapter is None or self._memory.adapters.is_ready(sequence.adapter)

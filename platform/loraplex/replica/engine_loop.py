@@ -8,6 +8,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -23,6 +24,7 @@ from loraplex.replica.driver import StepDriver
 from loraplex.replica.failures import request_failure
 from loraplex.replica.frames import merge_outputs
 from loraplex.replica.staging import AdapterStager, ArtifactSource
+from loraplex.replica.warming import Warming
 
 _log = logging.getLogger(__name__)
 
@@ -74,6 +76,7 @@ class EngineLoop:
         self._session_of: dict[RequestId, int] = {}
         self._inbox: deque[Callable[[], None]] = deque()
         self._wake = threading.Event()
+        self._warming = Warming(())
         self._serial = 0
         self._draining = False
         self._stopping = False
@@ -138,6 +141,15 @@ class EngineLoop:
         """Unknown ids, and those of other sessions, are ignored."""
         self._post(partial(self._on_abort, session, request_ids))
 
+    def warm(self, digests: tuple[Digest, ...]) -> "Future[None]":
+        """Makes these adapters resident, begun in this order, as far as there is room; done when each of them is, has
+        failed, or finds no room. Takes the place of an earlier call, which is done then."""
+        warming = Warming(digests)
+        self._post(partial(self._on_warm, warming))
+        if not self.alive:
+            warming.end()
+        return warming.done
+
     def _post(self, event: Callable[[], None]) -> None:
         self._inbox.append(event)
         self._wake.set()
@@ -153,6 +165,7 @@ class EngineLoop:
             if self._on_end is not None:
                 self._on_end()
             self._stager.close()
+            self._warming.end()
             self._executor.close()
 
     def _loop(self) -> None:
@@ -260,11 +273,22 @@ class EngineLoop:
             if self._session_of.get(request_id) == session_id:
                 self._collect(self._engine.abort(request_id))
 
+    def _on_warm(self, warming: Warming) -> None:
+        self._warming.end()
+        self._warming = warming
+        for digest in warming.digests:
+            if self._engine.is_staged(digest):
+                warming.staged(digest, self._engine)
+            else:
+                self._stager.request(digest)
+
     def _on_staged(self, digest: Digest, num_pages: int) -> None:
         self._collect(self._engine.adapter_staged(digest, num_pages, self._clock.monotonic_s()))
+        self._warming.staged(digest, self._engine)
 
     def _on_stage_failed(self, digest: Digest, error: LoraplexError) -> None:
         self._collect(self._engine.adapter_failed(digest, error))
+        self._warming.failed(digest)
 
     def _on_drain(self) -> None:
         self._draining = True
