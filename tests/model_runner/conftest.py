@@ -18,6 +18,7 @@ from loraplex.model_runner.arena import Arena
 from loraplex.model_runner.build import load_model_spec, load_weights
 from loraplex.model_runner.drawn import Drawn
 from loraplex.model_runner.executor import TorchExecutor
+from loraplex.model_runner.shard import Shard
 from loraplex.model_runner.weights import DecoderWeights
 from loraplex.testing.steps import run_step
 
@@ -115,7 +116,8 @@ class Driver:
     ) -> None:
         """``kernels``: the Triton kernels instead of plain torch; on the CPU under the interpreter."""
         spec = load_model_spec(str(directory), BASE)
-        weights = load_weights(str(directory), spec, dtype=dtype, device=device)
+        shard = Shard.whole(spec)
+        weights = load_weights(str(directory), shard, dtype=dtype, device=device)
         self.arena = Arena(spec, num_pages=num_pages, page_size=page_size, dtype=dtype, device=device)
         self.sampler = ArgmaxSampler()
         make: Any = TorchExecutor
@@ -125,7 +127,12 @@ class Driver:
             make = partial(GpuExecutor, cuda_graphs=cuda_graphs, batch_invariant=batch_invariant)
             weights = _unpacked(weights)
         self.executor = make(
-            spec, weights, self.arena, self.sampler, max_rows=max_rows, max_step_tokens=max_step_tokens
+            spec if kernels else shard,
+            weights,
+            self.arena,
+            self.sampler,
+            max_rows=max_rows,
+            max_step_tokens=max_step_tokens,
         )
         self._free = torch.randperm(num_pages).tolist()
         self._slots = 0

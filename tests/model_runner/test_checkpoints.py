@@ -15,6 +15,7 @@ from loraplex.core.ids import BaseModelId
 from loraplex.core.model import RopeScaling
 from loraplex.model_runner import ExecutorConfig, build_executor, load_model_spec
 from loraplex.model_runner.build import load_weights
+from loraplex.model_runner.shard import Shard
 from loraplex.model_runner.weights import tensor_shapes
 from loraplex_kernels import linear
 from safetensors.torch import load_file, save_file
@@ -41,7 +42,7 @@ def edit_config(directory: Path, **changes: Any) -> None:
 
 def load(directory: Path) -> None:
     spec = load_model_spec(str(directory), BASE)
-    load_weights(str(directory), spec, dtype=torch.float32, device=CPU)
+    load_weights(str(directory), Shard.whole(spec), dtype=torch.float32, device=CPU)
 
 
 def test_spec_of_a_directory(directory: Path) -> None:
@@ -167,10 +168,12 @@ def test_tensors_that_do_not_fit_are_named(directory: Path) -> None:
 
 def test_random_models_repeat() -> None:
     spec = load_model_spec("random:tiny-mistral", BASE)
-    first, second = (load_weights("random:tiny-mistral", spec, dtype=torch.float32, device=CPU) for _ in range(2))
+    first, second = (
+        load_weights("random:tiny-mistral", Shard.whole(spec), dtype=torch.float32, device=CPU) for _ in range(2)
+    )
     assert torch.equal(first.embedding, second.embedding)
     assert torch.equal(linear(torch.eye(128), first.layers[1].down), linear(torch.eye(128), second.layers[1].down))
-    other = load_weights("random:tiny-llama", spec, dtype=torch.float32, device=CPU)
+    other = load_weights("random:tiny-llama", Shard.whole(spec), dtype=torch.float32, device=CPU)
     assert not torch.equal(first.embedding, other.embedding)
 
 

@@ -29,6 +29,7 @@ from loraplex.model_runner.executor import TorchExecutor
 from loraplex.model_runner.executor_base import ExecutorBase
 from loraplex.model_runner.random_models import random_spec, random_tensors
 from loraplex.model_runner.sampler import Sampler
+from loraplex.model_runner.shard import Shard
 from loraplex.model_runner.weights import DecoderWeights, assemble_weights
 from loraplex.replica.driver import StepDriver
 from safetensors.torch import save_file
@@ -80,7 +81,7 @@ class Shape:
                     tensor[:, 0] += 60.0
                 yield name, tensor.to(device)
 
-        return assemble_weights(spec, tensors(), dtype=self.dtype, device=device, source="identity")
+        return assemble_weights(Shard.whole(spec), tensors(), dtype=self.dtype, device=device, source="identity")
 
 
 TINY = Shape(
@@ -128,7 +129,9 @@ def build(shape: Shape, *, num_pages: int, kernels: bool, max_rows: int, graphs:
     arena = Arena(spec, num_pages=num_pages, page_size=16, dtype=shape.dtype, device=device)
     sampler = Sampler(spec, device)
     if not kernels:
-        return TorchExecutor(spec, shape.weights(device), arena, sampler, max_rows=max_rows, max_step_tokens=64)
+        return TorchExecutor(
+            Shard.whole(spec), shape.weights(device), arena, sampler, max_rows=max_rows, max_step_tokens=64
+        )
     executor = GpuExecutor(
         spec, shape.weights(device), arena, sampler, max_rows=max_rows, max_step_tokens=256, cuda_graphs=graphs
     )

@@ -16,6 +16,7 @@ from loraplex.core.ids import BaseModelId, Digest
 from loraplex.model_runner.host_adapters import HostAdapters
 from loraplex.model_runner.host_pool import HostPool, HostRun
 from loraplex.model_runner.random_models import random_spec
+from loraplex.model_runner.shard import Shard
 
 PAGE_BYTES = 4096
 SPEC = random_spec("tiny-llama", BaseModelId("base"))
@@ -184,7 +185,7 @@ def test_a_blob_does_not_depend_on_what_its_pages_held(
     page_bytes = 16 * SPEC.kv_elements_per_token * dtype.itemsize
     blobs = []
     for rubbish in (0, 255):
-        host = HostAdapters(SPEC, page_bytes=page_bytes, dtype=dtype, pin=False)
+        host = HostAdapters(Shard.whole(SPEC), page_bytes=page_bytes, dtype=dtype, pin=False)
         num_pages = host.layout(manifest).num_pages
         run = host._pool.take(num_pages)
         run.pages.fill_(rubbish)
@@ -205,7 +206,7 @@ def test_a_bad_file_leaves_no_pages_behind_and_a_lent_blob_outlives_its_adapter(
     path = tmp_path / "adapter.safetensors"
     good, bad = _manifest("good", 8, 1.0), _manifest("bad", 16, 1.0)
     write_random_adapter(good, SPEC, path, torch.float32)
-    host = HostAdapters(SPEC, page_bytes=PAGE_BYTES, dtype=torch.float32, pin=False)
+    host = HostAdapters(Shard.whole(SPEC), page_bytes=PAGE_BYTES, dtype=torch.float32, pin=False)
     with pytest.raises(BadAdapter):
         host.stage(bad, str(path))
     host._pool.validate()

@@ -6,6 +6,7 @@ from loraplex.core.ids import BaseModelId, Digest
 from loraplex.model_runner.adapter_layout import SITES
 from loraplex.model_runner.host_adapters import HostAdapters
 from loraplex.model_runner.random_models import random_spec
+from loraplex.model_runner.shard import Shard
 
 SPEC = random_spec("tiny-llama", BaseModelId("base"))
 PAGE_BYTES = 16 * SPEC.kv_elements_per_token * 4
@@ -26,7 +27,7 @@ def _blob(host: HostAdapters, name: str) -> torch.Tensor:
 
 
 def test_seeds_decide_the_bytes() -> None:
-    host = HostAdapters(SPEC, page_bytes=PAGE_BYTES, dtype=torch.float32, pin=False)
+    host = HostAdapters(Shard.whole(SPEC), page_bytes=PAGE_BYTES, dtype=torch.float32, pin=False)
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         host.stage_random(_manifest(name, 16), seed)
     a, b, c = (_blob(host, name) for name in "abc")
@@ -40,7 +41,7 @@ def test_seeds_decide_the_bytes() -> None:
 
 def test_padding_adds_nothing() -> None:
     """Rank 5 is stored as 8: the last three ranks of every B are zero and the others are not."""
-    host = HostAdapters(SPEC, page_bytes=PAGE_BYTES, dtype=torch.float32, pin=False)
+    host = HostAdapters(Shard.whole(SPEC), page_bytes=PAGE_BYTES, dtype=torch.float32, pin=False)
     host.stage_random(_manifest("a", 5), 0)
     blob, layout = _blob(host, "a"), host.layout(_manifest("a", 5))
     checked = 0

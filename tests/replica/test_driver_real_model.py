@@ -19,6 +19,7 @@ from loraplex.model_runner.arena import Arena
 from loraplex.model_runner.build import load_model_spec, load_weights
 from loraplex.model_runner.executor_base import ExecutorBase
 from loraplex.model_runner.sampler import Sampler
+from loraplex.model_runner.shard import Shard
 from loraplex.replica.driver import StepDriver
 
 BASE = BaseModelId("tiny")
@@ -36,7 +37,7 @@ def kernel_executor(num_pages: int) -> ExecutorBase:
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     spec = load_model_spec(MODEL, BASE)
-    weights = load_weights(MODEL, spec, dtype=torch.float32, device=device)
+    weights = load_weights(MODEL, Shard.whole(spec), dtype=torch.float32, device=device)
     arena = Arena(spec, num_pages=num_pages, page_size=16, dtype=torch.float32, device=device)
     return GpuExecutor(spec, weights, arena, Sampler(spec, device), max_rows=4, max_step_tokens=32)
 

@@ -21,6 +21,7 @@ from loraplex.core.ids import BaseModelId, Digest
 from loraplex.core.model import ModelSpec
 from loraplex.model_runner.build import load_model_spec
 from loraplex.model_runner.host_adapters import HostAdapters
+from loraplex.model_runner.shard import Shard
 
 _PAGE_TOKENS = 16
 
@@ -53,9 +54,8 @@ def measure_staging(
     repeats: int,
 ) -> dict[str, float]:
     """Seconds and MB (1e6) of the file per second."""
-    host = HostAdapters(
-        model, page_bytes=_PAGE_TOKENS * model.kv_elements_per_token * dtype.itemsize, dtype=dtype, pin=pin
-    )
+    page_bytes = _PAGE_TOKENS * model.kv_elements_per_token * dtype.itemsize
+    host = HostAdapters(Shard.whole(model), page_bytes=page_bytes, dtype=dtype, pin=pin)
     host.layout(manifest)
     copies = [
         AdapterManifest(

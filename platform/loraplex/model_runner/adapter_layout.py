@@ -2,7 +2,8 @@
 
 Projections that share an input form a site; their A blocks are stacked so that one product shrinks for all of them,
 each B stands alone, transposed. Ranks are padded to multiples of 8. A matrix larger than a page is cut along the rank,
-so that any free pages serve. Called by both adapter tiers and by ``TorchExecutor.adapter_pages``.
+so that any free pages serve. The same for all ranks, each with its own part of the model and its own size of a page.
+Called by both adapter tiers and by the executors' ``adapter_pages``.
 """
 
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from functools import lru_cache
 from loraplex.core.adapter import AdapterBlock
 from loraplex.core.errors import BadAdapter, BadConfig
 from loraplex.core.model import ModelSpec
+from loraplex.model_runner.shard import Shard
 
 SITES = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
 """Projections of a layer by the input that they share, in the column order of the fused weights."""
@@ -53,6 +55,7 @@ class AdapterPart:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterLayout:
     num_pages: int
+    """1 or more, also where it holds nothing."""
     blocks: tuple[PlacedBlock, ...]
     parts: tuple[AdapterPart, ...]
     """Of each site first A, then each B in the order of its projections; ranks ascend."""
@@ -96,12 +99,26 @@ def plan_adapter_layout(
             shared = (part for part in a_parts if part.rank_start < rank_end and part.rank_end > item.rank_start)
             of_block[item] = (*shared, *b_parts)
     return AdapterLayout(
-        num_pages=packer.num_pages,
+        num_pages=max(packer.num_pages, 1),
         blocks=tuple(placed),
         parts=tuple(parts),
         block_parts=tuple(of_block[item] for item in placed),
         site_ranks=tuple(site_ranks.items()),
     )
+
+
+def plan_shard_layout(
+    blocks: tuple[AdapterBlock, ...], shard: Shard, *, page_bytes: int, itemsize: int
+) -> AdapterLayout:
+    """Where the rank's part of the adapter's matrices lies; ``page_bytes`` are the rank's. Ranks may need fewer pages
+    than others, but all of them one: the engine gives the same pages to all.
+
+    Raises BadAdapter when a block does not fit the model, BadConfig when one rank of it exceeds a page.
+    """
+    for block in blocks:
+        if block.layer >= shard.model.num_layers:
+            raise BadAdapter(f"layer {block.layer} {block.module} of rank {block.lora_rank} does not fit the base")
+    return plan_adapter_layout(shard.blocks(blocks), shard.local, page_bytes=page_bytes, itemsize=itemsize)
 
 
 def _padded(lora_rank: int) -> int:

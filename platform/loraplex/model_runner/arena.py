@@ -19,7 +19,8 @@ _DEFAULT_CPU_BYTES = 1 << 30
 
 class Arena:
     def __init__(self, model: ModelSpec, *, num_pages: int, page_size: int, dtype: torch.dtype, device: torch.device):
-        """Zeroed, so that a slot that a mask hides holds a finite number from the start."""
+        """``model``: the rank's part, as everywhere in this file. Zeroed, so that a slot that a mask hides holds a
+        finite number from the start."""
         layout = KvLayout(
             num_layers=model.num_layers,
             num_kv_heads=model.num_kv_heads,

@@ -18,7 +18,8 @@ from loraplex.model_runner.executor import TorchExecutor
 from loraplex.model_runner.executor_base import ExecutorBase, TokenSampler
 from loraplex.model_runner.random_models import random_spec, random_tensors
 from loraplex.model_runner.sampler import Sampler
-from loraplex.model_runner.weights import DecoderWeights, assemble_weights
+from loraplex.model_runner.shard import Shard
+from loraplex.model_runner.weights import DecoderWeights, assemble_weights, tensors_elsewhere
 
 RANDOM_PREFIX = "random:"
 """Of the names of models with random weights."""
@@ -39,11 +40,11 @@ def load_model_spec(model: str, base_model_id: BaseModelId) -> ModelSpec:
     return read_checkpoint_spec(path, base_model_id)
 
 
-def load_weights(model: str, spec: ModelSpec, *, dtype: torch.dtype, device: torch.device) -> DecoderWeights:
-    """Reads or draws the weights straight into their fused, packed form on ``device``. BadConfig."""
+def load_weights(model: str, shard: Shard, *, dtype: torch.dtype, device: torch.device) -> DecoderWeights:
+    """Reads or draws the rank's weights straight into their fused, packed form on ``device``. BadConfig."""
     with torch.inference_mode():
-        tensors = _tensors(model, spec, dtype=dtype, device=device)
-        return assemble_weights(spec, tensors, dtype=dtype, device=device, source=model)
+        tensors = _tensors(model, shard, dtype=dtype, device=device)
+        return assemble_weights(shard, tensors, dtype=dtype, device=device, source=model)
 
 
 def build_executor(
@@ -62,7 +63,8 @@ def build_executor(
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     spec = load_model_spec(model, base_model_id)
-    weights = load_weights(model, spec, dtype=dtype, device=device)
+    shard = Shard.whole(spec)
+    weights = load_weights(model, shard, dtype=dtype, device=device)
     arena = Arena(
         spec,
         num_pages=plan_num_pages(config, spec, dtype=dtype, device=device),
@@ -74,7 +76,7 @@ def build_executor(
         if config.batch_invariant:
             raise BadConfig("batch_invariant is for CUDA devices", param="batch_invariant")
         return TorchExecutor(
-            spec,
+            shard,
             weights,
             arena,
             sampler(spec, device),
@@ -99,15 +101,16 @@ def build_executor(
 
 
 def _tensors(
-    model: str, spec: ModelSpec, *, dtype: torch.dtype, device: torch.device
+    model: str, shard: Shard, *, dtype: torch.dtype, device: torch.device
 ) -> Iterator[tuple[str, torch.Tensor]]:
     if model.startswith(RANDOM_PREFIX):
-        return random_tensors(model.removeprefix(RANDOM_PREFIX), spec, dtype=dtype, device=device)
+        # Every rank draws all of them, so that each gets the same numbers.
+        return random_tensors(model.removeprefix(RANDOM_PREFIX), shard.model, dtype=dtype, device=device)
     if model.endswith(".gguf"):
         from loraplex.model_runner.gguf_weights import read_gguf_tensors
 
-        return read_gguf_tensors(Path(model), spec)
-    return read_checkpoint_tensors(Path(model))
+        return read_gguf_tensors(Path(model), shard.model)
+    return read_checkpoint_tensors(Path(model), without=tensors_elsewhere(shard))
 
 
 def _device(name: str) -> torch.device:

@@ -4,7 +4,7 @@ Reads files and nothing else; no pickle. Called by ``build``. Which keys mean wh
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +35,17 @@ def read_checkpoint_spec(directory: Path, base_model_id: BaseModelId) -> ModelSp
     return family.read_spec(config, base_model_id, source=str(path))
 
 
-def read_checkpoint_tensors(directory: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, tensor on the CPU) of every shard, one at a time. BadConfig when a file is missing or not safetensors."""
+def read_checkpoint_tensors(
+    directory: Path, *, without: Container[str] = frozenset()
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, tensor on the CPU) of every file, one at a time, but those named in ``without``. BadConfig when a file is
+    missing or not safetensors."""
     for path in _shards(directory):
         try:
             with safe_open(path, framework="pt", device="cpu") as file:
                 for name in file.keys():  # noqa: SIM118  (the handle is no dict)
-                    yield name, file.get_tensor(name)
+                    if name not in without:
+                        yield name, file.get_tensor(name)
         except (OSError, SafetensorError) as error:
             raise BadConfig(f"{path}: not a readable safetensors file: {error}") from error
 

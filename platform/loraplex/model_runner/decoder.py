@@ -1,8 +1,10 @@
-"""The decoder body that all families share: one forward pass over a step's tokens.
+"""The decoder body that all families share: one forward pass of one rank over a step's tokens.
 
 Owns the order of operations; weights, pages and routes are handed in. A LoRA's product is added to the projection's
-output before anything else sees it. Called by the executor under ``torch.inference_mode``.
-Legend: T tokens, D hidden, B sampled rows, V vocabulary, N query heads, G KV heads, H head dim, C = q + k + v columns.
+output before anything else sees it: where the output is a partial sum, before the shards add theirs up, so that LoRA
+asks for no collective of its own. Called by the executor under ``torch.inference_mode``.
+Legend, sizes of the rank's part: T tokens, D hidden, B sampled rows, V vocabulary, N query heads, G KV heads, H head
+dim, C = q + k + v columns.
 """
 
 import torch
@@ -23,18 +25,23 @@ from loraplex.core.model import ModelSpec
 from loraplex.model_runner.adapter_layout import SITES
 from loraplex.model_runner.batch import StepBatch
 from loraplex.model_runner.families import Family
+from loraplex.model_runner.peers import Peers
 from loraplex.model_runner.weights import DecoderWeights
 
 
 def forward(
-    model: ModelSpec, family: Family, weights: DecoderWeights, kv: KvPages, batch: StepBatch
+    model: ModelSpec, family: Family, weights: DecoderWeights, kv: KvPages, batch: StepBatch, peers: Peers
 ) -> torch.Tensor | None:
-    """Runs the step and stores its keys and values. Returns (B, V) fp32 logits, None when no row samples."""
+    """Runs the step and stores its keys and values. ``model``: the rank's part. Returns (B, whole vocabulary) fp32
+    logits; None when no row samples, and before the last stage."""
     num_tokens = batch.token_ids.shape[0]
     qk_size = model.q_size + model.kv_size
     eps = model.rms_norm_eps
     segments = batch.segments
-    residual_TD = functional.embedding(batch.token_ids, weights.embedding)
+    if weights.embedding is None:
+        residual_TD = peers.receive_hidden(num_tokens)
+    else:
+        residual_TD = functional.embedding(batch.token_ids, weights.embedding)
     normed_TD = rms_norm(residual_TD, weights.layers[0].input_norm, eps)
     next_norms = [layer.input_norm for layer in weights.layers[1:]] + [weights.final_norm]
     for index, (layer, next_norm) in enumerate(zip(weights.layers, next_norms, strict=True)):
@@ -48,14 +55,19 @@ def forward(
         attended_TC = paged_attention(qkv_TC, kv, index, batch.attention)
         delta_TD = linear(attended_TC, layer.o)
         lora_add_(delta_TD, attended_TC, segments, site + 1)
+        peers.all_reduce_(delta_TD)
         normed_TD = add_rms_norm_(residual_TD, delta_TD, layer.post_norm, eps)
         gate_up_TJ = linear(normed_TD, layer.gate_up)
         lora_add_(gate_up_TJ, normed_TD, segments, site + 2)
         gated_TI = silu_mul(gate_up_TJ)
         delta_TD = linear(gated_TI, layer.down)
         lora_add_(delta_TD, gated_TI, segments, site + 3)
-        normed_TD = add_rms_norm_(residual_TD, delta_TD, next_norm, eps)
-    if batch.num_sampled == 0:
+        peers.all_reduce_(delta_TD)
+        if next_norm is None:
+            peers.send_hidden(residual_TD.add_(delta_TD))
+        else:
+            normed_TD = add_rms_norm_(residual_TD, delta_TD, next_norm, eps)
+    if batch.num_sampled == 0 or weights.lm_head is None:
         return None
     rows_BD = normed_TD if batch.sampled is None else normed_TD.index_select(0, batch.sampled)
-    return linear(rows_BD, weights.lm_head).float()
+    return peers.gather_logits(linear(rows_BD, weights.lm_head)).float()

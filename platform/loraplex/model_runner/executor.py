@@ -1,6 +1,8 @@
 """``core.step.Executor`` in plain torch, for the CPU: owns arena, adapter tiers and sampler state, and runs steps.
 
-Decides nothing: slots, pages and order come with the plan. Driven by the engine loop of a replica, from one thread;
+Decides nothing: slots, pages and order come with the plan. A rank of a group runs its part of each step and exchanges
+tensors with its peers; all shards of the last stage draw the same tokens, so that each has them for its next step. A
+rank alone is driven by the engine loop of a replica, one of several by ``ranks.worker``: from one thread;
 ``stage_adapter`` and ``unstage_adapter`` from any.
 """
 
@@ -10,7 +12,6 @@ import torch
 
 from loraplex.core.errors import Conflict
 from loraplex.core.ids import Digest
-from loraplex.core.model import ModelSpec
 from loraplex.core.step import SampledToken, StepPlan, StepResult
 from loraplex.model_runner.arena import Arena
 from loraplex.model_runner.batch import build_batch
@@ -19,23 +20,29 @@ from loraplex.model_runner.device_adapters import DeviceAdapters
 from loraplex.model_runner.executor_base import ExecutorBase, TokenSampler
 from loraplex.model_runner.families import family_by_name
 from loraplex.model_runner.frequencies import model_frequencies
+from loraplex.model_runner.peers import Alone, Peers
+from loraplex.model_runner.shard import Shard
 from loraplex.model_runner.weights import DecoderWeights
 
 
 class TorchExecutor(ExecutorBase):
     def __init__(
         self,
-        model: ModelSpec,
+        shard: Shard,
         weights: DecoderWeights,
         arena: Arena,
         sampler: TokenSampler,
         *,
         max_rows: int,
         max_step_tokens: int,
+        peers: Peers | None = None,
     ) -> None:
-        super().__init__(model, arena, sampler, max_rows=max_rows, max_step_tokens=max_step_tokens)
+        """``weights`` and ``arena`` are those of ``shard``. ``peers``: the other ranks, None where there are none."""
+        super().__init__(shard, arena, sampler, max_rows=max_rows, max_step_tokens=max_step_tokens)
+        model = shard.local
         self._family = family_by_name(model.family, source=model.base_model_id)
         self._weights = weights
+        self._peers = peers or Alone()
         self._result: StepResult | None = None
         self._resident = DeviceAdapters(model, arena)
         self._frequencies = model_frequencies(model, arena.pages.device)
@@ -87,7 +94,7 @@ class TorchExecutor(ExecutorBase):
         kv = self._arena.kv
         batch = build_batch(
             plan.rows,
-            self._model,
+            self._shard.local,
             kv.layout,
             sites=self._resident.sites,
             frequencies=self._frequencies,
@@ -95,7 +102,7 @@ class TorchExecutor(ExecutorBase):
         )
         if batch.fresh_pages is not None:
             self._arena.clear(batch.fresh_pages)
-        logits_BV = forward(self._model, self._family, self._weights, kv, batch)
+        logits_BV = forward(self._shard.local, self._family, self._weights, kv, batch, self._peers)
         if logits_BV is None:
             return ()
         return tuple(self._sampler.draw(logits_BV, [row.slot for row in plan.rows if row.samples]).result())

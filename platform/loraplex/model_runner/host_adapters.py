@@ -1,7 +1,8 @@
 """The host tier of adapters: safetensors files read into one contiguous blob each, already in arena layout.
 
 Owns which adapters are staged, the fill of their blobs (pinned where an accelerator copies from them) and the check of
-a file against its manifest. Does not know pages' addresses. Called by the executor; ``stage`` from any thread.
+a file against its manifest. Of each matrix it keeps the rank's part. Does not know pages' addresses. Called by the
+executor; ``stage`` from any thread.
 Shape legend: R lora rank, I input features, O output features.
 """
 
@@ -17,12 +18,12 @@ import numpy.typing as npt
 import torch
 from safetensors import SafetensorError, safe_open
 
-from loraplex.core.adapter import AdapterBlock, AdapterManifest
+from loraplex.core.adapter import AdapterManifest
 from loraplex.core.errors import BadAdapter, Conflict, NotFound
 from loraplex.core.ids import Digest
-from loraplex.core.model import ModelSpec
-from loraplex.model_runner.adapter_layout import AdapterLayout, AdapterPart, PlacedBlock, plan_adapter_layout
+from loraplex.model_runner.adapter_layout import AdapterLayout, AdapterPart, PlacedBlock, plan_shard_layout
 from loraplex.model_runner.host_pool import HostPool, HostRun
+from loraplex.model_runner.shard import Shard
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _EXPONENT = {torch.float32: 0x7F800000, torch.bfloat16: 0x7F80, torch.float16: 0x7C00}
@@ -48,8 +49,8 @@ class StagedAdapter:
 
 
 class HostAdapters:
-    def __init__(self, model: ModelSpec, *, page_bytes: int, dtype: torch.dtype, pin: bool) -> None:
-        self._model = model
+    def __init__(self, shard: Shard, *, page_bytes: int, dtype: torch.dtype, pin: bool) -> None:
+        self._shard = shard
         self._page_bytes = page_bytes
         self._dtype = dtype
         self._pool = HostPool(page_bytes=page_bytes, pin=pin)
@@ -58,9 +59,9 @@ class HostAdapters:
         self._noise: torch.Tensor | None = None
 
     def layout(self, manifest: AdapterManifest) -> AdapterLayout:
-        """Pure. BadAdapter when the manifest does not fit the base."""
-        return plan_adapter_layout(
-            manifest.blocks, self._model, page_bytes=self._page_bytes, itemsize=self._dtype.itemsize
+        """Of the rank's part; pure. BadAdapter when the manifest does not fit the base."""
+        return plan_shard_layout(
+            manifest.blocks, self._shard, page_bytes=self._page_bytes, itemsize=self._dtype.itemsize
         )
 
     def stage(self, manifest: AdapterManifest, path: str) -> None:
@@ -69,11 +70,12 @@ class HostAdapters:
         with self._lock:
             if manifest.digest in self._staged:
                 return
-        if manifest.base_model_id != self._model.base_model_id:
-            raise BadAdapter(f"the adapter is for {manifest.base_model_id}, not for {self._model.base_model_id}")
+        base = self._shard.model.base_model_id
+        if manifest.base_model_id != base:
+            raise BadAdapter(f"the adapter is for {manifest.base_model_id}, not for {base}")
         layout = self.layout(manifest)
         with self._filling(manifest.digest, layout) as blob, _open(path) as file:
-            _check_names(file, layout)
+            _check_names(file, manifest)
             for placed, parts in zip(layout.blocks, layout.block_parts, strict=True):
                 self._read_block(file, placed, parts, blob)
 
@@ -145,10 +147,12 @@ class HostAdapters:
 
     def _read_block(self, file: Any, placed: PlacedBlock, parts: tuple[AdapterPart, ...], blob: torch.Tensor) -> None:
         """A (R, I) as it is, B (O, R) transposed and scaled, each straight into its place."""
-        block = placed.block
-        in_features, out_features = self._model.projection_shape(block.module)
-        a_RI = self._read(file, _key(block, "A"), (block.lora_rank, in_features), scale=1.0)
-        b_RO = self._read(file, _key(block, "B"), (out_features, block.lora_rank), scale=block.scale).T
+        shard, block = self._shard, placed.block
+        layer = shard.first_layer + block.layer
+        inputs, outputs = shard.model.projection_shape(block.module)
+        a_RI = self._read(file, _key(layer, block.module, "A"), (block.lora_rank, inputs), scale=1.0)
+        b_OR = self._read(file, _key(layer, block.module, "B"), (outputs, block.lora_rank), scale=block.scale)
+        a_RI, b_RO = a_RI[:, shard.inputs(block.module)], b_OR[shard.outputs(block.module)].T
         for part in parts:
             source = a_RI if part.placed is None else b_RO
             start = max(part.rank_start, placed.rank_start) - placed.rank_start
@@ -207,13 +211,13 @@ def _open(path: str) -> Iterator[Any]:
         raise BadAdapter(f"{path}: not a readable safetensors file: {error}") from error
 
 
-def _key(block: AdapterBlock, side: str) -> str:
-    parent = "mlp" if block.module in ("gate_proj", "up_proj", "down_proj") else "self_attn"
-    return f"base_model.model.model.layers.{block.layer}.{parent}.{block.module}.lora_{side}.weight"
+def _key(layer: int, module: str, side: str) -> str:
+    parent = "mlp" if module in ("gate_proj", "up_proj", "down_proj") else "self_attn"
+    return f"base_model.model.model.layers.{layer}.{parent}.{module}.lora_{side}.weight"
 
 
-def _check_names(file: Any, layout: AdapterLayout) -> None:
-    expected = {_key(placed.block, side) for placed in layout.blocks for side in "AB"}
+def _check_names(file: Any, manifest: AdapterManifest) -> None:
+    expected = {_key(block.layer, block.module, side) for block in manifest.blocks for side in "AB"}
     found = set(file.keys())
     if found != expected:
         odd = min(found ^ expected)

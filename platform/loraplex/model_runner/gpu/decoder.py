@@ -99,12 +99,14 @@ class GpuDecoder:
         model, weights, eps = self._model, self._weights, self._model.rms_norm_eps
         num_tokens = step.token_ids.shape[0]
         embedding = weights.embedding
+        assert embedding is not None, "the first stage holds the embedding"
         residual_TD = embedding.new_empty((num_tokens, model.hidden_size))
         normed_TD = torch.empty_like(residual_TD)
         attended_TC = embedding.new_empty((num_tokens, model.q_size))
         gated_TI = embedding.new_empty((num_tokens, model.intermediate_size))
         first_norm = weights.layers[0].input_norm
         embed(step.token_ids, step.token_slot, self._last_token, embedding, first_norm, eps, residual_TD, normed_TD)
+        assert weights.final_norm is not None, "the last stage holds the final norm"
         next_norms = [layer.input_norm for layer in weights.layers[1:]] + [weights.final_norm]
         for index, (layer, next_norm) in enumerate(zip(weights.layers, next_norms, strict=True)):
             _wait(step.arrivals, index)
@@ -120,6 +122,7 @@ class GpuDecoder:
         if step.num_sampled == 0:
             return None
         rows_BD = normed_TD if step.sampled is None else normed_TD.index_select(0, step.sampled)
+        assert weights.lm_head is not None, "the last stage holds the head"
         return self._linear(rows_BD, weights.lm_head)
 
     def run_sampled(self, step: DeviceStep) -> torch.Tensor:
