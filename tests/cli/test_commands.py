@@ -160,6 +160,49 @@ def test_replay(call: Run, platform: Any, tmp_path: Path) -> None:
     assert json.loads(out.read_text()) == report
 
 
+def test_replay_against_targets_and_a_simulation(call: Run, run: Run, platform: Any, tmp_path: Path) -> None:
+    trace = Path(__file__).parent / "data" / "lmsys_arena_200.parquet"
+    plan, fleet, page = tmp_path / "plan.yaml", tmp_path / "fleet.yaml", tmp_path / "report.html"
+    group = "{name: g0, shape: {tp: 1, pp: 1}, gpu: h100-80gb, bases: [{base_model_id: tiny-base}]}"
+    plan.write_text(f"version: 1\ngroups: [{group}]\n")
+    fleet.write_text(
+        "profiles: [h100-80gb]\nnodes: [{name: n, gpu: h100-80gb, gpus: 1}]\nbases: {tiny-base: llama3-8b}\n"
+    )
+    load = (trace, "--speed", 20, "--duration", 2, "--max-prompt-tokens", 100, "--max-output-tokens", 5)
+    load = (*load, "--tokenizer", platform.tokenizer, "--slo", "ttft=10s,tpot=10ms")
+    result = _json(call("replay", *load, "--against-simulation", plan, "--fleet", fleet, "--report", page, "--json"))
+    assert result["slo"]["ttft_attainment"] == 1.0
+    assert sum(tenant["requests"] for tenant in result["tenants"]) == result["requests"]
+    simulated = result["simulated"]
+    assert simulated["attainment"]["measured"] == result["slo"]["attainment"]
+    assert 0.005 < simulated["tpot_p50_s"]["predicted"] < 0.02
+    text = page.read_text()
+    assert "Predicted and measured" in text
+    assert "globex" in text
+    words = call("replay", *load, "--against-simulation", plan, "--fleet", fleet, "--simulator", "fast").stdout
+    assert "SLO attainment" in words
+    assert "points" in words
+
+    sent = len(platform.requests)
+    plan.write_text(plan.read_text().replace("h100-80gb", "b200"))
+    for options in (
+        ("--against-simulation", plan, "--fleet", fleet),
+        ("--against-simulation", plan),
+        ("--slo", "ttft=fast"),
+        ("--report", tmp_path / "no" / "page.html"),
+    ):
+        failed = run("replay", trace, *options, "--demo-file", platform.key_file)
+        assert failed.exit_code in (1, 2)
+        assert len(failed.stderr.splitlines()) == 1, failed.stderr
+    assert len(platform.requests) == sent, "nothing is sent when the options are wrong"
+
+
+def test_replay_says_when_prompts_were_longer_than_asked_for(call: Run) -> None:
+    trace = Path(__file__).parent / "data" / "lmsys_arena_200.parquet"
+    result = call("replay", trace, "--speed", 50, "--requests", 10, "--max-prompt-tokens", 50, "--max-output-tokens", 2)
+    assert "times the prompt tokens that were asked for" in result.stderr
+
+
 def test_replay_text_output(call: Run) -> None:
     trace = Path(__file__).parent / "data" / "lmsys_arena_200.parquet"
     text = call("replay", trace, "--speed", 50, "--requests", 20, "--max-output-tokens", 3, "-m", "pirate").stdout

@@ -9,6 +9,7 @@ from loraplex.loadgen.client_processes import ClientLoad, run_clients
 from loraplex.loadgen.closed_loop import run_closed_loop
 from loraplex.loadgen.completion import CompletionClient, Sample
 from loraplex.loadgen.config import Endpoint, RequestConfig
+from loraplex.loadgen.file_limit import allow_streams
 from loraplex.loadgen.http_client import HttpClient
 from loraplex.loadgen.open_loop import run_open_loop
 from loraplex.loadgen.prompts import RandomTokens, WordPrompts
@@ -133,6 +134,20 @@ async def test_open_loop_sends_more_than_it_prepares_ahead(server, monkeypatch: 
     assert len(samples) == 20
     assert seen == samples
     assert len({body["prompt"] for body in server.bodies}) == 20
+
+
+async def test_thousands_of_streams_from_one_process(server) -> None:  # type: ignore[no-untyped-def]
+    count = 2000
+    assert allow_streams(2 * count) == 2 * count, "both ends of each stream are in this process"
+    server.token_s = 1.5
+    http = HttpClient(server.url, connect_timeout_s=30.0)
+    schedule = _schedule([i * 0.001 for i in range(count)], output_tokens=4)
+    samples = await run_open_loop(schedule, CompletionClient(http, RequestConfig()), _PROMPTS)
+    http.close()
+    assert {sample.error for sample in samples} == {None}
+    report = summarize(samples, client_cpu_s=0.0)
+    assert report.peak_streams == count
+    assert report.output_tokens == 4 * count
 
 
 async def test_closed_loop_keeps_its_concurrency(server) -> None:  # type: ignore[no-untyped-def]

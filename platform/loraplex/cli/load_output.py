@@ -72,6 +72,11 @@ def print_report(report: LoadReport) -> None:
         f"{shown(report.completed_rate_per_s)}/s{offered}, {shown(report.output_tokens_per_s)} output tokens/s, "
         f"{shown(report.prompt_tokens)} prompt and {shown(report.output_tokens)} output tokens"
     )
+    if report.slo is not None and report.slo.attainment is not None:
+        typer.echo(
+            f"SLO attainment {report.slo.attainment:.1%} (TTFT {report.slo.ttft_attainment:.1%}, "
+            f"TPOT {report.slo.tpot_attainment:.1%}), goodput {shown(report.slo.goodput_per_s)}/s"
+        )
     for error, count in report.errors.items():
         typer.echo(f"error {error}: {shown(count)} x {report.error_examples[error]}")
     rows = [
@@ -84,6 +89,21 @@ def print_report(report: LoadReport) -> None:
     print_table(["ms", "count", "mean", "p50", "p90", "p95", "p99", "max"], [row for row in rows if row])
     if report.client_cpu_ms_per_token is not None:
         typer.echo(f"client CPU: {shown(report.client_cpu_ms_per_token)} ms per token")
+    if len(report.tenants) > 1:
+        print_table(
+            ["tenant", "requests", "errors", "TTFT p50", "TTFT p99", "TPOT p50", "TPOT p99", "attainment"],
+            [
+                [
+                    tenant.tenant,
+                    tenant.requests,
+                    tenant.errors,
+                    *_ends(tenant.ttft_s),
+                    *_ends(tenant.tpot_s),
+                    None if tenant.slo is None else tenant.slo.attainment,
+                ]
+                for tenant in report.tenants
+            ],
+        )
     if len(report.targets) > 1:
         print_table(
             ["tenant", "model", "requests", "errors", "output tokens", "TTFT p50", "TTFT p99", "TPOT p50", "E2E p99"],
@@ -109,6 +129,10 @@ def require_an_answer(report: LoadReport) -> None:
     if report.requests and not report.completed:
         error, message = next(iter(report.error_examples.items()))
         raise LoraplexError(f"none of {report.requests} requests was answered; first error {error}: {message}")
+
+
+def _ends(latency: Latency | None) -> list[float | None]:
+    return [None, None] if latency is None else [1000 * latency.p50, 1000 * latency.p99]
 
 
 def _row(name: str, latency: Latency | None) -> list[Any]:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from loraplex.loadgen.completion import Sample
+from loraplex.loadgen.outcomes import Attainment, Outcomes, attainment
+from loraplex.simulator.types import Slo
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +34,19 @@ class TargetReport:
     ttft_s: Latency | None
     tpot_s: Latency | None
     e2e_s: Latency | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TenantReport:
+    tenant: str
+    requests: int
+    errors: int
+    output_tokens: int
+    ttft_s: Latency | None
+    tpot_s: Latency | None
+    e2e_s: Latency | None
+    slo: Attainment | None
+    """None: no targets were given."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,12 +79,17 @@ class LoadReport:
     client_cpu_s: float
     """CPU time of the generator's process during the run."""
     client_cpu_ms_per_token: float | None
+    peak_streams: int
+    """Requests that were open at the same time, at most."""
+    slo: Attainment | None
+    """None: no targets were given."""
+    tenants: tuple[TenantReport, ...]
+    """Busiest first, as the next."""
     targets: tuple[TargetReport, ...]
-    """Busiest first."""
 
 
-def summarize(samples: Sequence[Sample], *, client_cpu_s: float) -> LoadReport:
-    """Figures of a run."""
+def summarize(samples: Sequence[Sample], *, client_cpu_s: float, slo: Slo | None = None) -> LoadReport:
+    """Figures of a run; ``slo``: what each request should keep."""
     good = [sample for sample in samples if sample.error is None]
     failed = sorted((sample for sample in samples if sample.error is not None), key=lambda sample: sample.end_s)
     examples: dict[str, str] = {}
@@ -98,8 +118,39 @@ def summarize(samples: Sequence[Sample], *, client_cpu_s: float) -> LoadReport:
         send_lag_s=_latency([sample.sent_s - sample.scheduled_s for sample in samples]),
         client_cpu_s=client_cpu_s,
         client_cpu_ms_per_token=1000 * client_cpu_s / output_tokens if output_tokens else None,
+        peak_streams=_peak_streams(samples),
+        slo=None if slo is None else attainment(Outcomes.of_samples(samples), slo),
+        tenants=_by_tenant(samples, slo),
         targets=_by_target(samples),
     )
+
+
+def _by_tenant(samples: Sequence[Sample], slo: Slo | None) -> tuple[TenantReport, ...]:
+    outcomes = Outcomes.of_samples(samples)
+    groups: dict[str, list[Sample]] = {tenant: [] for tenant in outcomes.tenants}
+    for sample in samples:
+        groups[sample.target.tenant].append(sample)
+    reports = []
+    for index, (tenant, group) in enumerate(groups.items()):
+        good = [sample for sample in group if sample.error is None]
+        reports.append(
+            TenantReport(
+                tenant=tenant,
+                requests=len(group),
+                errors=len(group) - len(good),
+                output_tokens=sum(sample.output_tokens for sample in good),
+                ttft_s=_latency(_ttft_s(good)),
+                tpot_s=_latency(_tpot_s(good)),
+                e2e_s=_latency(_e2e_s(good)),
+                slo=None if slo is None else attainment(outcomes, slo, outcomes.tenant == index),
+            )
+        )
+    return tuple(sorted(reports, key=lambda report: (-report.requests, report.tenant)))
+
+
+def _peak_streams(samples: Sequence[Sample]) -> int:
+    events = sorted([(sample.sent_s, 1) for sample in samples] + [(sample.end_s, -1) for sample in samples])
+    return int(np.cumsum([0, *(change for _, change in events)]).max())
 
 
 def _by_target(samples: Sequence[Sample]) -> tuple[TargetReport, ...]:
