@@ -16,6 +16,8 @@ class PlanTime:
         self._latency = cost.latency.array()
         self._interval = cost.interval.array()
         self._num_stages = shape.pp
+        # Compiles now, or loads what was compiled: not in the first step, which others may be timing.
+        step_time_s(self._latency, self._interval, self._num_stages, *np.zeros(8))
 
     def seconds(self, plan: StepPlan, *, num_adapters: int, adapter_bytes: float) -> float:
         """Of a plan with at least one row. ``num_adapters``: distinct ones; ``adapter_bytes``: theirs, whole ones
