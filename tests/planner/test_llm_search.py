@@ -134,7 +134,7 @@ def test_the_plan_beats_or_equals_every_baseline_and_stays_under_the_bound(both:
     assert all(made.score.attainment >= one.score.attainment for one in made.policies)
     assert made.score.attainment == found.attainment
     assert 0 < made.gpus_bound <= 8
-    assert len(made.timeline_s) == len(made.timeline_attainment) == 60
+    assert len(made.timeline_s) == len(made.policies[0].timeline) == 60
     assert [step.evaluation for step in found.steps] == sorted(step.evaluation for step in found.steps)
 
 

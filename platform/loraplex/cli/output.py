@@ -2,7 +2,8 @@
 
 import dataclasses
 import json
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -15,10 +16,19 @@ _FILE_WIDTH = 240
 
 
 def print_json(value: Any) -> None:
-    """Dataclasses become objects."""
+    """As ``json_value``."""
+    typer.echo(json.dumps(json_value(value), indent=2, ensure_ascii=False))
+
+
+def json_value(value: Any) -> Any:
+    """What JSON can say: dataclasses become objects, keys text, and numbers that are not finite null."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        value = dataclasses.asdict(value)
-    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
+        return {field.name: json_value(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): json_value(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [json_value(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, title: str | None = None) -> None:

@@ -1,6 +1,5 @@
 """``loraplex plan``: from a trace, a fleet and targets to a plan; ``plan diff``: what a change of plan costs."""
 
-import dataclasses
 import json
 import math
 import signal
@@ -16,14 +15,14 @@ import msgspec
 import typer
 
 from loraplex.cli.connection import JsonOption
-from loraplex.cli.output import print_json, print_table, shown_bytes
+from loraplex.cli.output import json_value, print_json, print_table, shown_bytes
 from loraplex.core.errors import BadConfig, NotFound
 from loraplex.core.plan import Plan
 from loraplex.planner.baselines import baselines
 from loraplex.planner.fleet import Fleet
 from loraplex.planner.migration import move_between
 from loraplex.planner.problem import Problem
-from loraplex.planner.report import PlanReport, reported
+from loraplex.planner.report import RATE_FACTORS, PlanReport, render, reported
 from loraplex.planner.sample import on_tables_of
 from loraplex.planner.search import Search
 from loraplex.simulator.types import Slo
@@ -54,7 +53,9 @@ def plan(
     fleet: Annotated[Path | None, typer.Option("--fleet", help="Fleet file: nodes, profiles, adapter ranks.")] = None,
     slo: SloOption = "ttft=500ms,tpot=50ms",
     out: Annotated[Path | None, typer.Option("--out", "-o", help="File for the plan, YAML.")] = None,
-    report: Annotated[Path | None, typer.Option(help="File for all that a report shows, JSON.")] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="File for the report: .html, a page that needs no network, or .json.")
+    ] = None,
     budget: BudgetOption = "400",
     seed: SeedOption = 0,
     current: Annotated[
@@ -73,11 +74,16 @@ def plan(
         return
     if trace is None or fleet is None:
         raise BadConfig("plan needs --trace and --fleet (or a command: diff)")
+    for file, option, endings in ((out, "out", (".yaml", ".yml")), (report, "report", (".html", ".json"))):
+        check_output(file, option, endings)
     problem = read_problem(trace, fleet, slo, window=window, tenant_floor=tenant_floor)
     layout = read_fleet(fleet)
     before = None if current is None else read_plan(current)
     if before is not None:
         layout.check(before, where=str(current))
+    scored_on = None
+    if score_window is not None:
+        scored_on = on_tables_of(problem.arrivals, read_arrivals(trace, parse_window(score_window)))
     evaluations, seconds = parse_budget(budget)
     compile_s = _compiled(problem)
     started_s = time.perf_counter()
@@ -93,16 +99,29 @@ def plan(
         ).run()
     took_s = time.perf_counter() - started_s
     layout.check(found.plan, where="the plan found")
-    scored_on = None
-    if score_window is not None:
-        scored_on = on_tables_of(problem.arrivals, read_arrivals(trace, parse_window(score_window)))
-    made = reported(problem, found, baselines(problem, seed=seed) if compare else (), scored_on)
+    made = reported(
+        problem,
+        found,
+        baselines(problem, seed=seed) if compare else (),
+        scored_on,
+        rate_factors=RATE_FACTORS if report is not None or as_json else (),
+    )
     if out is not None:
         out.write_bytes(msgspec.yaml.encode(found.plan))
-    if report is not None:
-        report.write_text(json.dumps(dataclasses.asdict(made), default=str), encoding="utf-8")
+    figures = {"took_s": took_s, "compile_s": compile_s, **json_value(made)}
+    if report is not None and report.suffix == ".json":
+        report.write_text(json.dumps(figures), encoding="utf-8")
+    elif report is not None:
+        given = {
+            "trace": trace if window is None else f"{trace}, seconds {window}",
+            "scored on": "the same" if score_window is None else f"seconds {score_window}",
+            "fleet": f"{fleet}: {', '.join(f'{node.count} x {node.gpus} {node.gpu}' for node in layout.nodes)}",
+            "targets": slo,
+            "search": f"--budget {found.evaluations} --seed {seed}: {took_s:.1f} s",
+        }
+        report.write_text(render(made, title=f"Plan for {Path(trace).name}", given=given), encoding="utf-8")
     if as_json:
-        print_json({"took_s": took_s, "compile_s": compile_s, **dataclasses.asdict(made)})
+        print_json(figures)
         return
     _print(made, took_s)
 
@@ -135,6 +154,16 @@ def diff(
         f"{len(move.groups)} groups change: {shown_bytes(move.weight_bytes)} of weights and "
         f"{shown_bytes(move.adapter_bytes)} of adapters are loaded, {move.lost_gpu_s:.1f} GPU seconds serve nothing"
     )
+
+
+def check_output(path: Path | None, option: str, endings: tuple[str, ...]) -> None:
+    """Before work is spent on what cannot be written."""
+    if path is None:
+        return
+    if path.suffix not in endings:
+        raise BadConfig(f"--{option} {path}: its ending is not {' or '.join(endings)}", param=option)
+    if not path.absolute().parent.is_dir():
+        raise NotFound(f"--{option} {path}: no directory {path.absolute().parent}", param=option)
 
 
 def read_problem(trace: str, fleet: Path, slo: str, *, window: str | None = None, tenant_floor: float = 0.0) -> Problem:

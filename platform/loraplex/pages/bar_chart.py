@@ -7,6 +7,7 @@ from loraplex.pages.line_chart import y_axis
 from loraplex.pages.scale import Scale, round_top
 
 _LEFT, _RIGHT, _TOP, _BOTTOM = 60, 14, 12, 36
+_WIDEST = 96
 
 
 def bar_chart(
@@ -20,7 +21,7 @@ def bar_chart(
 ) -> str:
     """``labels`` [B + 1] at the edges of the bars, or [B] at their middles; ``tips`` [B] show under the mouse."""
     up = Scale(low=0, high=round_top(0, max(counts, default=0)), start=height - _BOTTOM, end=_TOP)
-    step = (svg.WIDTH - _LEFT - _RIGHT) / max(len(counts), 1)
+    step = min((svg.WIDTH - _LEFT - _RIGHT) / max(len(counts), 1), _WIDEST)
     parts = y_axis(up, y_label, _LEFT, svg.WIDTH - _RIGHT)
     for index, (count, tip) in enumerate(zip(counts, tips, strict=True)):
         y = up(count)
@@ -30,5 +31,5 @@ def bar_chart(
         # The last one of an axis with edges would be cut in its middle.
         anchor = "end" if shift == 0 and index == len(counts) else "middle"
         parts.append(svg.words(_LEFT + shift + index * step, height - _BOTTOM + 15, labels[index], anchor=anchor))
-    parts.append(svg.words((_LEFT + svg.WIDTH - _RIGHT) / 2, height - 5, x_label))
+    parts.append(svg.words(_LEFT + len(counts) * step / 2, height - 5, x_label))
     return svg.picture(height, parts, label=y_label)

@@ -39,6 +39,11 @@ def line(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:
     return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" class="{kind}"/>'
 
 
+def together(tip: str, parts: Sequence[str]) -> str:
+    """One thing made of several; ``tip`` shows while the mouse is over any of them."""
+    return f"<g><title>{escape(tip)}</title>{''.join(parts)}</g>"
+
+
 def fitting(text: str, width: float) -> str:
     """As much of ``text`` as has room, with an ellipsis for the rest."""
     room = int(width / _LETTER)
