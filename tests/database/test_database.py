@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from loraplex.core.errors import BadConfig, StorageFull, Unavailable
-from loraplex.database.base import SCHEMA_VERSION, ClusterRow
+from loraplex.database.base import OLDEST_READABLE_VERSION, SCHEMA_VERSION, ClusterRow
 from loraplex.database.config import DatabaseConfig
 from loraplex.database.database import Database
 from sqlalchemy import select, text
@@ -80,7 +80,9 @@ def test_what_a_read_session_changes_is_not_kept(config: DatabaseConfig) -> None
     database.close()
 
 
-@pytest.mark.parametrize(("version", "relation"), [(SCHEMA_VERSION + 1, "newer"), (SCHEMA_VERSION - 1, "older")])
+@pytest.mark.parametrize(
+    ("version", "relation"), [(SCHEMA_VERSION + 1, "newer"), (OLDEST_READABLE_VERSION - 1, "older")]
+)
 def test_another_schema_version_is_refused(config: DatabaseConfig, version: int, relation: str) -> None:
     Database(config, directory=Path()).close()
     with sqlite3.connect(_path(config)) as connection:

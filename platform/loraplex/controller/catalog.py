@@ -9,10 +9,12 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain
+from typing import TypeVar
 
 from sqlalchemy.orm import Session
 
 from loraplex.controller.config import ControllerOptions
+from loraplex.controller.fleet import tables as _fleet_tables  # noqa: F401 - made when the database is opened
 from loraplex.core.clock import Clock
 from loraplex.core.control import AdapterView, NewKey
 from loraplex.core.errors import NotFound
@@ -23,6 +25,8 @@ from loraplex.registry.intake import CheckedAdapter
 from loraplex.registry.registry import Registry, StoredArtifact
 from loraplex.tenancy.accounts import Accounts
 from loraplex.tenancy.keys import new_key
+
+R = TypeVar("R")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,6 +165,16 @@ class Catalog:
         with self._database.write() as session:
             if digest not in self._registry.digests(session):
                 remove_file(digest)
+
+    def read_session(self, call: Callable[[Session], R]) -> R:
+        """For the tables of plans and replicas, which no snapshot shows."""
+        with self._database.read() as session:
+            return call(session)
+
+    def write_session(self, call: Callable[[Session], R]) -> R:
+        """As above, in one transaction of the controller that holds the lease."""
+        with self._database.write() as session:
+            return call(session)
 
     @contextmanager
     def _changing(self, tenant: TenantName) -> Iterator[Session]:

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
+from sqlalchemy.orm import Session
+
 from loraplex.controller.catalog import Catalog, CatalogView
 from loraplex.controller.config import ControllerOptions
 from loraplex.core.clock import Clock
@@ -49,6 +51,13 @@ class CatalogThread:
             return result
 
         return await loop.run_in_executor(self._thread, run)
+
+    async def read_session(self, call: Callable[[Session], R]) -> R:
+        return await self.read(lambda catalog: catalog.read_session(call))
+
+    async def write_session(self, call: Callable[[Session], R]) -> R:
+        """Once begun, as ``change``."""
+        return await self.read(lambda catalog: catalog.write_session(call))
 
     async def close(self) -> None:
         """After all calls that were made. Idempotent."""

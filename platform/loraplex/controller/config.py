@@ -5,6 +5,7 @@ from pathlib import Path
 
 import msgspec
 
+from loraplex.controller.fleet.config import FleetConfig
 from loraplex.database.config import DatabaseConfig
 from loraplex.registry.config import RegistryConfig
 from loraplex.tenancy.config import TenancyConfig
@@ -12,6 +13,7 @@ from loraplex.tenancy.config import TenancyConfig
 
 class ControllerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     database: DatabaseConfig = msgspec.field(default_factory=DatabaseConfig)
+    fleet: FleetConfig = FleetConfig()
     num_io_threads: int = 2
     """Threads that check uploads, and read and write artifacts."""
     max_long_poll_s: float = 60.0

@@ -17,6 +17,10 @@ from loraplex.controller.adapter_desk import AdapterDesk
 from loraplex.controller.catalog import CatalogView
 from loraplex.controller.catalog_thread import CatalogThread
 from loraplex.controller.config import ControllerOptions
+from loraplex.controller.fleet.drains import Loads
+from loraplex.controller.fleet.manager import FleetManager
+from loraplex.controller.fleet.state import FleetBase
+from loraplex.controller.fleet.store import FleetStore
 from loraplex.controller.snapshot_board import SnapshotBoard
 from loraplex.core.clock import Clock, SystemClock
 from loraplex.core.control import (
@@ -31,8 +35,10 @@ from loraplex.core.control import (
     TraceStoreStatus,
 )
 from loraplex.core.errors import LoraplexError
+from loraplex.core.fleet import Actuator
 from loraplex.core.ids import BaseModelId, Digest, GatewayId, ReplicaId, TenantName
 from loraplex.core.model import ModelSpec
+from loraplex.core.plan import Plan
 from loraplex.core.tenant import KeyView, Role, TenantLimits, TenantView, UsageRow
 from loraplex.tenancy.share_book import ShareBook
 
@@ -68,6 +74,8 @@ class Controller:
             clock=self._clock,
         )
         self._sweeper: asyncio.Task[None] | None = None
+        self._fleet: FleetManager | None = None
+        self._fleet_task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """Takes the next epoch. Raises BadConfig, StorageFull, Unavailable; nothing stays open then."""
@@ -81,7 +89,10 @@ class Controller:
         self._sweeper = asyncio.create_task(self._sweep_forever())
 
     async def stop(self) -> None:
-        """Finishes what was begun, then closes the database. The trace sink stays the caller's. Idempotent."""
+        """Finishes what was begun, then closes the database. Replicas go on, and the trace sink stays the caller's.
+        Idempotent."""
+        if self._fleet is not None:
+            await self._fleet.stop()
         if self._sweeper is not None:
             self._sweeper.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -102,6 +113,35 @@ class Controller:
         """What is served from now on. ``specs`` must hold every view's id: adapters are checked against them."""
         self._adapters.set_bases({view.base_model_id: specs[view.base_model_id] for view in views})
         self._board.set_base_models(views)
+
+    async def run_fleet(
+        self,
+        actuator: Actuator,
+        *,
+        loads: Loads,
+        bases: Mapping[BaseModelId, FleetBase],
+        default_plan: Plan,
+    ) -> FleetManager:
+        """Brings the machines to the plan in force and keeps them there, until ``stop``. Returns once the routes of the
+        last controller are in the snapshot: call it before anybody asks for one, at most once.
+
+        ``bases``: of the config, with what a rank of each needs. ``default_plan``: of the config, in force while none
+        was applied. ``loads``: requests that run or wait on a replica. Raises StorageFull, Unavailable.
+        """
+        manager = FleetManager(
+            actuator,
+            FleetStore(self._catalog, self._clock, epoch=self.epoch),
+            publish=self._board.set_routes,
+            loads=loads,
+            adapters=lambda: self._board.adapter_keys,
+            bases=bases,
+            default_plan=default_plan,
+            config=self._options.controller.fleet,
+            clock=self._clock,
+        )
+        await manager.recover()
+        self._fleet, self._fleet_task = manager, asyncio.create_task(manager.run())
+        return manager
 
     async def set_route(self, route: ReplicaRoute) -> None:
         self._board.set_route(route)

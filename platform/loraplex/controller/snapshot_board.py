@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from loraplex.controller.catalog import CatalogView
-from loraplex.core.control import BaseModelView, ControlSnapshot, ReplicaRoute
+from loraplex.core.control import AdapterView, BaseModelView, ControlSnapshot, ReplicaRoute
 from loraplex.core.errors import Unavailable
 from loraplex.core.ids import ReplicaId, TenantName
 from loraplex.core.tenant import TenantLimits
@@ -16,6 +16,8 @@ class SnapshotBoard:
 
     def __init__(self, *, epoch: int, cluster_secret: str, catalog: CatalogView) -> None:
         self._limits = catalog.limits
+        self._adapter_keys: frozenset[tuple[TenantName, str]] = frozenset()
+        self._keys_of: tuple[AdapterView, ...] = ()
         self._changed = asyncio.Event()
         self._current = ControlSnapshot(
             epoch=epoch,
@@ -36,6 +38,14 @@ class SnapshotBoard:
     def limits(self) -> Mapping[TenantName, TenantLimits]:
         return self._limits
 
+    @property
+    def adapter_keys(self) -> frozenset[tuple[TenantName, str]]:
+        """(Tenant, name) of all adapters."""
+        if self._keys_of is not self._current.adapters:
+            self._keys_of = self._current.adapters
+            self._adapter_keys = frozenset((adapter.ref.tenant, adapter.ref.name) for adapter in self._keys_of)
+        return self._adapter_keys
+
     def set_catalog(self, catalog: CatalogView) -> None:
         self._limits = catalog.limits
         self._show(replace(self._current, tenants=catalog.tenants, keys=catalog.keys, adapters=catalog.adapters))
@@ -47,6 +57,10 @@ class SnapshotBoard:
         """Adds the replica, or replaces its route."""
         others = tuple(other for other in self._current.routes if other.replica_id != route.replica_id)
         self._show(replace(self._current, routes=(*others, route)))
+
+    def set_routes(self, routes: tuple[ReplicaRoute, ...]) -> None:
+        """The whole table at once: nobody sees a part of a change."""
+        self._show(replace(self._current, routes=routes))
 
     def remove_route(self, replica_id: ReplicaId) -> None:
         routes = tuple(route for route in self._current.routes if route.replica_id != replica_id)

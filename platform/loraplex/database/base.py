@@ -6,8 +6,10 @@ Knows no tenant and no adapter. Imported by the ``tables`` modules of tenancy an
 from sqlalchemy import BigInteger, String
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-SCHEMA_VERSION = 1
-"""Grows with every change of a table."""
+SCHEMA_VERSION = 2
+"""Grows with every change of a table, and with every new one."""
+OLDEST_READABLE_VERSION = 1
+"""Databases from here on lack whole tables at most: these are made when they are opened."""
 
 
 class Base(DeclarativeBase):

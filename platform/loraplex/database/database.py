@@ -19,7 +19,7 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
 from sqlalchemy.orm import Session, sessionmaker
 
 from loraplex.core.errors import BadConfig, StorageFull, Unavailable
-from loraplex.database.base import SCHEMA_VERSION, Base, ClusterRow
+from loraplex.database.base import OLDEST_READABLE_VERSION, SCHEMA_VERSION, Base, ClusterRow
 from loraplex.database.config import DatabaseConfig
 
 logger = logging.getLogger(__name__)
@@ -85,11 +85,11 @@ class Database:
             return
         with self._read_sessions() as session:
             found = session.scalar(select(ClusterRow.schema_version).where(ClusterRow.id == 1))
-        if found is not None and found != SCHEMA_VERSION:
+        if found is not None and not OLDEST_READABLE_VERSION <= found <= SCHEMA_VERSION:
             relation = "newer" if found > SCHEMA_VERSION else "older"
             raise BadConfig(
                 f"control database {self._shown_url} has schema version {found}, {relation} than "
-                f"version {SCHEMA_VERSION} that this program reads",
+                f"versions {OLDEST_READABLE_VERSION} to {SCHEMA_VERSION} that this program reads",
                 param="database.url",
             )
 
@@ -99,6 +99,7 @@ class Database:
             if row is None:
                 row = ClusterRow(id=1, schema_version=SCHEMA_VERSION, epoch=0, secret=secrets.token_urlsafe(32))
                 session.add(row)
+            row.schema_version = SCHEMA_VERSION
             row.epoch += 1
             self.epoch, self.cluster_secret = row.epoch, row.secret
 

@@ -1,0 +1,437 @@
+"""Keeps the machines at the plan in force: observes, asks ``diff`` what is next, records it, does it.
+
+Intents are written to the database before they are carried out and facts after they are seen, so that a controller
+that dies anywhere leaves a successor that finishes or undoes what was begun. Without the database nothing new begins;
+what serves goes on being served. All in one event loop; nothing here waits for a replica.
+"""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Awaitable, Callable, Collection, Mapping
+from dataclasses import replace
+from typing import TypeVar
+
+from loraplex.controller.fleet.attempts import Attempts
+from loraplex.controller.fleet.config import FleetConfig
+from loraplex.controller.fleet.crew import (
+    Assigned,
+    AssignFailed,
+    Crew,
+    Down,
+    Event,
+    Ready,
+    Stopped,
+    Superseded,
+)
+from loraplex.controller.fleet.desired import Desired
+from loraplex.controller.fleet.diff import (
+    Action,
+    Assign,
+    Decided,
+    Drain,
+    Observed,
+    StartReplicas,
+    Stop,
+    TakeBack,
+    decide,
+)
+from loraplex.controller.fleet.drains import Drains, Loads
+from loraplex.controller.fleet.nodes import NodeWatch
+from loraplex.controller.fleet.plans import PlanDesk
+from loraplex.controller.fleet.state import AdapterKey, FleetBase, Kind, Replica, ReplicaState, adapter_keys, routes_of
+from loraplex.controller.fleet.status import fleet_status
+from loraplex.controller.fleet.store import FleetStore, Reason
+from loraplex.core.clock import Clock
+from loraplex.core.control import ReplicaRoute
+from loraplex.core.errors import LoraplexError, Unavailable
+from loraplex.core.fleet import Actuator, NodeStatus, RunningReplica
+from loraplex.core.ids import BaseModelId, ReplicaId
+from loraplex.core.plan import AdapterShare, Plan
+from loraplex.core.rollout import DecisionKind, FleetStatus
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+_CALL_TIMEOUT_S = 10.0
+
+
+class FleetManager:
+    """``await recover()`` before snapshots are answered, ``run()`` as a task, ``await stop()`` at the end.
+
+    ``Controller.run_fleet`` does all of this; who embeds a controller calls that. Plans change through ``plans``.
+    """
+
+    def __init__(
+        self,
+        actuator: Actuator,
+        store: FleetStore,
+        *,
+        publish: Callable[[tuple[ReplicaRoute, ...]], None],
+        loads: Loads,
+        adapters: Callable[[], Collection[AdapterKey]],
+        bases: Mapping[BaseModelId, FleetBase],
+        default_plan: Plan,
+        config: FleetConfig,
+        clock: Clock,
+    ) -> None:
+        """``publish`` replaces the whole route table. ``loads``: requests that run or wait on a replica. ``adapters``:
+        those that exist; others in a plan are passed over until they do. ``default_plan``: in force until one is
+        applied; its version is taken as 0."""
+        self._actuator, self._store, self._publish_routes = actuator, store, publish
+        self._config, self._clock, self._bases = config, clock, bases
+        self._desired = Desired(replace(default_plan, version=0), bases, adapters, created_s=clock.wall_s())
+        self._drains = Drains(config, loads)
+        self._nodes = NodeWatch(hold_s=config.node_hold_s, max_hold_s=config.node_max_hold_s)
+        self._starts = Attempts(first_s=config.retry_first_s, max_s=config.retry_max_s)
+        self._assigns = Attempts(first_s=config.retry_first_s, max_s=config.retry_max_s)
+        self._crew = Crew(actuator, epoch=store.epoch, retry_s=config.retry_first_s, tell=self._hear)
+        self._replicas: dict[ReplicaId, Replica] = {}
+        self._began_s: dict[ReplicaId, float] = {}
+        """Monotonic: when it came into its state, as far as this process knows."""
+        self._events: list[Event] = []
+        self._unsaved: set[ReplicaId] = set()
+        self._removed: set[ReplicaId] = set()
+        self._notes: list[tuple[DecisionKind, int, Reason]] = []
+        self._failures: dict[Kind, tuple[ReplicaId, str]] = {}
+        self._decided: Decided | None = None
+        self._problem = ""
+        self._superseded = False
+        self._wake = asyncio.Event()
+        self.plans = PlanDesk(
+            store, self._desired, self._nodes, clock, may_grow=config.autoscale, changed=self._plan_changed
+        )
+        self._loop: asyncio.Task[None] | None = None
+        self.on_settled: Callable[[int], None] = lambda number: None
+        """Told the number of the decision, when a plan has been reached."""
+
+    async def recover(self) -> None:
+        """Reads what the last controller left, and routes what it routed. Raises Unavailable, StorageFull."""
+        stored = await self._store.load()
+        self._desired.take(stored.active, stored.assigned, stored.last_version, stored.woken)
+        self._replicas = {replica.target.replica_id: replica for replica in stored.replicas}
+        now_s = self._clock.monotonic_s()
+        self._began_s = dict.fromkeys(self._replicas, now_s)
+        self._publish()
+
+    async def run(self) -> None:
+        """Until ``stop``, or until a later controller has taken over."""
+        self._loop = asyncio.current_task()
+        adopted = False
+        while not self._superseded:
+            try:
+                if not adopted:
+                    await self._adopt()
+                    adopted = True
+                await self._step()
+                self._problem = ""
+            except LoraplexError as error:
+                self._superseded |= error.code == "superseded"
+                if self._problem != error.message:
+                    logger.warning("the fleet stays as it is for now: %s", error.message)
+                self._problem = error.message
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._wake.wait(), self._config.tick_s)
+            self._wake.clear()
+        await self._crew.close()
+        logger.error("a later controller has taken over: this one gives no more commands")
+
+    async def stop(self) -> None:
+        """Replicas go on running. Idempotent."""
+        if self._loop is not None and not self._loop.done():
+            self._loop.cancel()
+            await asyncio.gather(self._loop, return_exceptions=True)
+        await self._crew.close()
+
+    @property
+    def replicas(self) -> tuple[Replica, ...]:
+        return tuple(self._replicas.values())
+
+    def usable_nodes(self) -> tuple[NodeStatus, ...]:
+        return self._nodes.usable(self._clock.monotonic_s())
+
+    def failures(self) -> dict[ReplicaId, str]:
+        """Of each kind of group that has a replica down, the last one and why."""
+        return dict(self._failures.values())
+
+    def status(self) -> FleetStatus:
+        return fleet_status(
+            self._config.mode,
+            self._desired,
+            self._decided,
+            self.replicas,
+            why=lambda group: self._starts.reason(Kind.of(group)),
+            problem=self._problem,
+        )
+
+    def validate(self) -> None:
+        """Asserts the invariants between state holders."""
+        for replica_id, replica in self._replicas.items():
+            assert replica.target.replica_id == replica_id
+            assert replica.state is not ReplicaState.SERVING or replica.route is not None
+        assert self._unsaved <= self._replicas.keys() | self._removed
+
+    # One turn.
+
+    async def _step(self) -> None:
+        async with self.plans.turn:
+            self._take_events()
+            await self._save()
+        await self._look()
+        async with self.plans.turn:
+            now_s = self._clock.monotonic_s()
+            plan, extra = self._desired.groups()
+            observed = Observed(
+                replicas=self.replicas,
+                nodes=self._nodes.usable(now_s),
+                held_back=frozenset(
+                    kind for kind in map(Kind.of, (*plan, *extra)) if self._starts.held_back(kind, now_s)
+                ),
+                drained=self._drains.drained(now_s),
+                crowded=frozenset(
+                    replica.target.group
+                    for replica in self.replicas
+                    if replica.state is ReplicaState.STARTING
+                    and now_s - self._began_s[replica.target.replica_id] > self._config.crowded_s
+                ),
+                may_grow=self._config.autoscale,
+            )
+            self._decided = decide(plan, extra, observed, self._bases)
+            for action in self._decided.actions:
+                await self._act(action)
+            await self._conclude(self._decided)
+
+    async def _look(self) -> None:
+        now_s = self._clock.monotonic_s()
+        self._nodes.observe(await _bounded(self._actuator.nodes()), now_s)
+        if any(r.state is ReplicaState.SERVING and not r.nodes for r in self.replicas):
+            for found in await _bounded(self._actuator.running()):
+                replica = self._replicas.get(found.replica_id)
+                if replica is not None and found.nodes and not replica.nodes:
+                    self._put(replace(replica, nodes=found.nodes))
+        woken = {replica.target.replica_id for replica in self._desired.woken_replicas(self.replicas)}
+        draining = {r.target.replica_id for r in self.replicas if r.state is ReplicaState.DRAINING}
+        loads = await self._drains.look(draining, woken, self._clock.monotonic_s())
+        for base, reason in self._desired.idle_bases(
+            self.replicas, loads, self._clock.monotonic_s(), idle_s=self._config.idle_s
+        ):
+            await self._store.sleep(base, reason)
+            self._desired.sleep(base)
+
+    def _take_events(self) -> None:
+        events, self._events = self._events, []
+        for event in events:
+            if isinstance(event, Superseded):
+                self._superseded = True
+                raise Unavailable("a later controller commands the machines", code="superseded")
+            self._take(event)
+        if events:
+            self._publish()
+
+    def _take(self, event: Event) -> None:
+        now_s = self._clock.monotonic_s()
+        match event:
+            case Ready(replica_id, route):
+                replica = self._replicas[replica_id]
+                if replica.state is ReplicaState.STOPPING:
+                    return
+                if replica.state is ReplicaState.STARTING:
+                    replica = replace(replica, state=ReplicaState.SERVING, since_s=self._clock.wall_s())
+                    self._began_s[replica_id] = now_s
+                    logger.info("replica %s is ready at %s", replica_id, route.address)
+                self._put(replace(replica, route=route))
+                self._failures.pop(Kind.of_replica(replica), None)
+            case Down(replica_id, reason):
+                replica = self._replicas[replica_id]
+                if replica.state is not ReplicaState.STOPPING:
+                    self._note_failure(replica, reason, now_s)
+                    self._leave(replica)
+            case Stopped(replica_id):
+                self._removed.add(replica_id)
+            case Assigned(target):
+                self._assigns.succeeded(target.replica_id)
+                self._put_adapters(target.replica_id, target.adapters)
+            case AssignFailed(target, reason):
+                self._assigns.failed(target.replica_id, reason, now_s)
+                if self._assigns.count(target.replica_id) >= self._config.max_attempts:
+                    self._assigns.succeeded(target.replica_id)
+                    self._put_adapters(target.replica_id, target.adapters)
+                    self._note(DecisionKind.NOT_RESIDENT, f"replica {target.replica_id}: {reason}")
+
+    def _note_failure(self, replica: Replica, reason: str, now_s: float) -> None:
+        replica_id = replica.target.replica_id
+        logger.error("replica %s is down: %s", replica_id, reason)
+        if replica.state is ReplicaState.DRAINING:
+            return
+        kind, ran_s = Kind.of_replica(replica), now_s - self._began_s[replica_id]
+        self._failures[kind] = (replica_id, reason)
+        serving = replica.state is ReplicaState.SERVING
+        up = {node.name for node in self._nodes.usable(now_s)}
+        if serving and ran_s >= self._config.stable_s:
+            self._starts.succeeded(kind)
+        elif all(node in up for node in replica.nodes or replica.target.nodes):
+            self._starts.failed(kind, reason, now_s)
+        if serving:
+            self._note(DecisionKind.REPLACED_REPLICA, f"replica {replica_id} is down: {reason}")
+
+    def _leave(self, replica: Replica) -> None:
+        """No route from now on; its GPUs are free when it is stopped."""
+        replica_id = replica.target.replica_id
+        self._put(replace(replica, state=ReplicaState.STOPPING, since_s=self._clock.wall_s()))
+        self._began_s[replica_id] = self._clock.monotonic_s()
+        self._crew.stop(replica_id)
+
+    def _put(self, replica: Replica) -> None:
+        self._replicas[replica.target.replica_id] = replica
+        self._unsaved.add(replica.target.replica_id)
+
+    def _put_adapters(self, replica_id: ReplicaId, adapters: tuple[AdapterShare, ...]) -> None:
+        replica = self._replicas.get(replica_id)
+        if replica is not None and replica.state is ReplicaState.SERVING:
+            self._put(replace(replica, target=replace(replica.target, adapters=adapters)))
+
+    def _note(self, kind: DecisionKind, reason: str) -> None:
+        self._notes.append((kind, self.plans.active.plan.version, Reason(text=reason)))
+
+    async def _save(self) -> None:
+        """What was seen since the last time. As it stays undone when the database is away, it is done again then."""
+        unsaved = [self._replicas[one] for one in self._unsaved if one in self._replicas and one not in self._removed]
+        if unsaved:
+            await self._store.put(unsaved)
+            self._unsaved -= {replica.target.replica_id for replica in unsaved}
+        if self._removed:
+            gone = sorted(self._removed)
+            await self._store.remove(gone)
+            for replica_id in gone:
+                self._replicas.pop(replica_id, None)
+                self._began_s.pop(replica_id, None)
+                self._crew.forget(replica_id)
+            self._removed -= set(gone)
+            self._unsaved -= set(gone)
+        while self._notes:
+            await self._store.decide(*self._notes[0])
+            del self._notes[0]
+
+    async def _act(self, action: Action) -> None:
+        match action:
+            case StartReplicas():
+                made = await self._store.begin(
+                    action.plan,
+                    action.bases,
+                    group=action.group,
+                    nodes=action.nodes,
+                    planned_nodes=action.planned_nodes,
+                )
+                for replica in made:
+                    self._replicas[replica.target.replica_id] = replica
+                    self._began_s[replica.target.replica_id] = self._clock.monotonic_s()
+                    self._crew.start(replica.target)
+            case Assign():
+                await self._assign(action)
+            case Drain():
+                await self._set_states(action.replica_ids, ReplicaState.DRAINING)
+                logger.info("%s drain: %s", ", ".join(action.replica_ids), action.reason)
+            case TakeBack():
+                await self._set_states(action.replica_ids, ReplicaState.SERVING)
+                self._drains.forget(action.replica_ids)
+            case Stop():
+                await self._set_states(action.replica_ids, ReplicaState.STOPPING)
+                logger.info("%s stop: %s", ", ".join(action.replica_ids), action.reason)
+                for replica_id in action.replica_ids:
+                    self._crew.stop(replica_id)
+
+    async def _set_states(self, replica_ids: tuple[ReplicaId, ...], state: ReplicaState) -> None:
+        for replica in await self._store.set_states(replica_ids, state):
+            self._replicas[replica.target.replica_id] = replica
+            self._began_s[replica.target.replica_id] = self._clock.monotonic_s()
+        self._publish()
+
+    async def _assign(self, action: Assign) -> None:
+        """What is gained is loaded, then routed; what is lost is routed away, then may go."""
+        replica = self._replicas[action.replica_id]
+        if self._crew.assigning(action.replica_id) or self._assigns.held_back(
+            action.replica_id, self._clock.monotonic_s()
+        ):
+            return
+        target = replace(replica.target, adapters=action.adapters)
+        had, has = adapter_keys(replica.target.adapters), adapter_keys(action.adapters)
+        if has <= had:
+            routed = replace(replica, target=target)
+            await self._store.put([routed])
+            self._replicas[action.replica_id] = routed
+            self._publish()
+        if has != had:
+            self._crew.assign(target)
+
+    async def _conclude(self, decided: Decided) -> None:
+        """The plan has been reached, or has failed."""
+        active = self.plans.active
+        if decided.settled:
+            left_out = f"; {len(decided.left_out)} groups find no room" if decided.left_out else ""
+            if self._desired.is_applying:
+                if active.plan.version:
+                    self.on_settled(await self._store.settle(active.plan.version, f"all groups serve{left_out}"))
+                self._desired.settled()
+            return
+        if not self._desired.is_applying or not active.plan.version:
+            return
+        for index, group in enumerate(active.plan.groups):
+            kind = Kind.of(group)
+            serves = index in decided.groups and decided.groups[index].serves
+            if not serves and self._starts.count(kind) >= self._config.max_attempts:
+                reason = f"group {group.name} cannot be started: {self._starts.reason(kind)}"
+                fallback = await self._store.fail(active.plan.version, reason)
+                logger.error("plan %d failed, plan %d is in force: %s", active.plan.version, fallback, reason)
+                self._desired.activate(await self._store.plan(fallback) if fallback else None)
+                self._plan_changed()
+                return
+
+    def _plan_changed(self) -> None:
+        self._starts.clear()
+        self._wake.set()
+
+    async def _adopt(self) -> None:
+        """Joins the records with what runs: takes over what is in both, stops or records the rest."""
+        self._nodes.observe(await _bounded(self._actuator.nodes()), self._clock.monotonic_s())
+        running = {found.replica_id: found for found in await _bounded(self._actuator.running())}
+        for replica_id, found in running.items():
+            if replica_id not in self._replicas:
+                bases = sorted({one.base_model_id for one in running.values() if one.group == found.group})
+                self._replicas[replica_id] = await self._store.adopt(found, tuple(bases))
+                self._began_s[replica_id] = self._clock.monotonic_s()
+        for replica_id, replica in list(self._replicas.items()):
+            self._take_over(replica, running.get(replica_id))
+        self._publish()
+
+    def _take_over(self, replica: Replica, found: RunningReplica | None) -> None:
+        replica_id = replica.target.replica_id
+        if replica.state is ReplicaState.STOPPING:
+            self._crew.stop(replica_id)
+        elif found is None:
+            if replica.state is not ReplicaState.STARTING:
+                self._note(DecisionKind.REPLACED_REPLICA, f"replica {replica_id} was gone when the controller started")
+            self._leave(replica)
+        else:
+            if found.nodes and found.nodes != replica.nodes:
+                self._put(replace(replica, nodes=found.nodes))
+            if replica.state is ReplicaState.DRAINING:
+                self._crew.watch(replica_id)
+            else:
+                self._crew.start(replica.target)
+                if replica.state is ReplicaState.SERVING:
+                    # What it lost was routed away first, and may still be there.
+                    self._crew.assign(replica.target)
+
+    def _publish(self) -> None:
+        self._publish_routes(routes_of(self._replicas.values()))
+
+    def _hear(self, event: Event) -> None:
+        self._events.append(event)
+        self._wake.set()
+
+
+async def _bounded(call: Awaitable[T]) -> T:
+    try:
+        return await asyncio.wait_for(call, _CALL_TIMEOUT_S)
+    except TimeoutError:
+        raise Unavailable("the machines do not answer") from None

@@ -1,0 +1,62 @@
+"""Which running group becomes which group of the plan: by GPUs, shape, bases and adapters, never by name. Pure."""
+
+from collections.abc import Sequence
+
+from loraplex.controller.fleet.state import AdapterKey, ReplicaState, RunningGroup, adapter_keys
+from loraplex.core.ids import BaseModelId
+from loraplex.core.plan import GroupPlan
+
+
+def matched(wanted: Sequence[GroupPlan], running: Sequence[RunningGroup]) -> dict[int, RunningGroup]:
+    """Index into ``wanted`` -> its group. Groups that serve come before those that start, and these before those that
+    drain; then those with the most adapters in common."""
+    pairs = sorted(
+        (
+            (_rank(group), not _on_its_nodes(plan, group), -_num_common(plan, group), index, place)
+            for index, plan in enumerate(wanted)
+            for place, group in enumerate(running)
+            if may_become(group, plan)
+        ),
+    )
+    found: dict[int, RunningGroup] = {}
+    taken: set[int] = set()
+    for *_, index, place in pairs:
+        if index not in found and place not in taken:
+            found[index] = running[place]
+            taken.add(place)
+    return found
+
+
+def may_become(group: RunningGroup, plan: GroupPlan) -> bool:
+    """Without a restart: it differs in its adapters alone."""
+    return (
+        (group.stays or group.drains)
+        and group.shape == plan.shape
+        and group.bases == {placed.base_model_id for placed in plan.bases}
+        and (not plan.gpu or not group.gpu or group.gpu == plan.gpu)
+        and (_on_its_nodes(plan, group) or sorted(group.first.planned_nodes) == sorted(plan.nodes))
+    )
+
+
+def _on_its_nodes(plan: GroupPlan, group: RunningGroup) -> bool:
+    return not plan.nodes or not group.nodes or sorted(group.nodes) == sorted(plan.nodes)
+
+
+def _rank(group: RunningGroup) -> int:
+    if group.drains:
+        return 2
+    return 0 if any(member.state is ReplicaState.SERVING for member in group.members) else 1
+
+
+def _num_common(plan: GroupPlan, group: RunningGroup) -> int:
+    return len(_planned(plan) & _routed(group))
+
+
+def _planned(plan: GroupPlan) -> set[tuple[BaseModelId, AdapterKey]]:
+    return {(placed.base_model_id, key) for placed in plan.bases for key in adapter_keys(placed.adapters)}
+
+
+def _routed(group: RunningGroup) -> set[tuple[BaseModelId, AdapterKey]]:
+    return {
+        (member.target.base_model_id, key) for member in group.members for key in adapter_keys(member.target.adapters)
+    }

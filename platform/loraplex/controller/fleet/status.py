@@ -1,0 +1,89 @@
+"""What an administrator sees of the fleet, from what was decided last. Pure."""
+
+from collections.abc import Callable, Sequence
+
+from loraplex.controller.fleet.desired import Desired
+from loraplex.controller.fleet.diff import Decided
+from loraplex.controller.fleet.state import Replica, RunningGroup, running_groups
+from loraplex.core.plan import GroupPlan
+from loraplex.core.rollout import FleetStatus, GroupState, GroupStatus, ReplicaStatus
+
+
+def fleet_status(
+    mode: str,
+    desired: Desired,
+    decided: Decided | None,
+    replicas: Sequence[Replica],
+    *,
+    why: Callable[[GroupPlan], str],
+    problem: str,
+) -> FleetStatus:
+    """``decided`` may be older than ``replicas`` by one turn. ``why``: of the last failed start of such a group."""
+    now = {group.name: group for group in running_groups(replicas)}
+    planned, woken = desired.groups()
+    shown: set[str] = set()
+    groups = []
+    for index, plan in enumerate((*planned, *woken)):
+        found = None
+        if decided is not None and index in decided.groups:
+            found = now.get(decided.groups[index].name)
+        if found is not None:
+            shown.add(found.name)
+        left_out = decided is not None and index in decided.left_out
+        groups.append(_planned(plan, found, left_out=left_out, why=why(plan)))
+    groups += [_leaving(group) for name, group in now.items() if name not in shown]
+    return FleetStatus(
+        mode=mode,
+        active=desired.active,
+        settled=decided is not None and decided.settled and not desired.is_applying and not problem,
+        groups=tuple(groups),
+        problem=problem,
+    )
+
+
+def _planned(plan: GroupPlan, found: RunningGroup | None, *, left_out: bool, why: str) -> GroupStatus:
+    if found is not None and found.serves:
+        state, reason = GroupState.SERVING, ""
+    elif found is not None and found.stays:
+        state, reason = GroupState.STARTING, why
+    elif left_out:
+        state, reason = GroupState.LEFT_OUT, "the nodes that are up have no GPUs for it"
+    else:
+        state, reason = GroupState.WAITING, why or "for GPUs that others hold"
+    return GroupStatus(
+        name=plan.name,
+        group="" if found is None else found.name,
+        bases=tuple(placed.base_model_id for placed in plan.bases),
+        shape=plan.shape,
+        gpu=plan.gpu,
+        nodes=() if found is None else found.nodes,
+        state=state,
+        reason=reason,
+        replicas=() if found is None else _replicas(found),
+    )
+
+
+def _leaving(group: RunningGroup) -> GroupStatus:
+    return GroupStatus(
+        name="",
+        group=group.name,
+        bases=tuple(sorted(group.bases)),
+        shape=group.shape,
+        gpu=group.gpu,
+        nodes=group.nodes,
+        state=GroupState.LEAVING,
+        reason="the plan does not have it",
+        replicas=_replicas(group),
+    )
+
+
+def _replicas(group: RunningGroup) -> tuple[ReplicaStatus, ...]:
+    return tuple(
+        ReplicaStatus(
+            replica_id=member.target.replica_id,
+            base_model_id=member.target.base_model_id,
+            state=member.state.value,
+            adapters=member.target.adapters,
+        )
+        for member in group.members
+    )
