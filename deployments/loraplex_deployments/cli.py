@@ -16,7 +16,7 @@ from rich.console import Console
 
 from loraplex_deployments.bootstrap import ensure_admin_key, ensure_tenants
 from loraplex_deployments.demo_setup import ensure_demo
-from loraplex_deployments.launch import RunningPlatform, data_dir_lock, start_platform
+from loraplex_deployments.launch import Progress, RunningPlatform, data_dir_lock, start_platform
 
 console = Console(highlight=False, soft_wrap=True)
 
@@ -33,31 +33,42 @@ def serve_command(
         _serve(settings, stop)
 
 
-def _serve(config: PlatformConfig, stop: threading.Event) -> None:
-    started_s = time.monotonic()
+def progress_since(started_s: float) -> Progress:
+    """Prints what happens with the seconds since ``started_s`` of the monotonic clock."""
 
     def progress(message: str) -> None:
         console.print(f"[dim]{time.monotonic() - started_s:6.1f} s[/dim]  {message}")
 
+    return progress
+
+
+def set_up(platform: RunningPlatform, config: PlatformConfig, progress: Progress) -> dict[str, Any] | None:
+    """The administrator's key, the config's tenants and, if it asks for it, the demo, whose demo.json this returns."""
+    admin_key = ensure_admin_key(platform, config)
+    ensure_tenants(platform, config)
+    if not config.demo:
+        return None
+    progress("registering the demo tenants and adapters")
+    base = next(base for base in config.base_models if base.model == DEMO_MODEL)
+    return ensure_demo(platform, config.root / "demo.json", base.id, admin_key)
+
+
+def _serve(config: PlatformConfig, stop: threading.Event) -> None:
+    progress = progress_since(time.monotonic())
     # The conversion of the demo base and the start of Ray overlap; the controller waits for the former.
     with ThreadPoolExecutor(max_workers=1) as pool:
         if any(base.model == DEMO_MODEL for base in config.base_models):
             pool.submit(prepare_demo_base, config.root / "models", progress)
         platform = start_platform(config, progress)
     try:
-        demo = None
-        admin_key = ensure_admin_key(platform, config)
-        ensure_tenants(platform, config)
-        if config.demo:
-            progress("registering the demo tenants and adapters")
-            base = next(base for base in config.base_models if base.model == DEMO_MODEL)
-            demo = ensure_demo(platform, config.root / "demo.json", base.id, admin_key)
+        demo = set_up(platform, config, progress)
         progress("waiting for the base model to load")
         platform.wait_ready(stop.is_set)
         if stop.is_set():
             return
         progress("ready")
-        _print_addresses(platform, demo, config)
+        print_addresses(config, demo, host=config.listen.host)
+        console.print("Ctrl-C stops everything that was started.")
         stop.wait()
         console.print()
     finally:
@@ -66,8 +77,10 @@ def _serve(config: PlatformConfig, stop: threading.Event) -> None:
         progress("stopped")
 
 
-def _print_addresses(platform: RunningPlatform, demo: dict[str, Any] | None, config: PlatformConfig) -> None:
-    console.print(f"\nHTTP  {platform.http_url}/v1    gRPC  {platform.grpc_address}")
+def print_addresses(config: PlatformConfig, demo: dict[str, Any] | None, *, host: str) -> None:
+    """Where a client finds the platform, and examples to paste if there is a demo."""
+    http_url, grpc_address = f"http://{host}:{config.listen.http_port}", f"{host}:{config.listen.grpc_port}"
+    console.print(f"\nHTTP  {http_url}/v1    gRPC  {grpc_address}")
     console.print(f"admin key in {config.admin_key_path}")
     if demo is None:
         return
@@ -79,8 +92,8 @@ def _print_addresses(platform: RunningPlatform, demo: dict[str, Any] | None, con
     prompt = next(adapter.example_prompt for adapter in DEMO_ADAPTERS if adapter.name == model)
     console.print(
         _EXAMPLES.format(
-            url=platform.http_url,
-            grpc=platform.grpc_address,
+            url=http_url,
+            grpc=grpc_address,
             key=tenant["key"],
             model=model,
             prompt=prompt,
@@ -88,7 +101,7 @@ def _print_addresses(platform: RunningPlatform, demo: dict[str, Any] | None, con
         ),
         markup=False,
     )
-    console.print(f"All of this is in {config.root / 'demo.json'}. Ctrl-C stops everything that was started.")
+    console.print(f"All of this is in {config.root / 'demo.json'}.")
 
 
 _EXAMPLES = """
