@@ -47,6 +47,7 @@ class EngineMachine(RuleBasedStateMachine):
         max_adapter_pages=st.sampled_from([None, 5, 6]),
         max_ahead_pages=st.sampled_from([0, 1, 4, 512]),
         max_in_flight=st.integers(1, 3),
+        pipeline=st.booleans(),
         raises_in=st.sampled_from(["submit", "collect"]),
     )
     def start(
@@ -59,6 +60,7 @@ class EngineMachine(RuleBasedStateMachine):
         max_adapter_pages: int | None,
         max_ahead_pages: int,
         max_in_flight: int,
+        pipeline: bool,
         raises_in: Literal["submit", "collect"],
     ) -> None:
         self.executor = FakeExecutor(
@@ -68,6 +70,7 @@ class EngineMachine(RuleBasedStateMachine):
             poisoned=[POISONED],
             unloadable=[UNLOADABLE],
             max_in_flight=max_in_flight,
+            num_stages=max_in_flight if pipeline else 1,
             raises_in=raises_in,
         )
         self.num_glitches = 0
@@ -81,7 +84,9 @@ class EngineMachine(RuleBasedStateMachine):
             overdue_s=3.0,
             adapter_page_price=2.0,
         )
-        self.engine = Engine(config, model=self.executor.model, arena=self.executor.arena)
+        self.engine = Engine(
+            config, model=self.executor.model, arena=self.executor.arena, num_stages=self.executor.num_stages
+        )
         self.clock = StepClock()
         self.driver = StepDriver(self.engine, self.executor, clock=self.clock, unstage=self.executor.unstage_adapter)
         self.requests: dict[RequestId, EngineRequest] = {}

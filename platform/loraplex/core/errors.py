@@ -14,7 +14,8 @@ LoraplexError
 |- Overloaded            no replica can serve in time; ``retry_after_s``           429
 |- StorageFull           the artifact store or database cannot take more           507
 |- Unavailable           a needed part is away; ``retry_after_s``                  503
-`- ReplicaLost           the stream to a replica broke; the router resubmits       503 when it cannot
+|- ReplicaLost           the stream to a replica broke; the router resubmits       503 when it cannot
+`- ExecutorLost          a process that an executor runs on is gone or hangs: the replica ends
 """
 
 
@@ -107,6 +108,10 @@ class ReplicaLost(_Retryable):
     code = "replica_lost"
 
 
+class ExecutorLost(LoraplexError):
+    code = "executor_lost"
+
+
 _BY_CODE: dict[str, type[LoraplexError]] = {
     cls.code: cls
     for cls in (
@@ -125,6 +130,7 @@ _BY_CODE: dict[str, type[LoraplexError]] = {
         StorageFull,
         Unavailable,
         ReplicaLost,
+        ExecutorLost,
     )
 }
 

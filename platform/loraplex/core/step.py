@@ -23,7 +23,8 @@ steps in flight reads it on the device."""
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ArenaSpec:
-    """Geometry of the arena. ``page_bytes`` = KV bytes of ``page_size`` tokens over all layers."""
+    """Geometry of the arena. ``page_bytes`` = KV bytes of ``page_size`` tokens over all layers, on the rank of a group
+    where they are most; all ranks have the same pages."""
 
     num_pages: int
     page_size: int
@@ -107,7 +108,16 @@ class Executor(Protocol):
     @property
     def max_in_flight(self) -> int:
         """Steps that may be submitted and not collected: 1 where ``submit`` itself computes, 2 where the host can
-        prepare a step while the device runs the one before."""
+        prepare a step while the device runs the one before, one a stage in a pipeline."""
+
+    @property
+    def num_stages(self) -> int:
+        """Of the pipeline. With more than one no row may hold PENDING: a request is in one step at a time but for the
+        chunks of its prompt, and steps take their share of the running so that every stage has one."""
+
+    def check(self) -> None:
+        """Raises ExecutorLost when a process that it runs on is gone or hangs, as every other method then does.
+        Cheap: for the time in which nothing runs."""
 
     def adapter_pages(self, manifest: AdapterManifest) -> int:
         """Number of arena pages that the adapter takes. Pure."""

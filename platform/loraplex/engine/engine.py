@@ -28,8 +28,9 @@ class Engine:
     """Events may come in any order between two calls. Several plans may be in flight; ``complete`` or ``step_failed``
     answers the oldest."""
 
-    def __init__(self, config: EngineConfig, *, model: ModelSpec, arena: ArenaSpec) -> None:
-        """Raises BadConfig when a step could not hold one token of each running request."""
+    def __init__(self, config: EngineConfig, *, model: ModelSpec, arena: ArenaSpec, num_stages: int = 1) -> None:
+        """``num_stages``: of the executor. Raises BadConfig when a step could not hold one token of each running
+        request."""
         if config.max_running > config.max_step_tokens:
             raise BadConfig(
                 f"max_running ({config.max_running}) exceeds max_step_tokens ({config.max_step_tokens})",
@@ -39,7 +40,7 @@ class Engine:
         self._model = model
         self._arena = arena
         self._memory = Memory(config, model=model, arena=arena)
-        self._scheduler = Scheduler(config, self._memory)
+        self._scheduler = Scheduler(config, self._memory, num_stages=num_stages)
         self._sequences: dict[RequestId, Sequence] = {}
         self._in_flight: deque[StepInFlight] = deque()
         self._submit_failed = False

@@ -11,6 +11,10 @@ A step may be planned while others are in flight. Then nobody is preempted and n
 plan is empty, and the caller asks again when a step is done. A request that ends while a step in flight holds a row of
 it keeps slot, pages and adapter until that step is done.
 
+Of a pipeline with several stages each works at a step of its own: a request whose next token is pending waits for it,
+and a step takes no more than its share of the decoding requests, in the order of their adapters, so that the others
+make up the steps beside it.
+
 Knows nothing of tokens' values or outputs; called by ``engine``.
 """
 
@@ -43,9 +47,10 @@ def _row_order(sequence: Sequence) -> tuple[str, tuple[bool, float, int]]:
 
 
 class Scheduler:
-    def __init__(self, config: EngineConfig, memory: Memory) -> None:
+    def __init__(self, config: EngineConfig, memory: Memory, *, num_stages: int = 1) -> None:
         self._config = config
         self._memory = memory
+        self._num_stages = num_stages
         self._free_slots = list(range(config.max_running - 1, -1, -1))
         self._releases: list[int] = []
         self._shares: dict[Sequence, int] = {}
@@ -175,6 +180,7 @@ class Scheduler:
         """One token for everybody who has one, a pending one too. Answers with those who have several, by rank."""
         shares, page_size = self._shares, self._memory.page_size
         chunks: list[Sequence] = []
+        most = self._most_decodes()
         for sequence in tuple(self._by_adapter):
             if only is not None and sequence not in only:
                 continue
@@ -185,11 +191,19 @@ class Scheduler:
                 # Nothing follows the last token that it may have, even while that token is pending.
                 known < sequence.max_tokens_total
                 and sequence.slot is not None
+                and (most is None or (len(shares) < most and known == len(sequence.token_ids)))
                 and (position < len(sequence.pages) * page_size or self._has_room(sequence))
             ):
                 shares[sequence] = 1
         self._budget = self._config.max_step_tokens - len(shares)
         return sorted(chunks, key=_rank)
+
+    def _most_decodes(self) -> int | None:
+        """Decode rows of a step at most; None where the whole model works at one step."""
+        if self._num_stages == 1:
+            return None
+        decoding = sum(sequence.num_known - sequence.num_scheduled <= 1 for sequence in self.running)
+        return max(1, -(-decoding // self._num_stages))
 
     def _has_room(self, sequence: Sequence) -> bool:
         """Makes sure of a page for the next token, preempting from the end of the order; False when it was its turn."""

@@ -6,19 +6,27 @@
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import msgspec
 import torch
 
 from loraplex.core.errors import BadConfig
 from loraplex.core.ids import BaseModelId
 from loraplex.core.model import ModelSpec
+from loraplex.core.plan import Shape
+from loraplex.cost.stages import decode_stages
 from loraplex.model_runner.arena import Arena, plan_num_pages
 from loraplex.model_runner.checkpoints import read_checkpoint_spec, read_checkpoint_tensors
 from loraplex.model_runner.config import ExecutorConfig
 from loraplex.model_runner.executor import TorchExecutor
-from loraplex.model_runner.executor_base import ExecutorBase, TokenSampler
+from loraplex.model_runner.executor_base import ExecutorBase
+from loraplex.model_runner.peers import Peers
 from loraplex.model_runner.random_models import random_spec, random_tensors
+from loraplex.model_runner.rank_executor import TokenSampler
+from loraplex.model_runner.ranks.group_executor import GroupExecutor
+from loraplex.model_runner.ranks.launcher import RankLauncher
+from loraplex.model_runner.ranks.local import LocalLauncher
 from loraplex.model_runner.sampler import Sampler
-from loraplex.model_runner.shard import Shard
+from loraplex.model_runner.shard import Shard, check_shape, plan_shards
 from loraplex.model_runner.weights import DecoderWeights, assemble_weights, tensors_elsewhere
 
 RANDOM_PREFIX = "random:"
@@ -52,26 +60,47 @@ def build_executor(
     *,
     model: str,
     base_model_id: BaseModelId,
-    sampler: Callable[[ModelSpec, torch.device], TokenSampler] = Sampler,
+    sampler: Callable[[ModelSpec, torch.device], TokenSampler] | None = None,
+    launcher: RankLauncher | None = None,
 ) -> ExecutorBase:
-    """Loads ``model`` on ``config.device`` and allocates the arena. BadConfig when an option or the model is wrong.
+    """Loads ``model`` on ``config.device``, or on a group of ``tp`` x ``pp`` ranks, and allocates the arena. BadConfig
+    when an option or the model is wrong; ExecutorLost when a rank dies meanwhile.
 
-    ``sampler``: another one than ours, e.g. one that looks at the logits.
+    ``sampler``: another one than ours, e.g. one that looks at the logits; of one rank only. ``launcher``: who starts
+    the ranks; None: processes of this machine.
     """
-    device = _device(config.device)
-    dtype = _dtype(config, device)
+    device = rank_device(config)
+    dtype = rank_dtype(config, device)
+    spec = load_model_spec(model, base_model_id)
+    shape = Shape(tp=config.tp, pp=config.pp)
+    if shape.num_ranks > 1:
+        if sampler is not None:
+            raise BadConfig("a sampler of one's own is for one rank", param="tp")
+        return _build_group(config, shape, spec, model=model, device=device, dtype=dtype, launcher=launcher)
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
-    spec = load_model_spec(model, base_model_id)
     shard = Shard.whole(spec)
     weights = load_weights(model, shard, dtype=dtype, device=device)
-    arena = Arena(
-        spec,
-        num_pages=plan_num_pages(config, spec, dtype=dtype, device=device),
-        page_size=config.page_size,
-        dtype=dtype,
-        device=device,
-    )
+    num_pages = plan_num_pages(config, spec, dtype=dtype, device=device)
+    return build_rank(config, shard, weights, num_pages=num_pages, dtype=dtype, device=device, sampler=sampler)
+
+
+def build_rank(
+    config: ExecutorConfig,
+    shard: Shard,
+    weights: DecoderWeights,
+    *,
+    num_pages: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    sampler: Callable[[ModelSpec, torch.device], TokenSampler] | None = None,
+    peers: Peers | None = None,
+) -> ExecutorBase:
+    """The executor of one rank, in this process. ``weights``: those of ``shard``; ``peers``: the other ranks, None
+    where there are none. BadConfig."""
+    spec = shard.model
+    arena = Arena(shard.local, num_pages=num_pages, page_size=config.page_size, dtype=dtype, device=device)
+    draw = (sampler or Sampler)(spec, device)
     if device.type == "cpu":
         if config.batch_invariant:
             raise BadConfig("batch_invariant is for CUDA devices", param="batch_invariant")
@@ -79,9 +108,10 @@ def build_executor(
             shard,
             weights,
             arena,
-            sampler(spec, device),
+            draw,
             max_rows=config.max_rows,
             max_step_tokens=config.max_step_tokens,
+            peers=peers,
         )
     # Triton is there on CUDA machines alone.
     from loraplex.model_runner.gpu.executor import GpuExecutor
@@ -90,7 +120,7 @@ def build_executor(
         spec,
         weights,
         arena,
-        sampler(spec, device),
+        draw,
         max_rows=config.max_rows,
         max_step_tokens=config.max_step_tokens,
         cuda_graphs=config.cuda_graphs,
@@ -98,6 +128,51 @@ def build_executor(
     )
     executor.warm_up()
     return executor
+
+
+def rank_device(config: ExecutorConfig) -> torch.device:
+    """Raises BadConfig when there is no such device."""
+    name = config.device
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise BadConfig(f"device {name!r}: {error}", param="device") from error
+    if device.type not in ("cpu", "cuda"):
+        raise BadConfig(f"device {name!r} is not supported: cpu or cuda", param="device")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise BadConfig("device cuda: torch sees no CUDA device", param="device")
+    return device
+
+
+def rank_dtype(config: ExecutorConfig, device: torch.device) -> torch.dtype:
+    """Of weights, KV, adapters and activations."""
+    if config.dtype == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[config.dtype]
+
+
+def _build_group(
+    config: ExecutorConfig,
+    shape: Shape,
+    spec: ModelSpec,
+    *,
+    model: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    launcher: RankLauncher | None,
+) -> ExecutorBase:
+    check_shape(spec, shape)
+    if device.type != "cpu":
+        raise BadConfig(f"tp {shape.tp} x pp {shape.pp}: groups of several ranks run on the CPU only", param="tp")
+    stage_layers = decode_stages(spec, shape.pp) if config.stage_layers is None else config.stage_layers
+    num_threads = config.num_threads or max(1, torch.get_num_threads() // shape.num_ranks)
+    return GroupExecutor(
+        msgspec.structs.replace(config, stage_layers=stage_layers, num_threads=num_threads),
+        plan_shards(spec, shape, stage_layers),
+        model=model,
+        itemsize=dtype.itemsize,
+        launcher=launcher or LocalLauncher(),
+    )
 
 
 def _tensors(
@@ -111,21 +186,3 @@ def _tensors(
 
         return read_gguf_tensors(Path(model), shard.model)
     return read_checkpoint_tensors(Path(model), without=tensors_elsewhere(shard))
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise BadConfig(f"device {name!r}: {error}", param="device") from error
-    if device.type not in ("cpu", "cuda"):
-        raise BadConfig(f"device {name!r} is not supported: cpu or cuda", param="device")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise BadConfig("device cuda: torch sees no CUDA device", param="device")
-    return device
-
-
-def _dtype(config: ExecutorConfig, device: torch.device) -> torch.dtype:
-    if config.dtype == "auto":
-        return torch.float32 if device.type == "cpu" else torch.bfloat16
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[config.dtype]

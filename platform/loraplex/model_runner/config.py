@@ -1,6 +1,6 @@
 """How an executor runs: device, number format, arena size. Read by ``build_executor``, composed by ``config``."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -10,14 +10,24 @@ class ExecutorConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """``cpu``, ``cuda`` or ``cuda:N``."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of weights, KV, adapters and activations. ``auto``: float32 on the CPU, bfloat16 elsewhere."""
+    tp: Annotated[int, msgspec.Meta(ge=1)] = 1
+    """Shards that every layer is split into, each on a rank of its own: heads and intermediate columns must divide."""
+    pp: Annotated[int, msgspec.Meta(ge=1)] = 1
+    """Stages that the layers are cut into, each on ``tp`` ranks; as many steps are in flight."""
+    stage_layers: tuple[int, ...] | None = None
+    """Layers of each stage; None: cut so that the slowest stage of a decode step is as fast as can be."""
+    rank_timeout_s: Annotated[float, msgspec.Meta(gt=0)] = 8.0
+    """A rank of a group that is silent for so long, or a step in which no rank ends half a layer for so long, ends the
+    executor."""
     num_threads: int | None = None
-    """Threads of one torch operation on the CPU; None leaves torch's own choice. Holds for the whole process."""
+    """Threads of one torch operation on the CPU; None leaves torch's own choice, shared out among the ranks of a
+    group. Holds for the whole process."""
     page_size: int = 16
     """Tokens of KV that one page holds."""
     num_pages: int | None = None
     """Pages of the arena; excludes ``arena_bytes``."""
     arena_bytes: int | None = None
-    """Upper bound of the arena, rounded down to whole pages. With neither: 1 GiB on the CPU, elsewhere what
+    """Upper bound of the arena of a rank, rounded down to whole pages. With neither: 1 GiB on the CPU, elsewhere what
     ``memory_fraction`` leaves after the weights and the activations of the largest step."""
     memory_fraction: float = 0.9
     """Share of the accelerator's memory that weights, activations and arena may take together."""

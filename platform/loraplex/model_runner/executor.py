@@ -17,15 +17,15 @@ from loraplex.model_runner.arena import Arena
 from loraplex.model_runner.batch import build_batch
 from loraplex.model_runner.decoder import forward
 from loraplex.model_runner.device_adapters import DeviceAdapters
-from loraplex.model_runner.executor_base import ExecutorBase, TokenSampler
 from loraplex.model_runner.families import family_by_name
 from loraplex.model_runner.frequencies import model_frequencies
 from loraplex.model_runner.peers import Alone, Peers
+from loraplex.model_runner.rank_executor import RankExecutor, TokenSampler
 from loraplex.model_runner.shard import Shard
 from loraplex.model_runner.weights import DecoderWeights
 
 
-class TorchExecutor(ExecutorBase):
+class TorchExecutor(RankExecutor):
     def __init__(
         self,
         shard: Shard,

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from loraplex.core.clock import Clock
-from loraplex.core.errors import LoraplexError
+from loraplex.core.errors import ExecutorLost, LoraplexError
 from loraplex.core.ids import Digest
 from loraplex.core.request import RequestOutput
 from loraplex.core.step import Executor
@@ -42,7 +42,8 @@ class StepDriver:
 
     def step(self) -> StepOutcome:
         """Submits steps until the executor holds as many as it takes or nothing can be planned, then collects the
-        oldest. An executor's exception ends the requests that caused it, never the caller."""
+        oldest. An executor's exception ends the requests that caused it, not the caller; ExecutorLost alone is raised:
+        nothing can run any more."""
         while self._engine.num_in_flight < self._executor.max_in_flight:
             instructions = self._engine.schedule(self._clock.monotonic_s())
             failed = self._prepare(instructions)
@@ -52,6 +53,8 @@ class StepDriver:
                 break
             try:
                 self._executor.submit(instructions.plan)
+            except ExecutorLost:
+                raise
             except Exception as error:
                 _log.exception("step %d could not be started", instructions.plan.step_id)
                 failure = request_failure(error, STEP_FAILED)
@@ -60,6 +63,8 @@ class StepDriver:
             return StepOutcome(progressed=False)
         try:
             result = self._executor.collect()
+        except ExecutorLost:
+            raise
         except Exception as error:
             _log.exception("the oldest step in flight failed")
             failure = request_failure(error, STEP_FAILED)
@@ -78,6 +83,8 @@ class StepDriver:
         for load in instructions.loads:
             try:
                 self._executor.load_adapter(load.digest, load.pages)
+            except ExecutorLost:
+                raise
             except Exception as error:
                 _log.exception("loading adapter %s failed", load.digest)
                 failures[load.digest] = request_failure(error, LOAD_FAILED)

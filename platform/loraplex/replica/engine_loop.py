@@ -26,6 +26,9 @@ from loraplex.replica.frames import merge_outputs
 from loraplex.replica.staging import AdapterStager, ArtifactSource
 from loraplex.replica.warming import Warming
 
+_CHECK_S = 1.0
+"""While nothing runs, the executor is asked this often whether it is well."""
+
 _log = logging.getLogger(__name__)
 
 Deliver = Callable[[dict[int, ReplicaFrame]], None]
@@ -61,7 +64,7 @@ class EngineLoop:
         self._clock = clock or SystemClock()
         self._executor = executor
         self._interval_s = config.load_report_interval_s
-        self._engine = Engine(engine_config, model=executor.model, arena=executor.arena)
+        self._engine = Engine(engine_config, model=executor.model, arena=executor.arena, num_stages=executor.num_stages)
         self._stager = AdapterStager(
             executor,
             source,
@@ -171,8 +174,8 @@ class EngineLoop:
     def _loop(self) -> None:
         progressed = False
         while not self._stopping:
-            if not progressed:
-                self._wake.wait()
+            while not progressed and not self._wake.wait(_CHECK_S):
+                self._executor.check()
             self._wake.clear()
             self._drain_inbox()
             for digest in self._engine.wanted_adapters():

@@ -92,7 +92,8 @@ class FakeExecutor:
     """Strict about the contract of ``core.step``: a plan that breaks it is an AssertionError, also kept in
     ``violations``.
 
-    Steps take ``step_s`` each, one after the other; ``max_in_flight`` of them may be submitted. ``poisoned``: adapters
+    Steps take ``step_s`` each, one after the other; ``max_in_flight`` of them may be submitted, with ``num_stages``
+    greater than 1 none with a pending token. ``poisoned``: adapters
     whose rows raise, in ``submit`` or in ``collect`` (after the rows before them have run). ``unloadable``: adapters
     whose load raises. ``unstageable``: adapters whose staging raises BadAdapter.
     ``fails_once_in``: the next such call raises.
@@ -107,6 +108,7 @@ class FakeExecutor:
         step_s: float = 0.0,
         stage_s: float = 0.0,
         max_in_flight: int = 1,
+        num_stages: int = 1,
         poisoned: Iterable[str] = (),
         raises_in: Literal["submit", "collect"] = "collect",
         unloadable: Iterable[str] = (),
@@ -125,6 +127,7 @@ class FakeExecutor:
         self._loaded: dict[Digest, tuple[int, ...]] = {}
         self._step_id = 0
         self._max_in_flight = max_in_flight
+        self._num_stages = num_stages
         self._raises_in = raises_in
         self.fails_once_in: Literal["submit", "collect"] | None = None
         self._in_flight: deque[_Submitted] = deque()
@@ -144,6 +147,13 @@ class FakeExecutor:
     @property
     def max_in_flight(self) -> int:
         return self._max_in_flight
+
+    @property
+    def num_stages(self) -> int:
+        return self._num_stages
+
+    def check(self) -> None:
+        """It is always well."""
 
     @property
     def staged(self) -> frozenset[Digest]:
@@ -241,6 +251,7 @@ class FakeExecutor:
             check(len(row.pages) * size >= end, "the page table is too short")
             check(PENDING not in row.token_ids or row.token_ids == (PENDING,), "a pending token in a chunk")
             check(PENDING not in row.token_ids or row.slot in sampling, "no step samples the pending token")
+            check(PENDING not in row.token_ids or self._num_stages == 1, "a pending token between stages")
             written = {row.pages[position // size] for position in range(row.start, end)}
             check(all(users[page] <= {row.slot} for page in written), "a page of a step in flight is written")
 

@@ -87,6 +87,15 @@ class PacedExecutor:
     def max_in_flight(self) -> int:
         return 2
 
+    @property
+    def num_stages(self) -> int:
+        """One to the engine: a step passes the whole pipeline, in micro-batches, as the cost model and the simulators
+        have it."""
+        return 1
+
+    def check(self) -> None:
+        """There is no process to lose."""
+
     def adapter_pages(self, manifest: AdapterManifest) -> int:
         """As for an adapter of these ranks on these modules in every layer of the profile's base."""
         return -(-self._bytes_per_gpu(manifest) // self._arena.page_bytes)

@@ -21,12 +21,12 @@ from loraplex.core.request import SamplingParams
 from loraplex.core.step import Row, RowStart, SampledToken, StepPlan, StepResult
 from loraplex.model_runner.arena import Arena
 from loraplex.model_runner.drawn import Drawn
-from loraplex.model_runner.executor_base import ExecutorBase, TokenSampler
 from loraplex.model_runner.frequencies import model_frequencies
 from loraplex.model_runner.gpu.adapters import GpuAdapters
 from loraplex.model_runner.gpu.decoder import GpuDecoder
 from loraplex.model_runner.gpu.graphs import GraphCache
 from loraplex.model_runner.gpu.inputs import StepInputs
+from loraplex.model_runner.rank_executor import RankExecutor, TokenSampler
 from loraplex.model_runner.shard import Shard
 from loraplex.model_runner.weights import DecoderWeights
 
@@ -47,7 +47,7 @@ class _InFlight:
     submitted_s: float
 
 
-class GpuExecutor(ExecutorBase):
+class GpuExecutor(RankExecutor):
     def __init__(
         self,
         model: ModelSpec,

@@ -1,0 +1,75 @@
+"""Where to cut a model's layers into pipeline stages, so that the slowest stage is as fast as can be. Pure.
+
+Called by ``model_runner`` when a group starts and by ``loraplex profile``, which prints the cut beside the equal one.
+"""
+
+from collections.abc import Sequence
+
+from loraplex.core.errors import BadConfig
+from loraplex.core.model import ModelSpec
+
+
+def cut_stages(
+    layer_costs: Sequence[float], num_stages: int, *, first_cost: float = 0.0, last_cost: float = 0.0
+) -> tuple[int, ...]:
+    """Layers of each stage, at least one. ``layer_costs``: of each layer, in any unit; ``first_cost``, ``last_cost``:
+    what the first and the last stage do besides (embedding; head and sampling). Of equally good cuts the one whose
+    earlier stages hold more. BadConfig when there are fewer layers than stages.
+
+    A dynamic programme over (stages, layers): the best slowest stage of the first ``s`` stages over the first ``n``
+    layers is the least, over the start of the last of them, of the greater of the two parts.
+    """
+    num_layers = len(layer_costs)
+    if not 1 <= num_stages <= num_layers:
+        raise BadConfig(f"{num_layers} layers cannot be cut into {num_stages} stages", param="pp")
+    sums = [0.0]
+    for cost in layer_costs:
+        sums.append(sums[-1] + cost)
+
+    def stage_cost(stage: int, start: int, end: int) -> float:
+        cost = sums[end] - sums[start]
+        return cost + (first_cost if stage == 0 else 0.0) + (last_cost if stage == num_stages - 1 else 0.0)
+
+    best = [stage_cost(0, 0, end) if end else float("inf") for end in range(num_layers + 1)]
+    starts: list[list[int]] = []
+    for stage in range(1, num_stages):
+        found, where = [float("inf")] * (num_layers + 1), [0] * (num_layers + 1)
+        for end in range(stage + 1, num_layers + 1):
+            for start in range(stage, end):
+                slowest = max(best[start], stage_cost(stage, start, end))
+                if slowest <= found[end]:
+                    found[end], where[end] = slowest, start
+        best = found
+        starts.append(where)
+    cut, end = [], num_layers
+    for where in reversed(starts):
+        cut.append(end - where[end])
+        end = where[end]
+    return (*reversed((*cut, end)),)
+
+
+def equal_stages(num_layers: int, num_stages: int) -> tuple[int, ...]:
+    """As many layers in each stage as in any other, or one more."""
+    size, larger = divmod(num_layers, num_stages)
+    return tuple(size + (stage < larger) for stage in range(num_stages))
+
+
+def slowest_stage(
+    stage_layers: Sequence[int], layer_costs: Sequence[float], *, first_cost: float = 0.0, last_cost: float = 0.0
+) -> float:
+    """Cost of the slowest stage of a cut: the pace of a full pipeline."""
+    costs, start = [], 0
+    for count in stage_layers:
+        costs.append(sum(layer_costs[start : start + count]))
+        start += count
+    costs[0] += first_cost
+    costs[-1] += last_cost
+    return max(costs)
+
+
+def decode_stages(model: ModelSpec, num_stages: int) -> tuple[int, ...]:
+    """The cut for decode steps of few rows, whose time is that of reading the weights: a layer's against the head's.
+    Of the embedding a step reads its own rows alone."""
+    d = model.hidden_size
+    layer = 2 * d * (model.q_size + model.kv_size) + 3 * d * model.intermediate_size
+    return cut_stages([float(layer)] * model.num_layers, num_stages, last_cost=float(model.vocab_size * d))

@@ -1,0 +1,32 @@
+"""How the processes of a group start: the same for local processes and for actors of a cluster."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankStart:
+    """All that a process needs to become a rank: ``worker.run_rank`` takes it from there."""
+
+    rank: int
+    address: tuple[str, int]
+    """Where the group's executor listens."""
+    key: bytes
+    """Opens a connection to it; to be kept from others."""
+
+
+class RankProcess(Protocol):
+    def ended(self) -> str | None:
+        """How it ended, in a few words; None while it runs. Does not wait."""
+
+    def kill(self) -> None:
+        """At once, whatever it does. Idempotent."""
+
+
+class RankLauncher(Protocol):
+    @property
+    def host(self) -> str:
+        """This machine's address as the ranks reach it."""
+
+    def launch(self, start: RankStart) -> RankProcess:
+        """Starts a process that calls ``run_rank(start)``; does not wait for it. Ranks of a stage share a machine."""
