@@ -1,108 +1,250 @@
-"""Starts and stops replicas on Ray: for each a placement group that pins its CPUs and GPUs, and one named actor in it.
+"""Carries out what the controller decides about replicas on Ray. Implements ``core.fleet.Actuator``.
 
-Called by the controller actor, and by the launcher when that could not clean up. Replicas are detached and found again
-by name, so that a restarted controller adopts what runs instead of starting it twice.
+A group of a plan is a placement group with a bundle per rank, a replica a named actor in it; both are detached and
+found again by name, so that a restarted controller adopts what runs instead of starting it twice. Several bases of a
+group share its bundles. Every command is refused when a later controller has been heard of, by the register of epochs
+and by the replica itself. Called by the controller actor, and by the launcher when that could not clean up.
 """
 
-import contextlib
-from dataclasses import dataclass
+import asyncio
+from collections.abc import Awaitable, Callable
 from typing import Any
 
-import ray
 from loraplex.config.platform import BaseModelConfig, PlatformConfig
-from loraplex.core.control import ReplicaRoute
-from loraplex.core.ids import ReplicaId
-from ray.util.placement_group import get_placement_group, placement_group, remove_placement_group
+from loraplex.core.control import AdapterView, ReplicaRoute
+from loraplex.core.errors import Unavailable
+from loraplex.core.fleet import NodeStatus, ReplicaTarget, RunningReplica
+from loraplex.core.ids import Digest, ReplicaId
+from ray.exceptions import ActorUnavailableError, RayError
+from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from loraplex_deployments.control_client import NAMESPACE
+from loraplex_deployments.epoch_register import EpochRegister
+from loraplex_deployments.placement import Nodes, RankResources, is_reserved, release, reserve, reserved_groups
 from loraplex_deployments.replica_actor import ReplicaActor
+from loraplex_deployments.replica_handles import (
+    ReplicaName,
+    answer,
+    find_replica,
+    kill_replica,
+    reason_of,
+    replica_names,
+)
+
+_MAX_BASES_PER_GROUP = 16
+"""Each replica takes this part of its bundle's GPU, so that so many find room in it."""
+_ANSWER_TIMEOUT_S = 5.0
+"""For what a replica answers at once, also while it loads."""
+_CONNECT_TIMEOUT_S = 0.5
+_POLL_S = 0.1
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ReplicaSpec:
-    """One replica that should run."""
-
-    replica_id: ReplicaId
-    base: BaseModelConfig
-
-
-def replica_specs(config: PlatformConfig) -> tuple[ReplicaSpec, ...]:
-    """All that ``config`` wants."""
-    return tuple(
-        ReplicaSpec(replica_id=ReplicaId(f"{base.id}-{index}"), base=base)
-        for base in config.base_models
-        for index in range(base.replicas)
-    )
-
-
-def remove_replica(replica_id: ReplicaId) -> None:
-    """Ends the actor, if it still runs, and frees its placement group."""
-    handle = _find(replica_id)
-    if handle is not None:
-        ray.kill(handle)
-    _remove_group(replica_id)
-
-
-def remove_replicas(config: PlatformConfig) -> None:
-    """All of ``config``; for when no supervisor starts them again."""
-    for spec in replica_specs(config):
-        remove_replica(spec.replica_id)
+def remove_all_replicas(cluster_secret: str | None = None) -> None:
+    """Every replica and group of the platform; for when no controller is there to bring them back. With its secret the
+    epochs are forgotten as well. Blocking."""
+    for name in replica_names():
+        kill_replica(name)
+    for group in reserved_groups(Nodes({})):
+        release(group)
+    if cluster_secret is not None:
+        EpochRegister(cluster_secret).forget()
 
 
 class RayActuator:
-    def __init__(self, config: PlatformConfig, cluster_secret: str) -> None:
+    def __init__(
+        self,
+        config: PlatformConfig,
+        *,
+        cluster_secret: str,
+        adapters: Callable[[], Awaitable[tuple[AdapterView, ...]]],
+    ) -> None:
+        """``adapters``: all versions of all adapters, as of now."""
         self._config = config
         self._cluster_secret = cluster_secret
+        self._adapters = adapters
+        self._bases = {base.base_model_id: base for base in config.base_models}
+        self._epochs = EpochRegister(cluster_secret)
+        self._pending: set[ReplicaName] = set()
+        """Replicas that wait for room."""
+        self._reserving = asyncio.Lock()
+        """The bases of a group reserve it once."""
+        self._addresses: dict[ReplicaId, str] = {}
 
-    async def ensure(self, spec: ReplicaSpec) -> tuple[Any, ReplicaRoute]:
-        """The running actor of ``spec``, adopted or started, once its engine is ready.
+    async def nodes(self) -> tuple[NodeStatus, ...]:
+        return (await self._nodes()).status()
 
-        Raises RayActorError or RayTaskError when it dies or cannot load while starting.
-        """
-        handle = _find(spec.replica_id) or await self._start(spec)
-        address: str = await handle.ready.remote()
-        route = ReplicaRoute(replica_id=spec.replica_id, base_model_id=spec.base.base_model_id, address=address)
-        return handle, route
-
-    async def _start(self, spec: ReplicaSpec) -> Any:
-        # A group without its actor is what a controller left that died between the two.
-        _remove_group(spec.replica_id)
-        base = spec.base
-        bundle = {"CPU": base.num_cpus, "GPU": base.num_gpus}
-        group = placement_group(
-            [{kind: amount for kind, amount in bundle.items() if amount}],
-            strategy="STRICT_PACK",
-            name=_group_name(spec.replica_id),
-            lifetime="detached",
+    async def running(self) -> tuple[RunningReplica, ...]:
+        """Besides: frees the GPUs of groups without a replica, which a controller leaves that dies between the two."""
+        known = await self._nodes()
+        groups = await asyncio.to_thread(reserved_groups, known)
+        names = await asyncio.to_thread(replica_names)
+        for group in groups.keys() - {name.group for name in (*names, *self._pending)}:
+            await asyncio.to_thread(release, group)
+        return tuple(
+            RunningReplica(
+                replica_id=name.replica_id,
+                group=name.group,
+                base_model_id=name.base_model_id,
+                shape=name.shape,
+                gpu=name.gpu,
+                nodes=groups.get(name.group, ()),
+            )
+            for name in names
         )
-        await group.ready()
+
+    async def start(self, target: ReplicaTarget, *, epoch: int) -> ReplicaRoute:
+        """As the protocol says. Unavailable also for a base that the config does not have, and for a shape that it
+        cannot run: of more than one rank with anything but the paced executor. What did not start is gone again."""
+        base = self._checked_base(target)
+        await asyncio.to_thread(self._epochs.check, epoch)
+        try:
+            found = await asyncio.to_thread(find_replica, target.replica_id)
+            handle = found[1] if found is not None else await self._create(target, base, epoch)
+            address: str = await answer(handle.ready.remote(epoch))
+            await answer(handle.assign.remote(await self._digests(target), epoch))
+            # A later controller may have come meanwhile: it adopts what this one began.
+            await asyncio.to_thread(self._epochs.check, epoch)
+        except Unavailable as error:
+            if error.code != "superseded":
+                await self._remove(ReplicaName.of(target))
+            raise
+        self._addresses[target.replica_id] = address
+        return ReplicaRoute(
+            replica_id=target.replica_id,
+            base_model_id=target.base_model_id,
+            address=address,
+            group=target.group,
+            shape=target.shape,
+            gpu=target.gpu,
+            adapters=target.adapters,
+        )
+
+    async def assign(self, target: ReplicaTarget, *, epoch: int) -> None:
+        await asyncio.to_thread(self._epochs.check, epoch)
+        found = await asyncio.to_thread(find_replica, target.replica_id)
+        if found is None:
+            raise Unavailable(f"replica {target.replica_id} does not run")
+        await answer(found[1].assign.remote(await self._digests(target), epoch))
+
+    async def wait_stopped(self, replica_id: ReplicaId) -> str:
+        """Ray tells of a process within milliseconds, of a whole node in one second and a half."""
+        found = await asyncio.to_thread(find_replica, replica_id)
+        if found is None:
+            return "it does not run"
+        while True:
+            try:
+                await found[1].wait_stopped.remote()
+                return "its engine has ended"
+            except ActorUnavailableError:
+                # Ray takes a dead node for alive for many seconds; a broken connection may also heal.
+                if not await self._listens(replica_id):
+                    return "its node does not answer"
+            except RayError as error:
+                return reason_of(error)
+
+    async def num_unfinished(self, replica_id: ReplicaId) -> int:
+        """Requests that run or wait there."""
+        found = await asyncio.to_thread(find_replica, replica_id)
+        if found is None:
+            raise Unavailable(f"replica {replica_id} does not run")
+        return int(await answer(found[1].num_unfinished.remote()))
+
+    async def stop(self, replica_id: ReplicaId, *, epoch: int) -> None:
+        await asyncio.to_thread(self._epochs.check, epoch)
+        self._addresses.pop(replica_id, None)
+        for name in [name for name in self._pending if name.replica_id == replica_id]:
+            self._pending.discard(name)
+            await self._remove(name)
+        found = await asyncio.to_thread(find_replica, replica_id)
+        if found is not None:
+            name, handle = found
+            try:
+                await answer(handle.hear.remote(epoch), timeout_s=_ANSWER_TIMEOUT_S)
+            except Unavailable as error:
+                if error.code == "superseded":
+                    raise
+            await self._remove(name)
+
+    async def _nodes(self) -> Nodes:
+        return await asyncio.to_thread(Nodes, self._config.ray.gpu_types)
+
+    def _checked_base(self, target: ReplicaTarget) -> BaseModelConfig:
+        base = self._bases.get(target.base_model_id)
+        if base is None:
+            raise Unavailable(f"the config has no base model {target.base_model_id}")
+        if target.shape.num_ranks > 1 and base.paced is None:
+            raise Unavailable(
+                f"{target.base_model_id} runs on one rank per replica, "
+                f"not on tp {target.shape.tp} x pp {target.shape.pp}"
+            )
+        return base
+
+    async def _create(self, target: ReplicaTarget, base: BaseModelConfig, epoch: int) -> Any:
+        """Waits for room. Unavailable when it is stopped meanwhile."""
+        name = ReplicaName.of(target)
+        self._pending.add(name)
+        try:
+            async with self._reserving:
+                group = await asyncio.to_thread(self._reserve, target, base, await self._nodes())
+            while not await asyncio.to_thread(is_reserved, group):
+                await asyncio.sleep(_POLL_S)
+                if name not in self._pending:
+                    raise Unavailable("the replica was stopped while it waited for room")
+            return await asyncio.to_thread(self._create_actor, name, group, target, base, epoch)
+        finally:
+            self._pending.discard(name)
+
+    @staticmethod
+    def _reserve(target: ReplicaTarget, base: BaseModelConfig, known: Nodes) -> PlacementGroup:
+        return reserve(
+            target.group,
+            shape=target.shape,
+            resources=RankResources(num_cpus=base.num_cpus, num_gpus=base.num_gpus),
+            gpu=target.gpu,
+            nodes=target.nodes,
+            known=known,
+        )
+
+    def _create_actor(
+        self, name: ReplicaName, group: PlacementGroup, target: ReplicaTarget, base: BaseModelConfig, epoch: int
+    ) -> Any:
         return ReplicaActor.options(  # type: ignore[attr-defined]
-            name=_actor_name(spec.replica_id),
+            name=name.actor,
             namespace=NAMESPACE,
             lifetime="detached",
-            num_cpus=base.num_cpus,
-            num_gpus=base.num_gpus,
+            # The bundle holds the CPUs for all replicas in it.
+            num_cpus=0,
+            num_gpus=base.num_gpus / _MAX_BASES_PER_GROUP,
             max_concurrency=1000,
-            scheduling_strategy=PlacementGroupSchedulingStrategy(placement_group=group),
-        ).remote(spec.replica_id, base, self._config, self._cluster_secret)
+            scheduling_strategy=PlacementGroupSchedulingStrategy(placement_group=group, placement_group_bundle_index=0),
+        ).remote(target, base, self._config, self._cluster_secret, epoch)
 
+    async def _remove(self, name: ReplicaName) -> None:
+        """Its group's GPUs as well, when nobody else has them."""
+        await asyncio.to_thread(kill_replica, name)
+        others = {*await asyncio.to_thread(replica_names), *self._pending} - {name}
+        if name.group not in {other.group for other in others}:
+            await asyncio.to_thread(release, name.group)
 
-def _find(replica_id: ReplicaId) -> Any | None:
-    try:
-        return ray.get_actor(_actor_name(replica_id), namespace=NAMESPACE)
-    except ValueError:
-        return None
+    async def _digests(self, target: ReplicaTarget) -> tuple[Digest, ...]:
+        """Current versions of the target's adapters that exist, most used first."""
+        views = [view for view in await self._adapters() if view.base_model_id == target.base_model_id and view.current]
+        found: dict[tuple[str | None, str], list[Digest]] = {}
+        for view in views:
+            for tenant in (view.ref.tenant, None):
+                found.setdefault((tenant, view.ref.name), []).append(view.ref.digest)
+        shares = sorted(target.adapters, key=lambda share: -share.weight)
+        return tuple(digest for share in shares for digest in found.get((share.tenant, share.name), ()))
 
-
-def _remove_group(replica_id: ReplicaId) -> None:
-    with contextlib.suppress(ValueError):  # there is none
-        remove_placement_group(get_placement_group(_group_name(replica_id)))
-
-
-def _actor_name(replica_id: ReplicaId) -> str:
-    return f"loraplex-replica-{replica_id}"
-
-
-def _group_name(replica_id: ReplicaId) -> str:
-    return f"loraplex-group-{replica_id}"
+    async def _listens(self, replica_id: ReplicaId) -> bool:
+        host, _, port = self._addresses.get(replica_id, "").rpartition(":")
+        if not host:
+            return False
+        try:
+            async with asyncio.timeout(_CONNECT_TIMEOUT_S):
+                _, writer = await asyncio.open_connection(host, int(port))
+        except OSError:  # TimeoutError is one
+            return False
+        writer.close()
+        return True

@@ -1,13 +1,18 @@
-"""What the config's base models are on disk: directory, spec and view of each. Run in the controller actor."""
+"""What the config says of base models: directory, spec and view of each, what a replica needs, how many there shall be.
+
+Run in the controller actor.
+"""
 
 import time
 from pathlib import Path
 
 from loraplex.config.platform import DEMO_MODEL, BaseModelConfig, PlatformConfig
+from loraplex.controller.fleet.state import FleetBase
 from loraplex.core.control import BaseModelView
 from loraplex.core.errors import BadConfig
 from loraplex.core.ids import BaseModelId
 from loraplex.core.model import ModelSpec
+from loraplex.core.plan import BasePlacement, GroupPlan, Plan, Shape
 from loraplex.demo.base import prepare_demo_base
 from loraplex.model_runner.build import RANDOM_PREFIX, load_model_spec
 from loraplex.model_runner.random_tokenizer import write_random_tokenizer
@@ -46,6 +51,33 @@ def base_model_views(
             )
         )
     return specs, tuple(views)
+
+
+def fleet_bases(config: PlatformConfig) -> dict[BaseModelId, FleetBase]:
+    return {
+        base.base_model_id: FleetBase(
+            base_model_id=base.base_model_id, gpus_per_rank=base.num_gpus, shape=_default_shape(base)
+        )
+        for base in config.base_models
+    }
+
+
+def default_plan(config: PlatformConfig) -> Plan:
+    """Each replica of the config in a group of its own; every replica takes every adapter of its base."""
+    groups = tuple(
+        GroupPlan(
+            name=f"{base.id}-{index}",
+            shape=_default_shape(base),
+            bases=(BasePlacement(base_model_id=base.base_model_id),),
+        )
+        for base in config.base_models
+        for index in range(base.replicas)
+    )
+    return Plan(version=0, groups=groups)
+
+
+def _default_shape(base: BaseModelConfig) -> Shape:
+    return Shape() if base.paced is None else Shape(tp=base.paced.tp, pp=base.paced.pp)
 
 
 def _tokenizer(config: PlatformConfig, base: BaseModelConfig, source: str, spec: ModelSpec) -> Path:

@@ -5,6 +5,7 @@ nothing of tenants or tokens.
 """
 
 import asyncio
+import logging
 import uuid
 from collections.abc import AsyncIterator
 from functools import partial
@@ -14,8 +15,8 @@ import grpc
 from grpc_health.v1 import health_pb2
 from loraplex.config.platform import PlatformConfig
 from loraplex.core.control import ControlPlane
-from loraplex.core.errors import NotFound
-from loraplex.core.ids import GatewayId
+from loraplex.core.errors import LoraplexError, NotFound
+from loraplex.core.ids import BaseModelId, GatewayId
 from loraplex.gateway.gateway import Gateway
 from loraplex.gateway.proto import loraplex_v1_pb2 as pb
 from loraplex.router.router import Router
@@ -26,6 +27,8 @@ from ray.serve.grpc_util import RayServegRPCContext
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from loraplex_deployments.control_client import RayControlPlane, controller_handle
+
+logger = logging.getLogger(__name__)
 
 APP_NAME = "loraplex"
 SERVICE_NAME = "loraplex.v1.Loraplex"
@@ -62,7 +65,10 @@ class GatewayDeployment:
         configure_logging()
         gateway_id = GatewayId(f"gateway-{uuid.uuid4().hex[:8]}")
         control = RayControlPlane(controller_handle())
-        self._router = Router(gateway_id=gateway_id, config=config.router)
+        self._waking: set[asyncio.Task[None]] = set()
+        self._router = Router(
+            gateway_id=gateway_id, config=config.router, on_unserved=partial(self._wake_in_background, control)
+        )
         self._recorder = TraceRecorder(config.traces, send=partial(self._send_traces, control, gateway_id))
         self._gateway = Gateway(
             config.gateway,
@@ -79,6 +85,18 @@ class GatewayDeployment:
         self._grpc = self._gateway.grpc_servicer
         await self._recorder.start()
         await self._gateway.start()
+
+    def _wake_in_background(self, control: RayControlPlane, base_model_id: BaseModelId) -> None:
+        task = asyncio.create_task(self._wake(control, base_model_id))
+        self._waking.add(task)
+        task.add_done_callback(self._waking.discard)
+
+    async def _wake(self, control: RayControlPlane, base_model_id: BaseModelId) -> None:
+        try:
+            await control.wake_base(base_model_id)
+        except LoraplexError as error:
+            # The router asks again as long as requests wait.
+            logger.warning("base %s could not be woken: %s", base_model_id, error.message)
 
     async def _send_traces(self, control: ControlPlane, gateway_id: GatewayId, batch: bytes) -> None:
         self._gateway.metrics.trace_store(await control.record_traces(gateway_id, batch))

@@ -1,9 +1,9 @@
-"""Brings the platform up on Ray and takes it down again. Called by ``loraplex serve`` and by the tests.
+"""Brings the platform up on Ray and takes it down again. Called by ``loraplex serve``, by ``deploy`` and by the tests.
 
 Owns the order of things and what was started: a local Ray of our own, the controller actor and its replicas, Serve if
 it did not run yet, the Serve application.
-Ends these and nothing else. ``gateways`` imports ``ray.serve``, so it is imported inside functions, once ``ServeProxy``
-has set what Serve reads at its import.
+Ends these and nothing else, or leaves them running on a cluster. ``gateways`` imports ``ray.serve``, so it is imported
+inside functions, once ``ServeProxy`` has set what Serve reads at its import.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ import ray
 from loraplex.config.platform import PlatformConfig
 from loraplex.core.errors import BadConfig, Conflict, Unavailable
 
-from loraplex_deployments.actuator import remove_replicas
+from loraplex_deployments.actuator import remove_all_replicas
 from loraplex_deployments.control_actor import ControllerActor
 from loraplex_deployments.control_client import CONTROLLER_NAME, NAMESPACE
 from loraplex_deployments.proxy import ServeProxy
@@ -35,7 +35,7 @@ Progress = Callable[[str], None]
 
 
 class RunningPlatform:
-    """What ``start_platform`` started."""
+    """What ``start_platform`` started, or ``deploy`` found."""
 
     def __init__(self, config: PlatformConfig, controller: Any, started: contextlib.ExitStack) -> None:
         """``started`` ends, last first, what was started."""
@@ -55,12 +55,12 @@ class RunningPlatform:
         """One method of the controller, blocking."""
         return ray.get(self._controller.call.remote(method, args, kwargs))
 
-    def wait_ready(self, given_up: Callable[[], bool] = lambda: False) -> None:
+    def wait_ready(self, given_up: Callable[[], bool] = lambda: False, *, timeout_s: float = _READY_TIMEOUT_S) -> None:
         """Returns when a request would be served, or when ``given_up`` says so.
 
         Raises Unavailable with the replica's reason when it cannot start.
         """
-        deadline_s = time.monotonic() + _READY_TIMEOUT_S
+        deadline_s = time.monotonic() + timeout_s
         while time.monotonic() < deadline_s:
             if given_up():
                 return
@@ -72,12 +72,17 @@ class RunningPlatform:
                 replica_id, reason = next(iter(failures.items()))
                 raise Unavailable(f"replica {replica_id} cannot start: {reason}")
             time.sleep(0.1)
-        raise Unavailable(f"not ready after {_READY_TIMEOUT_S:.0f} s")
+        raise Unavailable(f"not ready after {timeout_s:.0f} s")
 
     def stop(self) -> None:
         """Gateways first (they send their last trace rows), with Serve if we started it, then the controller with its
         replicas, then our Ray or our connection to the cluster that we joined. Idempotent."""
         self._started.close()
+
+    def leave(self) -> None:
+        """Leaves the cluster, where everything goes on running. ``stop`` then does nothing."""
+        self._started.pop_all()
+        ray.shutdown()
 
 
 def start_platform(config: PlatformConfig, progress: Progress) -> RunningPlatform:
@@ -135,7 +140,7 @@ def _start_controller(config: PlatformConfig, started: contextlib.ExitStack) -> 
         ).remote(config)
     except ValueError:
         raise Conflict("a loraplex controller already runs on this Ray cluster") from None
-    started.callback(_stop_controller, controller, config)
+    started.callback(_stop_controller, controller)
     try:
         ray.get(controller.start.remote())
     except ray.exceptions.RayTaskError as error:
@@ -143,14 +148,14 @@ def _start_controller(config: PlatformConfig, started: contextlib.ExitStack) -> 
     return controller
 
 
-def _stop_controller(controller: Any, config: PlatformConfig) -> None:
+def _stop_controller(controller: Any) -> None:
     try:
         ray.get(controller.stop.remote(), timeout=_STOP_TIMEOUT_S)
     except (ray.exceptions.RayError, TimeoutError) as error:
         logger.warning("the controller did not stop by itself: %s", error)
     ray.kill(controller)
     # Its own stop has done this, unless it could not.
-    remove_replicas(config)
+    remove_all_replicas()
 
 
 def _start_gateways(

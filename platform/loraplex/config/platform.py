@@ -38,8 +38,9 @@ class BaseModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     """Directory of the tokenizer; by default that of ``model``."""
     replicas: int = 1
     num_cpus: float = 1
-    """Logical CPUs that each replica reserves in its placement group."""
+    """Logical CPUs that each rank of a group reserves in its placement group."""
     num_gpus: float = 0
+    """Logical GPUs of each of its ranks; 0: it runs on CPUs. Several bases that a plan puts on one group share them."""
     executor: ExecutorConfig = msgspec.field(default_factory=ExecutorConfig)
     engine: EngineConfig = msgspec.field(default_factory=EngineConfig)
     paced: PacedConfig | None = None
@@ -82,6 +83,9 @@ class RayConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     num_gpus: int | None = None
     object_store_bytes: int = 128 * 1024 * 1024
     """Of a local Ray. Tokens do not pass through it."""
+    gpu_types: dict[str, str] = msgspec.field(default_factory=lambda: {"H100": "h100-80gb", "H200": "h200-141gb"})
+    """Ray's accelerator type (the resource ``accelerator_type:H100`` of a node) -> the GPU type of plans and cost
+    profiles. A type that is not named here goes by Ray's name."""
 
 
 class TenantBootstrap(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

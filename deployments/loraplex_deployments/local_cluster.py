@@ -1,0 +1,66 @@
+"""A Ray cluster of several nodes on one machine, for fault tests and benchmarks: nodes come, and die as by kill -9.
+
+Nodes are Ray's own processes with logical CPUs and GPUs, so that placement is that of a real cluster; all have the same
+IP address and file system. One per process.
+"""
+
+from typing import Any
+
+import psutil
+import ray
+from ray.cluster_utils import Cluster
+
+_OBJECT_STORE_BYTES = 80 << 20
+HEAD = "head"
+
+
+class LocalCluster:
+    """Starts the head node, without GPUs. ``close`` ends all processes that it started."""
+
+    def __init__(self, *, head_cpus: int) -> None:
+        self._cluster = Cluster(
+            initialize_head=True,
+            head_node_args={
+                "num_cpus": head_cpus,
+                "node_name": HEAD,
+                "include_dashboard": False,
+                "object_store_memory": _OBJECT_STORE_BYTES,
+            },
+        )
+        self._nodes: dict[str, Any] = {HEAD: self._cluster.head_node}
+
+    @property
+    def address(self) -> str:
+        return str(self._cluster.address)
+
+    def add_node(self, name: str, *, num_cpus: int, num_gpus: int = 0, accelerator: str | None = None) -> None:
+        """``accelerator``: Ray's type of its GPUs. Returns when Ray knows the node."""
+        self._nodes[name] = self._cluster.add_node(
+            node_name=name,
+            num_cpus=num_cpus,
+            num_gpus=num_gpus,
+            resources={} if accelerator is None else {f"accelerator_type:{accelerator}": 1},
+            object_store_memory=_OBJECT_STORE_BYTES,
+        )
+
+    def processes(self, name: str) -> list[psutil.Process]:
+        """Ray's daemons of this node and their workers."""
+        daemons = [
+            psutil.Process(info.process.pid)
+            for infos in self._nodes[name].all_processes.values()
+            for info in infos
+            if info.process.poll() is None
+        ]
+        return [*daemons, *(worker for daemon in daemons for worker in daemon.children(recursive=True))]
+
+    def kill_node(self, name: str) -> None:
+        """At once, as when its power fails."""
+        for process in self.processes(name):
+            process.kill()
+        # Ray's object reaps what is dead by now.
+        self._cluster.remove_node(self._nodes.pop(name), allow_graceful=False)
+
+    def close(self) -> None:
+        """Also leaves the cluster, if this process has joined it."""
+        ray.shutdown()
+        self._cluster.shutdown()
