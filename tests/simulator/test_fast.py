@@ -7,16 +7,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loraplex.core.adapter import AdapterRef
-from loraplex.core.ids import BaseModelId, Digest, RequestId, TenantName
+from loraplex.core.ids import Digest
 from loraplex.core.plan import Shape
-from loraplex.core.request import EngineRequest, SamplingParams
 from loraplex.cost.loads import Tier
 from loraplex.engine import EngineConfig
 from loraplex.router.config import RouterConfig
-from loraplex.router.policy import ReplicaView, affinity, choose_replica
+from loraplex.router.policy import Demand, ReplicaView, affinity, choose_replica, hash64, rendezvous
 from loraplex.simulator import fast
-from loraplex.simulator.cluster import Cluster
+from loraplex.simulator.cluster import Cluster, rates_of
 from loraplex.simulator.compare import compare
 from loraplex.simulator.compiled import compiled
 from loraplex.simulator.exact import simulate_exact
@@ -77,6 +75,10 @@ def _policy_case(seed: int, num_groups: int, *, plain: bool) -> tuple[Simulation
     state = state_of(given_, workload, cluster, knobs)
     state.load[:] = random.integers(0, 10, size=num_groups)
     state.seen[:] = random.random(state.seen.shape) < 0.5
+    state.pairs["sent"] = random.random(state.seen.shape) < 0.2
+    state.views["queued"] = random.integers(0, 4, size=num_groups) * 700
+    state.views["prompts"] = 300 * state.load
+    state.views["room"] = random.choice([500.0, 1e6], size=num_groups)
     return given_, state, knobs, cluster, workload
 
 
@@ -88,46 +90,38 @@ def test_the_choice_is_the_routing_policys(seed: int, num_groups: int, plain: bo
     adapter = int(workload.arrivals.adapter[0])
     first, end = cluster.first_candidate[key : key + 2]
     candidates = cluster.candidates[first:end].tolist()
-    views = [
-        ReplicaView(
-            replica_id=cluster.replicas[p].replica_id,
-            resident=adapter < 0 or bool(state.seen[adapter, p]),
-            load=int(state.load[p]),
-            credits=knobs.max_unfinished - int(state.load[p]),
-            weight=float(weight),
-        )
-        for p, weight in zip(candidates, cluster.weights[first:end], strict=True)
-    ]
     digest = Digest(workload.adapter_keys[adapter]) if adapter >= 0 else None
-    ref = None if digest is None else AdapterRef(tenant=TenantName("t"), name="a", version=1, digest=digest)
-    request = EngineRequest(
-        request_id=RequestId("r"),
-        tenant=TenantName("t"),
-        base_model_id=BaseModelId("b"),
-        adapter=ref,
-        prompt_token_ids=(1,),
-        sampling=SamplingParams(max_tokens=1, seed=0),
-        arrival_s=0.0,
-        cache_salt="",
+    views, costs_s = [], {}
+    for p in candidates:
+        replica, known = cluster.replicas[p], cluster.tables[p]
+        views.append(
+            ReplicaView(
+                replica_id=replica.replica_id,
+                rates=rates_of(given_, replica),
+                rows=int(state.load[p]),
+                queued_tokens=float(state.views["queued"][p]),
+                prompt_tokens=float(state.views["prompts"][p]),
+                room_tokens=float(state.views["room"][p]),
+                credits=knobs.max_unfinished - int(state.load[p]),
+                resident={digest} if digest is not None and state.seen[adapter, p] else (),
+                sent={digest} if digest is not None and state.pairs["sent"][adapter, p] else (),
+            )
+        )
+        costs_s[replica.replica_id] = float(known.load_s[workload.adapter_size[adapter]])
+    demand = Demand(
+        key=0 if digest is None or cluster.is_listed[key] else hash64(digest.encode()),
+        prompt_tokens=int(workload.arrivals.prompt_tokens[0]),
+        output_tokens=float(state.mean_output[0]),
+        digest=digest,
+        absence_s=lambda view: costs_s[view.replica_id],
+        weights={v.replica_id: float(w) for v, w in zip(views, cluster.weights[first:end], strict=True)},
     )
-    slack, bound = given_.router.load_slack, given_.router.load_bound
-    expected = choose_replica(views, request, load_slack=slack, load_bound=bound)
+    expected = choose_replica(views, demand, given_.router)
     chosen = _choose(state, knobs, 0)
     if expected is None:
         assert chosen == NONE
-        return
-    limit = bound * sum(view.load for view in views) / len(views) + slack
-    resident = [view for view in views if view.resident and view.credits > 0 and view.load <= limit]
-    if not resident:
-        # The home of a cold adapter: the very same hash.
-        assert cluster.replicas[chosen].replica_id == expected
-        return
-    # Among resident ones the policy hashes the prompt, which a trace does not tell; the rest of the rule is the same.
-    scores = {view.replica_id: view.weight / -np.log(_uniform(0, p)) for view, p in zip(views, candidates, strict=True)}
-    least = min(view.load for view in resident)
-    alike = [view.replica_id for view in resident if view.load <= least + slack]
-    assert expected in alike
-    assert cluster.replicas[chosen].replica_id == max(alike, key=lambda replica: scores[replica])
+    else:
+        assert cluster.replicas[chosen].replica_id == expected.view.replica_id
 
 
 def test_homes_of_cold_adapters_are_the_routers_affinities_times_weights() -> None:
@@ -146,9 +140,16 @@ def test_homes_of_cold_adapters_are_the_routers_affinities_times_weights() -> No
         assert sorted(cluster.weights[first:end]) == [1.0, 2.0]
 
 
+@given(st.integers(0, 1 << 40), st.integers(0, (1 << 64) - 1))
+def test_hashes_are_the_routing_policys(r: int, replica_key: int) -> None:
+    drawn = _uniform(r, np.uint64(replica_key))
+    assert 0.0 < drawn < 1.0
+    assert rendezvous(r, replica_key) == pytest.approx(1.0 / -np.log(drawn), rel=1e-12)
+
+
 def test_hashes_of_prompts_are_spread_evenly() -> None:
-    drawn = np.array([_uniform(r, p) for r in range(500) for p in range(8)])
-    assert np.all((drawn > 0) & (drawn < 1))
+    keys = [np.uint64(hash64(b"replica-%d" % p)) for p in range(8)]
+    drawn = np.array([_uniform(r, key) for r in range(500) for key in keys])
     assert np.abs(np.histogram(drawn, bins=10, range=(0, 1))[0] / len(drawn) - 0.1).max() < 0.02
     wins = np.bincount(drawn.reshape(500, 8).argmax(axis=1), minlength=8) / 500
     assert np.abs(wins - 1 / 8).max() < 0.05
@@ -227,6 +228,9 @@ def test_nothing_is_lost_and_nothing_stays(given_: SimulationInput) -> None:
     assert not state.placed.any()
     assert not state.phases.any()
     assert not state.pairs["users"].any()
+    assert not state.pairs["sent"].any()
+    assert not state.views["queued"].any()
+    assert not state.views["prompts"].any()
     assert not state.pairs["decoding"].any()
     held = replicas["num_free"] + replicas["num_cached"] + replicas["num_adapter_pages"]
     assert np.array_equal(held, replicas["num_pages"])

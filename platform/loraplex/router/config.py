@@ -26,11 +26,19 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     max_losses: Annotated[int, msgspec.Meta(ge=1)] = 3
     """A request that loses this many replicas in a row without a token in between is given up: it may be what breaks
     them."""
-    load_slack: Annotated[int, msgspec.Meta(ge=0)] = 2
-    """Replicas whose loads differ by no more than this are alike; then prefix and adapter affinity decide."""
-    load_bound: Annotated[float, msgspec.Meta(ge=1)] = 1.25
-    """A replica that has the adapter is left for another when its load exceeds the mean by this factor (plus
-    ``load_slack``), so that a hot adapter spreads."""
+    profiles: tuple[str, ...] = ()
+    """Cost profiles, shipped ones by name or files, from which the time of a request on a replica is predicted; of a
+    replica whose GPU type, base and shape none of them knows it is measured."""
+    expected_output_tokens: _Positive = 256.0
+    """Of a generation, until some have ended."""
+    adapter_load_s: Annotated[float, msgspec.Meta(ge=0)] = 0.005
+    """From host memory to the accelerator, where no profile tells."""
+    adapter_fetch_s: Annotated[float, msgspec.Meta(ge=0)] = 0.05
+    """Into the host memory of a replica that has not had it yet; likewise."""
+    decode_weight: Annotated[float, msgspec.Meta(ge=0)] = 0.1
+    """What a second of the tokens after the first counts beside one until the first, when replicas are compared."""
+    alike_s: Annotated[float, msgspec.Meta(ge=0)] = 0.001
+    """Replicas that are predicted to serve a request equally soon, but for this, are told apart by affinity."""
     reconnect_min_s: _Positive = 0.05
     """First pause after a broken stream; doubled with each failure in a row."""
     reconnect_max_s: _Positive = 2.0

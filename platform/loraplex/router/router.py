@@ -11,14 +11,16 @@ from collections.abc import Callable
 
 from loraplex.core.control import ReplicaRoute
 from loraplex.core.errors import LoraplexError, Overloaded, ReplicaLost, Unavailable
-from loraplex.core.ids import BaseModelId, GatewayId, ReplicaId
+from loraplex.core.ids import BaseModelId, Digest, GatewayId, ReplicaId
 from loraplex.core.request import EngineRequest
 from loraplex.core.wire import LoadReport
 from loraplex.router.client import GrpcReplicaClient, ReplicaClient, ReplicaListener
 from loraplex.router.config import RouterConfig
 from loraplex.router.link import Link
-from loraplex.router.policy import choose_replica
+from loraplex.router.policy import Demand, choose_replica, hash64, prefix_key
+from loraplex.router.prediction import OutputLengths
 from loraplex.router.queue import RouterQueue
+from loraplex.router.rates import RateBook
 from loraplex.router.stream import Generation, RoutedStream
 
 _log = logging.getLogger(__name__)
@@ -49,6 +51,8 @@ class Router:
         self._cluster_secret = ""
         self._links: dict[ReplicaId, Link] = {}
         self._leaving: set[Link] = set()
+        self._rates = RateBook(self._config)
+        self._lengths = OutputLengths(self._config.expected_output_tokens)
         self._queue = RouterQueue()
         self._order = 0
         self._closing: set[asyncio.Task[None]] = set()
@@ -65,11 +69,11 @@ class Router:
                 self._leaving.add(link)
                 self._drain(link, True)
             else:
-                link.route = route
+                link.change_route(route)
                 self._drain(link, route.draining)
         for replica_id, route in wanted.items():
             if replica_id not in self._links:
-                link = self._links[replica_id] = Link(route, self)
+                link = self._links[replica_id] = Link(route, self, self._rates)
                 link.client = self._connect(route, link)
                 self._drain(link, route.draining)
         for base_model_id in self._queue.bases():
@@ -99,8 +103,9 @@ class Router:
         return stream
 
     def loads(self) -> dict[ReplicaId, LoadReport]:
-        """Last reports of the replicas that are up, those that only finish what they run among them."""
-        return {link.route.replica_id: link.load for link in (*self._leaving, *self._links.values()) if link.up}
+        """Last reports of the replicas that are up, those that only finish what they run among them; each names the
+        resident adapters."""
+        return {link.route.replica_id: link.report for link in (*self._leaving, *self._links.values()) if link.up}
 
     def num_queued(self) -> int:
         """Generations that wait for a replica."""
@@ -149,6 +154,7 @@ class Router:
     def generation_ended(self, generation: Generation) -> None:
         """For ``Link`` only."""
         self._queue.placed(generation.request.tenant, -1)
+        self._lengths.ended(generation.request.base_model_id, len(generation.token_ids))
 
     def generation_refused(self, link: Link, generation: Generation) -> bool:
         """For ``Link`` only."""
@@ -184,18 +190,21 @@ class Router:
         return True
 
     def _choose(self, stream: RoutedStream) -> Link | None:
+        takers = self._takers(stream)
+        willing = [link for link in takers if link.route.replica_id not in stream.refused_by] or takers
+        choice = choose_replica([link.view for link in willing], self._demand(stream), self._config)
+        return None if choice is None else self._links[choice.view.replica_id]
+
+    def _demand(self, stream: RoutedStream) -> Demand:
         request = stream.first
         digest = request.adapter.digest if request.adapter is not None else None
-        takers = self._takers(stream)
-        willing = [link for link in takers if link.route.replica_id not in stream.refused_by]
-        links = {link.route.replica_id: link for link in willing or takers if link.up}
-        chosen = choose_replica(
-            [link.view(digest) for link in links.values()],
-            request,
-            load_slack=self._config.load_slack,
-            load_bound=self._config.load_bound,
+        return Demand(
+            key=prefix_key(request) if digest is None else hash64(digest.encode()),
+            prompt_tokens=len(request.prompt_token_ids) + len(request.resumed_token_ids),
+            output_tokens=self._lengths.expected(request.base_model_id),
+            digest=digest,
+            absence_s=lambda view: self._links[view.replica_id].absence_s(digest or Digest("")),
         )
-        return None if chosen is None else links[chosen]
 
     def _send(self, stream: RoutedStream, link: Link) -> None:
         pending = stream.pending
@@ -237,7 +246,9 @@ class Router:
             self._close_if_empty(link)
 
     def _remaining_s(self, stream: RoutedStream, link: Link) -> float:
-        return max(generation.num_left for generation in stream.generations.values()) * link.step_s
+        output = self._lengths.expected(stream.first.base_model_id)
+        left = max(min(generation.num_left, output) for generation in stream.generations.values())
+        return left * link.view.decode_s(output)
 
     def _move(self, stream: RoutedStream, source: Link) -> None:
         """To another replica, unless none has a credit."""

@@ -17,7 +17,7 @@ from loraplex.core.request import EngineRequest, RequestOutput
 class Generation:
     """One unfinished generation."""
 
-    __slots__ = ("_num_moves", "emitted", "replica_id", "request", "stream", "token_ids", "wire_id")
+    __slots__ = ("_num_moves", "emitted", "placed_tokens", "replica_id", "request", "stream", "token_ids", "wire_id")
 
     def __init__(self, request: EngineRequest, stream: "RoutedStream") -> None:
         self.request = request
@@ -28,6 +28,8 @@ class Generation:
         """Where it runs; None while it waits in the router."""
         self.wire_id = request.request_id
         """Under which a replica knows it."""
+        self.placed_tokens = 0
+        """Prompt and generated, when it was placed last."""
         self._num_moves = 0
 
     @property

@@ -7,11 +7,13 @@ from collections import defaultdict
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from loraplex.core.errors import InvalidInput
 from loraplex.core.ids import BaseModelId, ReplicaId
 from loraplex.core.plan import GroupPlan, Shape
 from loraplex.cost.memory import PAGE_TOKENS, whole_adapter_bytes
+from loraplex.router.prediction import Rates
 from loraplex.simulator.types import CostKey, FloatArray, IntArray, ReplicaCost, SimulationInput, Slo
 from loraplex.simulator.workload import Workload
 
@@ -63,6 +65,8 @@ class Cluster:
     """Replica indices, those of one key together, ascending."""
     weights: FloatArray
     """Of the candidates."""
+    is_listed: npt.NDArray[np.bool_]
+    """[K] an adapter that the plan puts somewhere."""
     slo_ttft_s: FloatArray
     """[R]"""
     slo_tpot_s: FloatArray
@@ -88,7 +92,7 @@ class Cluster:
             raise InvalidInput(f"trace row {row}: no base is given, and the plan has {len(planned)}", param="trace")
         adapter_base = _resolved(workload.adapter_base, only)
         arrivals = workload.arrivals
-        first, candidates, weights = _candidates(given, workload, bases, replicas, adapter_base)
+        first, candidates, weights, is_listed = _candidates(given, workload, bases, replicas, adapter_base)
         slos = [given.slo_of_base.get(base, given.slo) for base in bases]
         by_cost: dict[int, AdapterTable] = {}
         for replica in replicas:
@@ -105,9 +109,18 @@ class Cluster:
             first_candidate=first,
             candidates=candidates,
             weights=weights,
+            is_listed=is_listed,
             slo_ttft_s=_of_base(slos, "ttft_s")[request_base],
             slo_tpot_s=_of_base(slos, "tpot_s")[request_base],
         )
+
+
+def rates_of(given: SimulationInput, replica: Replica) -> Rates:
+    """As the router has them of a replica whose cost profile it knows."""
+    engine = given.engine
+    return Rates.of(
+        replica.cost.step, replica.shape, max_step_tokens=engine.max_step_tokens, max_running=engine.max_running
+    )
 
 
 def _resolved(base: IntArray, only: int) -> IntArray:
@@ -165,8 +178,8 @@ def _candidates(
     bases: tuple[BaseModelId, ...],
     replicas: tuple[Replica, ...],
     adapter_base: IntArray,
-) -> tuple[IntArray, IntArray, FloatArray]:
-    """(first [K + 1], replicas, weights): for each adapter and then each base."""
+) -> tuple[IntArray, IntArray, FloatArray, npt.NDArray[np.bool_]]:
+    """(first [K + 1], replicas, weights, listed [K]): for each adapter and then each base."""
     position = {
         (bases[adapter_base[index]], adapter.tenant, adapter.name): index
         for index, adapter in enumerate(workload.arrivals.adapters)
@@ -197,7 +210,8 @@ def _candidates(
     parts += of_base
     weights += ones
     first = np.cumsum([0, *map(len, parts)], dtype=np.int32)
-    return first, np.concatenate(parts).astype(np.int32), np.concatenate(weights)
+    is_listed = np.array([adapter in listed for adapter in range(len(adapter_base))] + [False] * len(bases))
+    return first, np.concatenate(parts).astype(np.int32), np.concatenate(weights), is_listed
 
 
 def _adapter_table(given: SimulationInput, workload: Workload, replica: Replica) -> AdapterTable:

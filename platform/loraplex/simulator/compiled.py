@@ -15,7 +15,7 @@ import numba
 from numba.core.caching import FunctionCache
 
 _Function = TypeVar("_Function", bound=Callable[..., object])
-_PACKAGES = ("core", "cost", "simulator", "planner")
+_PACKAGES = ("core", "cost", "router", "simulator", "planner")
 
 
 def compiled(function: _Function) -> _Function:

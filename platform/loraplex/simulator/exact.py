@@ -15,7 +15,8 @@ from loraplex.core.adapter import AdapterRef
 from loraplex.core.errors import InvalidInput
 from loraplex.core.ids import Digest, RequestId, TenantName
 from loraplex.core.request import EngineRequest, RequestOutput, SamplingParams
-from loraplex.router.policy import choose_replica
+from loraplex.router.policy import Demand, choose_replica, hash64
+from loraplex.router.prediction import OutputLengths
 from loraplex.simulator.cluster import Cluster
 from loraplex.simulator.exact_replica import Device, VirtualReplica
 from loraplex.simulator.results import Happened, result_of
@@ -65,6 +66,8 @@ class _Run:
         self._num_output = np.zeros(count, dtype=np.int32)
         self._outcome = np.full(count, Outcome.SERVED, dtype=np.int8)
         self._replica_of = np.full(count, -1, dtype=np.int32)
+        self._lengths = OutputLengths(given.router.expected_output_tokens)
+        self._index_of = {replica.replica_id: index for index, replica in enumerate(self._replicas)}
         self._fetching: list[deque[Digest]] = [deque() for _ in self._replicas]
 
     def run(self) -> Happened:
@@ -110,13 +113,12 @@ class _Run:
 
     def _place(self, row: int, now_s: float) -> bool:
         request = self._request(row, now_s)
-        digest = request.adapter.digest if request.adapter is not None else None
-        router = self._given.router
-        views = [self._replicas[i].view(digest, weight) for i, weight in self._candidates(row)]
-        chosen = choose_replica(views, request, load_slack=router.load_slack, load_bound=router.load_bound)
-        if chosen is None:
+        candidates = self._candidates(row)
+        views = [self._replicas[index].view for index, _ in candidates]
+        choice = choose_replica(views, self._demand(row, candidates), self._given.router)
+        if choice is None:
             return False
-        index = next(i for i, _ in self._candidates(row) if self._replicas[i].replica_id == chosen)
+        index = next(i for i, _ in candidates if self._replicas[i].view is choice.view)
         replica = self._replicas[index]
         try:
             replica.add(request, now_s)
@@ -161,10 +163,13 @@ class _Run:
                 self._first_s[row] = now_s
             self._num_output[row] += len(output.tokens)
             if output.finish_reason is not None:
+                base = self._cluster.bases[self._cluster.request_base[row]]
                 if output.error is not None:
                     self._outcome[row] = Outcome.IMPOSSIBLE
                 else:
                     self._end_s[row] = now_s
+                    self._lengths.ended(base, int(self._num_output[row]))
+                self._replicas[self._replica_of[row]].ended(self._digest(row), int(self._arrivals.prompt_tokens[row]))
                 self._room(row).placed(self._tenant(row), -1)
 
     def _pump(self, base: int, index: int, now_s: float) -> None:
@@ -202,17 +207,33 @@ class _Run:
             zip(self._cluster.candidates[first:end].tolist(), self._cluster.weights[first:end].tolist(), strict=True)
         )
 
+    def _digest(self, row: int) -> Digest | None:
+        adapter = int(self._arrivals.adapter[row])
+        return None if adapter < 0 else Digest(self._workload.adapter_keys[adapter])
+
+    def _demand(self, row: int, candidates: list[tuple[int, float]]) -> Demand:
+        """As the router sees it; no two prompts are alike, so each has a key of its own."""
+        digest = self._digest(row)
+        by_request = digest is None or self._cluster.is_listed[self._cluster.request_key[row]]
+        return Demand(
+            key=row if by_request or digest is None else hash64(digest.encode()),
+            prompt_tokens=int(self._arrivals.prompt_tokens[row]),
+            output_tokens=self._lengths.expected(self._cluster.bases[self._cluster.request_base[row]]),
+            digest=digest,
+            absence_s=lambda view: self._replicas[self._index_of[view.replica_id]].absence_s(digest or Digest("")),
+            weights={self._replicas[index].replica_id: weight for index, weight in candidates},
+        )
+
     def _request(self, row: int, now_s: float) -> EngineRequest:
         arrivals = self._arrivals
-        adapter = int(arrivals.adapter[row])
         tenant = int(arrivals.tenant[row])
         name = TenantName(arrivals.tenants[tenant] if tenant >= 0 else "")
         base = self._cluster.bases[self._cluster.request_base[row]]
         model = next(r.cost.model for r in self._cluster.replicas if r.base == self._cluster.request_base[row])
-        ref = None
-        if adapter >= 0:
-            digest = Digest(self._workload.adapter_keys[adapter])
-            ref = AdapterRef(tenant=name, name=arrivals.adapters[adapter].name, version=1, digest=digest)
+        digest, ref = self._digest(row), None
+        if digest is not None:
+            adapter = arrivals.adapters[int(arrivals.adapter[row])]
+            ref = AdapterRef(tenant=name, name=adapter.name, version=1, digest=digest)
         return EngineRequest(
             request_id=RequestId(str(row)),
             tenant=name,

@@ -3,7 +3,7 @@
 Owns no decision. Called by ``exact``.
 """
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 
 from loraplex.core.ids import Digest, ReplicaId
@@ -11,7 +11,7 @@ from loraplex.core.request import EngineRequest, RequestOutput
 from loraplex.core.step import ArenaSpec, SampledToken, StepPlan, StepResult
 from loraplex.engine import AdapterLoad, Engine
 from loraplex.router.policy import ReplicaView
-from loraplex.simulator.cluster import PAGE_SIZE, Cluster
+from loraplex.simulator.cluster import PAGE_SIZE, Cluster, rates_of
 from loraplex.simulator.plan_time import PlanTime
 from loraplex.simulator.types import SimulationInput
 from loraplex.simulator.workload import Workload
@@ -66,7 +66,13 @@ class VirtualReplica:
         self._loaded_s: dict[Digest, float] = {}
         self._planned: deque[tuple[StepPlan, float, float]] = deque()
         """(plan, when its adapters are there, how long it takes); the first one may be under way."""
-        self._seen: frozenset[Digest] = frozenset()
+        self.view = ReplicaView(
+            replica_id=self.replica_id, rates=rates_of(given, replica), room_tokens=replica.num_pages * PAGE_SIZE
+        )
+        self._sent: Counter[Digest] = Counter()
+        self.view.sent = self._sent
+        self.view.credits = self.credits
+        self._asked: set[Digest] = set()
         self._seen_version = 0
         self._fetch_free_s = 0.0
         self.busy_s = 0.0
@@ -79,15 +85,11 @@ class VirtualReplica:
         """What it will take, by the count of its one router."""
         return self._config.max_running + self._config.max_waiting - self.engine.num_unfinished
 
-    def view(self, digest: Digest | None, weight: float) -> ReplicaView:
-        """As the router sees it: its own count of what runs there, residency as of the last step."""
-        return ReplicaView(
-            replica_id=self.replica_id,
-            resident=digest is None or digest in self._seen,
-            load=self.engine.num_unfinished,
-            credits=self.credits,
-            weight=weight,
-        )
+    def absence_s(self, digest: Digest) -> float:
+        """Until an adapter that is not resident would be."""
+        size = self._size_of[digest]
+        fetch_s = 0.0 if digest in self._asked else float(self._table.fetch_s[size])
+        return fetch_s + float(self._table.load_s[size])
 
     def add(self, request: EngineRequest, now_s: float) -> None:
         """InvalidInput when it can never hold the request."""
@@ -95,6 +97,21 @@ class VirtualReplica:
         if digest is not None and self._table.fetch_s[self._size_of[digest]] == 0.0:
             self.engine.adapter_staged(digest, self._pages(digest), now_s)
         self.engine.add(request, now_s)
+        if digest is not None:
+            self._asked.add(digest)
+            self._sent[digest] += 1
+        self.view.queued_tokens += len(request.prompt_token_ids)
+        self.view.prompt_tokens += len(request.prompt_token_ids)
+        self._count()
+
+    def ended(self, digest: Digest | None, num_prompt_tokens: int) -> None:
+        """A request of this adapter and prompt ended."""
+        if digest is not None:
+            self._sent[digest] -= 1
+            if self._sent[digest] == 0:
+                del self._sent[digest]
+        self.view.prompt_tokens -= num_prompt_tokens
+        self._count()
 
     def fetch(self, now_s: float) -> Iterator[tuple[Digest, float]]:
         """Adapters that are not in host memory, and when they will be: one after another."""
@@ -133,10 +150,17 @@ class VirtualReplica:
         plan, _, step_s = self._planned.popleft()
         tokens = tuple(SampledToken(slot=row.slot, token_id=0) for row in plan.rows if row.samples)
         outputs = self.engine.complete(StepResult(step_id=plan.step_id, tokens=tokens, duration_s=step_s), now_s)
+        report = self.engine.load_report()
+        self.view.queued_tokens = report.num_queued_tokens
+        self.view.room_tokens = report.num_free_pages * PAGE_SIZE
         if self.engine.residency_version != self._seen_version:
             self._seen_version = self.engine.residency_version
-            self._seen = frozenset(self.engine.resident_adapters())
+            self.view.resident = frozenset(self.engine.resident_adapters())
         return outputs
+
+    def _count(self) -> None:
+        self.view.rows = self.engine.num_unfinished
+        self.view.credits = self.credits
 
     def _pages(self, digest: Digest) -> int:
         return int(self._table.pages[self._size_of[digest]])

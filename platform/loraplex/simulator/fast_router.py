@@ -5,6 +5,7 @@
 
 import numpy as np
 
+from loraplex.router.prediction import decode_step_s, first_token_s
 from loraplex.simulator.compiled import inlined, inner
 from loraplex.simulator.fast_memory import num_pages_for, pages_of_adapter
 from loraplex.simulator.fast_scheduler import enqueue
@@ -13,6 +14,7 @@ from loraplex.simulator.fast_steps import arrived
 from loraplex.simulator.types import Outcome
 
 _REFUSED, _IMPOSSIBLE = int(Outcome.REFUSED), int(Outcome.IMPOSSIBLE)
+_decode_step_s, _first_token_s = inlined(decode_step_s), inlined(first_token_s)
 _FULL = np.int64(1) << 62
 
 
@@ -22,43 +24,78 @@ def choose(state: State, knobs: Knobs, r: int) -> int:
     request = state.requests[r]
     adapter = request.adapter
     first, end = state.first_candidate[request.key], state.first_candidate[request.key + 1]
-    total, least, least_resident = 0, _FULL, _FULL
-    for index in range(first, end):
-        total += state.load[state.candidates[index].replica]
-    limit = knobs.load_bound * total / (end - first) + knobs.load_slack
+    output = state.mean_output[request.base]
+    least_home, least_other = np.inf, np.inf
     for index in range(first, end):
         p = state.candidates[index].replica
-        load = state.load[p]
-        if load < knobs.max_unfinished:
-            least = min(least, load)
-            if load <= limit and (adapter == NONE or state.seen[adapter, p]):
-                least_resident = min(least_resident, load)
-    if least == _FULL:
+        score = np.inf
+        if state.load[p] < knobs.max_unfinished:
+            score = _score_s(state, knobs, p, request.prompt, output)
+            if _is_home(state, adapter, p):
+                least_home = min(least_home, score)
+            else:
+                score += _absence_s(state, adapter, p)
+                least_other = min(least_other, score)
+        state.scores[index - first] = score
+    if least_home == np.inf and least_other == np.inf:
         return NONE
-    resident = least_resident < _FULL
-    most = (least_resident if resident else least) + knobs.load_slack
+    at_home = least_home <= least_other + knobs.alike_s
+    least = least_home if at_home else least_other
+    most = least + knobs.alike_s
+    by_request = adapter == NONE or state.is_listed[request.key]
     best, best_affinity = NONE, -np.inf
     for index in range(first, end):
         candidate = state.candidates[index]
         p = candidate.replica
-        load = state.load[p]
-        if load > most or load >= knobs.max_unfinished:
+        if state.scores[index - first] > most or _is_home(state, adapter, p) != at_home:
             continue
-        if resident:
-            if load > limit or not (adapter == NONE or state.seen[adapter, p]):
-                continue
-            affinity = candidate.weight / -np.log(uniform(r, p))
-        else:
-            affinity = candidate.home
+        affinity = candidate.weight / -np.log(uniform(r, state.views[p].key)) if by_request else candidate.home
         if affinity > best_affinity:
             best, best_affinity = p, affinity
     return best
 
 
 @inlined
-def uniform(r: int, p: int) -> float:
-    """In (0, 1), by (request, replica): stands for the hash of a prompt (splitmix64; Steele et al., 2014)."""
-    z = np.uint64(r) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(p + 1) * np.uint64(0xD1B54A32D192ED03)
+def _is_home(state: State, adapter: int, p: int) -> bool:
+    """Whether the adapter is on the replica, or will be for a request that was sent there."""
+    return bool(adapter == NONE or state.seen[adapter, p] or state.pairs[adapter, p].sent > 0)
+
+
+@inlined
+def _score_s(state: State, knobs: Knobs, p: int, new_tokens: float, output: float) -> float:
+    view, rows = state.views[p], float(state.load[p])
+    context = view.prompts + 0.5 * output * rows
+    decode_s = _decode_step_s(view.step_s, view.row_s, view.context_token_s, rows + 1.0, context + new_tokens)
+    first_s = _first_token_s(
+        decode_s,
+        view.prefill_s,
+        view.token_s,
+        view.free_tokens,
+        view.max_step_tokens,
+        view.max_running,
+        rows,
+        view.queued,
+        context,
+        view.room,
+        new_tokens,
+        output,
+    )
+    return float(first_s + knobs.decode_weight * output * decode_s)
+
+
+@inlined
+def _absence_s(state: State, adapter: int, p: int) -> float:
+    known = state.adapters[state.replicas[p].cost, adapter]
+    seconds = known.load_s
+    if state.pairs[adapter, p].fetched_s == np.inf:
+        seconds += known.fetch_s
+    return float(seconds)
+
+
+@inlined
+def uniform(key: int, replica_key: int) -> float:
+    """In (0, 1), by two keys: ``router.policy.rendezvous`` is weight / -ln of it."""
+    z = np.uint64(key) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(replica_key) * np.uint64(0xD1B54A32D192ED03)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     z = z ^ (z >> np.uint64(31))

@@ -7,6 +7,7 @@ not as it is computed.
 
 import numpy as np
 
+from loraplex.router.prediction import OUTPUT_SHARE
 from loraplex.simulator.cluster import PAGE_SIZE
 from loraplex.simulator.compiled import inlined, inner
 from loraplex.simulator.fast_ends import position_of_end, push_end, remove_end
@@ -17,6 +18,7 @@ from loraplex.simulator.fast_memory import (
     keep_kv,
     load_adapter,
     make_idle,
+    num_available,
     num_pages_for,
     pages_of_adapter,
     take,
@@ -34,10 +36,16 @@ def enqueue(state: State, knobs: Knobs, p: int, r: int, now_s: float) -> float:
     state.slots[p, replica.num_waiting].waiting = r
     replica.num_waiting += 1
     state.load[p] += 1
+    view = state.views[p]
+    view.queued += request.prompt
+    view.prompts += request.prompt
     _enter(state, knobs, p, request.tenant)
-    if request.adapter == NONE or not knobs.fetches:
+    if request.adapter == NONE:
         return now_s
     pair = state.pairs[request.adapter, p]
+    pair.sent += 1
+    if not knobs.fetches:
+        return now_s
     if pair.fetched_s == np.inf:
         fetch_s = state.adapters[replica.cost, request.adapter].fetch_s
         replica.fetch_free_s = max(now_s, replica.fetch_free_s) + fetch_s
@@ -85,6 +93,7 @@ def chunk_done(state: State, knobs: Knobs, p: int, r: int, count: int, now_s: fl
     """A step that held ``count`` prompt tokens of a request ended."""
     replica, request = state.replicas[p], state.requests[r]
     request.planned -= 1
+    state.views[p].queued -= count
     if request.planned > 0 or request.scheduled < request.known:
         return
     _leave_prefilling(state, p, r)
@@ -113,6 +122,10 @@ def finish(state: State, knobs: Knobs, p: int, r: int, now_s: float) -> None:
     request.end_s = now_s
     _stop(state, knobs, p, r)
     state.load[p] -= 1
+    state.views[p].prompts -= request.prompt
+    if request.adapter != NONE:
+        state.pairs[request.adapter, p].sent -= 1
+    state.mean_output[request.base] += OUTPUT_SHARE * (request.output - state.mean_output[request.base])
     state.placed[request.base, request.tenant] -= 1
     _leave(state, p, request.tenant)
 
@@ -133,6 +146,7 @@ def preempt_latest(state: State, knobs: Knobs, p: int, now_s: float) -> None:
     request.generated = generated
     request.known = request.prompt + generated
     request.since_s = -np.inf
+    state.views[p].queued += request.known
     state.slots[p, replica.num_waiting].waiting = victim
     replica.num_waiting += 1
     replica.num_preemptions += 1
@@ -140,12 +154,13 @@ def preempt_latest(state: State, knobs: Knobs, p: int, now_s: float) -> None:
 
 @inlined
 def report(state: State, p: int) -> None:
-    """The router hears which adapters became resident."""
+    """The router hears which adapters became resident, and how many pages could be had."""
     replica = state.replicas[p]
     for index in range(replica.num_fresh):
         adapter = state.slots[p, index].fresh
         state.seen[adapter, p] = state.pairs[adapter, p].resident
     replica.num_fresh = 0
+    state.views[p].room = num_available(state, p) * PAGE_SIZE
 
 
 @inlined
@@ -188,6 +203,7 @@ def _admit(state: State, knobs: Knobs, p: int, r: int, slot: int, now_s: float) 
         pair.users += 1
     take(state, p, num_pages_for(request.known) - shared)
     request.scheduled = shared * PAGE_SIZE
+    state.views[p].queued -= request.scheduled
     request.start_step = NONE
     request.planned = 0
     request.position = replica.num_running

@@ -5,17 +5,22 @@ are numbered from 1; all its decoding requests advance in each, so one that star
 has c + n - s tokens of context in step n.
 """
 
+from dataclasses import fields
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from loraplex.cost.step_cost import StepCoefficients, StepCost
-from loraplex.simulator.cluster import PAGE_SIZE, Cluster
+from loraplex.router.policy import hash64
+from loraplex.router.prediction import Rates
+from loraplex.simulator.cluster import PAGE_SIZE, Cluster, rates_of
 from loraplex.simulator.types import FloatArray, IntArray, SimulationInput
 from loraplex.simulator.workload import Workload
 
 Records = npt.NDArray[Any]
+
+_RATES = tuple(field.name for field in fields(Rates))
 
 NONE = -1
 
@@ -112,6 +117,7 @@ PAIR = np.dtype(
     [
         ("users", np.int32),
         ("decoding", np.int32),
+        ("sent", np.int32),
         ("marked", np.int64),  # Step in which it was counted.
         ("previous", np.int32),
         ("next", np.int32),
@@ -153,6 +159,25 @@ ADAPTER = np.dtype([("pages", np.int64), ("whole_bytes", np.float64), ("load_s",
 CANDIDATE = np.dtype([("replica", np.int64), ("weight", np.float64), ("home", np.float64)])
 """``home``: the router's affinity of a cold adapter."""
 
+VIEW = np.dtype(
+    [
+        ("queued", np.float64),
+        ("prompts", np.float64),
+        ("room", np.float64),
+        ("step_s", np.float64),
+        ("prefill_s", np.float64),
+        ("row_s", np.float64),
+        ("context_token_s", np.float64),
+        ("token_s", np.float64),
+        ("free_tokens", np.float64),
+        ("max_step_tokens", np.float64),
+        ("max_running", np.float64),
+        ("key", np.uint64),
+    ]
+)
+"""What the router knows of a replica: prompt tokens to compute, the prompts of all that are there, and the tokens for
+which there were pages when it heard last; then its ``Rates``, and the hash of its id."""
+
 CHUNK = np.dtype([("request", np.int64), ("count", np.int64)])
 PLAN = np.dtype(
     [
@@ -180,8 +205,8 @@ class Knobs(NamedTuple):
     page_price: float
     ahead: int
     """Steps that are planned while another runs: 0 or 1."""
-    load_slack: int
-    load_bound: float
+    decode_weight: float
+    alike_s: float
     max_queued: int
     max_queue_wait_s: float
     fetches: bool
@@ -197,6 +222,12 @@ class State(NamedTuple):
     """[P] requests that were sent there and did not end."""
     seen: npt.NDArray[np.bool_]
     """[A, P] whether the router knows of an adapter that it is resident."""
+    views: Records
+    """[P] of VIEW."""
+    scores: FloatArray
+    """[P] of the candidates of the request that is being routed."""
+    mean_output: FloatArray
+    """[B] tokens that the router expects of a request."""
     replicas: Records
     """[P]"""
     requests: Records
@@ -223,6 +254,8 @@ class State(NamedTuple):
     first_candidate: IntArray
     """[K + 1]"""
     candidates: Records
+    is_listed: npt.NDArray[np.bool_]
+    """[K] the plan lists its adapter: among replicas that are alike weights decide, otherwise homes."""
     queue: IntArray
     """[B, most queued] requests that wait in the router, in order of arrival."""
     queue_size: npt.NDArray[np.int64]
@@ -243,8 +276,8 @@ def knobs_of(given: SimulationInput, cluster: Cluster) -> Knobs:
         decode_cost=float(engine.decode_token_cost),
         page_price=float(engine.adapter_page_price),
         ahead=given.max_in_flight - 1,
-        load_slack=router.load_slack,
-        load_bound=float(router.load_bound),
+        decode_weight=float(router.decode_weight),
+        alike_s=float(router.alike_s),
         max_queued=router.max_queued_requests,
         max_queue_wait_s=float(router.max_queue_wait_s),
         fetches=any(float(table.fetch_s.max(initial=0.0)) > 0 for table in cluster.tables),
@@ -270,6 +303,9 @@ def state_of(given: SimulationInput, workload: Workload, cluster: Cluster, knobs
         wake_s=np.full(num_replicas, np.inf),
         load=np.zeros(num_replicas, dtype=np.int64),
         seen=np.zeros((max(1, num_adapters), num_replicas), dtype=np.bool_),
+        views=_views(given, cluster),
+        scores=np.zeros(num_replicas),
+        mean_output=np.full(num_bases, float(given.router.expected_output_tokens)),
         replicas=_replicas(given, cluster, cost_of),
         requests=_requests(workload, cluster),
         pairs=pairs,
@@ -283,6 +319,7 @@ def state_of(given: SimulationInput, workload: Workload, cluster: Cluster, knobs
         adapters=adapters,
         first_candidate=cluster.first_candidate,
         candidates=_candidates(workload, cluster),
+        is_listed=cluster.is_listed,
         queue=np.zeros((num_bases, max(1, knobs.max_queued)), dtype=np.int32),
         queue_size=np.zeros(num_bases, dtype=np.int64),
         placed=np.zeros((num_bases, num_tenants), dtype=np.int64),
@@ -303,6 +340,17 @@ def _replicas(given: SimulationInput, cluster: Cluster, cost_of: dict[int, int])
     records["max_context"] = [replica.cost.model.max_context_tokens for replica in cluster.replicas]
     for name in ("kv_head", "kv_tail", "idle_head", "idle_tail"):
         records[name] = NONE
+    return records
+
+
+def _views(given: SimulationInput, cluster: Cluster) -> Records:
+    records = np.zeros(len(cluster.replicas), dtype=VIEW)
+    for record, replica in zip(records, cluster.replicas, strict=True):
+        rates = rates_of(given, replica)
+        for name in _RATES:
+            record[name] = getattr(rates, name)
+        record["key"] = hash64(replica.replica_id.encode())
+        record["room"] = replica.num_pages * PAGE_SIZE
     return records
 
 
