@@ -20,8 +20,6 @@ from loraplex.core.errors import LoraplexError, Unavailable
 from loraplex.core.ids import BaseModelId, Digest, GatewayId, TenantName
 from loraplex.core.plan import Plan
 from loraplex.core.rollout import DecisionRecord, FleetStatus, PlanRecord
-from loraplex.core.plan import Plan
-from loraplex.core.rollout import DecisionRecord, FleetStatus, PlanRecord
 from loraplex.core.tenant import Role, TenantLimits, TenantView, UsageRow
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
@@ -138,27 +136,6 @@ class RayControlPlane:
 
     async def usage(self, tenant: TenantName) -> UsageRow:
         return cast(UsageRow, await self._call("usage", tenant))
-
-    async def apply_plan(self, plan: Plan, *, renumber: bool) -> PlanRecord:
-        return cast(PlanRecord, await self._call("apply_plan", plan, renumber=renumber))
-
-    async def accept_plan(self, version: int) -> PlanRecord:
-        return cast(PlanRecord, await self._call("accept_plan", version))
-
-    async def rollback_plan(self, version: int | None) -> PlanRecord:
-        return cast(PlanRecord, await self._call("rollback_plan", version))
-
-    async def plan_record(self, version: int | None) -> PlanRecord:
-        return cast(PlanRecord, await self._call("plan_record", version))
-
-    async def plan_history(self, limit: int) -> tuple[PlanRecord, ...]:
-        return cast(tuple[PlanRecord, ...], await self._call("plan_history", limit))
-
-    async def decisions(self, limit: int) -> tuple[DecisionRecord, ...]:
-        return cast(tuple[DecisionRecord, ...], await self._call("decisions", limit))
-
-    async def fleet_status(self) -> FleetStatus:
-        return cast(FleetStatus, await self._call("fleet_status"))
 
     async def wake_base(self, base_model_id: BaseModelId) -> None:
         await self._call("wake_base", base_model_id)
