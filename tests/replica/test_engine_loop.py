@@ -129,6 +129,19 @@ def test_the_first_frame_introduces_the_replica_and_credits_are_shared(harness: 
         assert all(frame.replica is None for frame in harness.frames[session][1:])
 
 
+def test_reports_tell_the_work_that_was_done(harness: Harness) -> None:
+    harness.loop.open_session(1)
+    requests = (make("x", max_tokens=5), make("y", max_tokens=7))
+    harness.loop.submit(1, requests)
+    harness.wait_end(1, "x", "y")
+    info, report = harness.frames[1][0].replica, harness.frames[1][-1].load
+    assert info is not None
+    assert (info.max_running, info.max_step_tokens) == (8, EngineConfig().max_step_tokens)
+    assert report is not None
+    assert report.prefilled_tokens == sum(len(request.prompt_token_ids) for request in requests)
+    assert report.steps * 0.001 <= report.busy_s < 10
+
+
 def test_gateways_get_their_own_outputs_and_hear_of_new_adapters(harness: Harness) -> None:
     harness.loop.open_session(1)
     harness.loop.open_session(2)

@@ -81,6 +81,8 @@ class EngineLoop:
         self._wake = threading.Event()
         self._warming = Warming(())
         self._serial = 0
+        self._num_prompt_tokens = 0
+        """Of all requests that the engine took, with those generated elsewhere."""
         self._draining = False
         self._stopping = False
         self._failure: BaseException | None = None
@@ -91,6 +93,8 @@ class EngineLoop:
             max_context_tokens=executor.model.max_context_tokens,
             num_pages=executor.arena.num_pages,
             page_size=executor.arena.page_size,
+            max_running=engine_config.max_running,
+            max_step_tokens=engine_config.max_step_tokens,
         )
 
     @property
@@ -236,7 +240,12 @@ class EngineLoop:
         report = self._engine.load_report()
         # Rounded up, so that the last free place is not withheld from everybody.
         shared = 0 if self._draining else -(-report.credits // max(1, len(self._sessions)))
-        return replace(report, credits=shared)
+        return replace(
+            report,
+            credits=shared,
+            busy_s=self._driver.busy_s,
+            prefilled_tokens=max(0, self._num_prompt_tokens - report.num_queued_tokens),
+        )
 
     def _on_open(self, session_id: int) -> None:
         self._sessions[session_id] = _Session()
@@ -268,6 +277,7 @@ class EngineLoop:
                     )
                 )
             else:
+                self._num_prompt_tokens += len(request.prompt_token_ids) + len(request.resumed_token_ids)
                 session.requests.add(request.request_id)
                 self._session_of[request.request_id] = session_id
 
