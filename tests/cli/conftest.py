@@ -6,18 +6,22 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 import uvicorn
 from loraplex.cli.main import app
+from loraplex.controller.fleet.config import FleetConfig
+from loraplex.core.fleet import NodeStatus
 from loraplex.core.ids import GatewayId
 from loraplex.core.request import EngineRequest, FinishReason, OutputToken
 from loraplex.core.tenant import Role
 from loraplex.gateway.config import GatewayConfig
 from loraplex.gateway.gateway import Gateway
 from loraplex.gateway.tokenizer import TextCodec
+from loraplex.testing.fake_actuator import FakeActuator
 from loraplex.testing.fake_dispatcher import FakeDispatcher, Script
 from loraplex.testing.tiny_controller import TINY_BASE, start_tiny_controller
 from loraplex.testing.tiny_tokenizer import build_tiny_tokenizer
@@ -54,11 +58,12 @@ class Platform:
 class _Server:
     """Runs gateway and HTTP server on an event loop of their own thread."""
 
-    def __init__(self, tokenizer: Path, data_dir: Path) -> None:
+    def __init__(self, tokenizer: Path, data_dir: Path, machines: FakeActuator | None) -> None:
         self.requests: list[EngineRequest] = []
         self.port = 0
         self._tokenizer = tokenizer
         self._data_dir = data_dir
+        self._machines = machines
         self._server: uvicorn.Server | None = None
         self._thread = threading.Thread(target=lambda: asyncio.run(self._run()))
 
@@ -95,6 +100,8 @@ class _Server:
                 ("operators", Role.ADMIN, KEYS["admin"]),
             ],
             adapters=[("acme", "pirate", 1), ("acme", "pirate", 2), ("globex", "lawyer", 3)],
+            machines=self._machines,
+            fleet=FleetConfig(tick_s=0.02, drain_quiet_s=0.0, retry_first_s=0.01, retry_max_s=0.05),
         )
         gateway = Gateway(
             GatewayConfig(),
@@ -120,7 +127,26 @@ def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def platform(tokenizer_dir: Path, tmp_path: Path) -> Iterator[Platform]:
-    with _Server(tokenizer_dir, tmp_path / "data") as server:
+    with _platform(tokenizer_dir, tmp_path, None) as running:
+        yield running
+
+
+@pytest.fixture
+def machines() -> FakeActuator:
+    """Of ``fleet_platform``."""
+    return FakeActuator([NodeStatus(name="node-1", gpu="g", num_gpus=2)])
+
+
+@pytest.fixture
+def fleet_platform(tokenizer_dir: Path, tmp_path: Path, machines: FakeActuator) -> Iterator[Platform]:
+    """Its controller carries out plans."""
+    with _platform(tokenizer_dir, tmp_path, machines) as running:
+        yield running
+
+
+@contextmanager
+def _platform(tokenizer_dir: Path, tmp_path: Path, machines: FakeActuator | None) -> Iterator[Platform]:
+    with _Server(tokenizer_dir, tmp_path / "data", machines) as server:
         url = f"http://127.0.0.1:{server.port}"
         key_file = tmp_path / "demo.json"
         key_file.write_text(

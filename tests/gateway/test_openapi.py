@@ -25,6 +25,9 @@ from schemathesis.specs.openapi.checks import ignored_auth, positive_data_accept
 KEYS = {"tenant": "lpx_fuzz_tenant_admin_key_of_the_tests", "admin": "lpx_fuzz_admin_key_of_the_tests"}
 
 
+ADMIN_PATHS = ("/v1/tenants", "/v1/status", "/v1/fleet", "/v1/plans", "/v1/decisions")
+
+
 class NoTracer:
     @property
     def counters(self) -> RecorderCounters:
@@ -104,7 +107,7 @@ schema = schemathesis.openapi.from_dict(DOCUMENT)
 @schema.parametrize()
 @settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
 def test_fuzz(case: Any, url: str) -> None:
-    key = KEYS["admin" if case.path.startswith(("/v1/tenants", "/v1/status")) else "tenant"]
+    key = KEYS["admin" if case.path.startswith(ADMIN_PATHS) else "tenant"]
     response = case.call_and_validate(
         base_url=url,
         headers={"authorization": f"Bearer {key}"},
@@ -135,6 +138,13 @@ def test_document() -> None:
         "/v1/tenants/{tenant}/keys/{key_id}",
         "/v1/tenants/{tenant}/usage",
         "/v1/status",
+        "/v1/fleet",
+        "/v1/plans",
+        "/v1/plans/active",
+        "/v1/plans/rollback",
+        "/v1/plans/{version}",
+        "/v1/plans/{version}/accept",
+        "/v1/decisions",
     }
     for path, operations in DOCUMENT["paths"].items():
         for operation in operations.values():

@@ -22,7 +22,7 @@ class Root(LazyGroup):
             "loraplex.cli.simulate_alpaserve:simulate_alpaserve_command",
             "Score recorded AlpaServe placements with our simulator.",
         ),
-        "plan": ("loraplex.cli.plan:app", "Plan groups, layouts and adapter sets from a trace."),
+        "plan": ("loraplex.cli.plan_live:app", "Plan groups from a trace; plans of a running cluster."),
         "whatif": ("loraplex.cli.whatif:whatif_command", "Attainment under other circumstances."),
         "plan-alpaserve": (
             "loraplex.cli.plan_alpaserve:plan_alpaserve_command",

@@ -20,7 +20,7 @@ from loraplex.controller.config import ControllerOptions
 from loraplex.controller.fleet.drains import Loads
 from loraplex.controller.fleet.manager import FleetManager
 from loraplex.controller.fleet.state import FleetBase
-from loraplex.controller.fleet.store import FleetStore
+from loraplex.controller.fleet.store import FleetStore, Reason
 from loraplex.controller.snapshot_board import SnapshotBoard
 from loraplex.core.clock import Clock, SystemClock
 from loraplex.core.control import (
@@ -34,11 +34,12 @@ from loraplex.core.control import (
     TenantDemand,
     TraceStoreStatus,
 )
-from loraplex.core.errors import LoraplexError
+from loraplex.core.errors import LoraplexError, Unavailable
 from loraplex.core.fleet import Actuator
 from loraplex.core.ids import BaseModelId, Digest, GatewayId, ReplicaId, TenantName
 from loraplex.core.model import ModelSpec
 from loraplex.core.plan import Plan
+from loraplex.core.rollout import DecisionRecord, FleetStatus, PlanRecord
 from loraplex.core.tenant import KeyView, Role, TenantLimits, TenantView, UsageRow
 from loraplex.tenancy.share_book import ShareBook
 
@@ -227,6 +228,37 @@ class Controller:
 
     async def usage(self, tenant: TenantName) -> UsageRow:
         return await self._catalog.read(lambda catalog: catalog.usage(tenant))
+
+    async def apply_plan(self, plan: Plan, *, renumber: bool) -> PlanRecord:
+        reason = Reason(text="an administrator applied it")
+        return await self._running_fleet.plans.apply(plan, source="admin", reason=reason, renumber=renumber)
+
+    async def accept_plan(self, version: int) -> PlanRecord:
+        return await self._running_fleet.plans.accept(version)
+
+    async def rollback_plan(self, version: int | None) -> PlanRecord:
+        return await self._running_fleet.plans.rollback(version)
+
+    async def plan_record(self, version: int | None) -> PlanRecord:
+        return await self._running_fleet.plans.record(version)
+
+    async def plan_history(self, limit: int) -> tuple[PlanRecord, ...]:
+        return await self._running_fleet.plans.history(limit)
+
+    async def decisions(self, limit: int) -> tuple[DecisionRecord, ...]:
+        return await self._running_fleet.plans.decisions(limit)
+
+    async def fleet_status(self) -> FleetStatus:
+        return self._running_fleet.status()
+
+    async def wake_base(self, base_model_id: BaseModelId) -> None:
+        await self._running_fleet.plans.wake_base(base_model_id)
+
+    @property
+    def _running_fleet(self) -> FleetManager:
+        if self._fleet is None:
+            raise Unavailable("this controller runs no replicas")
+        return self._fleet
 
     def _append_traces(self, batch: bytes) -> TraceStoreStatus:
         self._trace_sink.append(batch)

@@ -8,7 +8,8 @@ from typing import Protocol
 
 from loraplex.core.adapter import AdapterManifest, AdapterRef
 from loraplex.core.ids import BaseModelId, Digest, GatewayId, ReplicaId, TenantName
-from loraplex.core.plan import AdapterShare, Shape
+from loraplex.core.plan import AdapterShare, Plan, Shape
+from loraplex.core.rollout import DecisionRecord, FleetStatus, PlanRecord
 from loraplex.core.tenant import KeyView, Role, TenantLimits, TenantView, UsageRow
 
 
@@ -168,3 +169,27 @@ class ControlPlane(Protocol):
     async def delete_key(self, tenant: TenantName, key_id: str) -> None: ...
 
     async def usage(self, tenant: TenantName) -> UsageRow: ...
+
+    async def apply_plan(self, plan: Plan, *, renumber: bool) -> PlanRecord:
+        """Puts it in force. InvalidInput when it is not for this cluster; Conflict when its version is not above all
+        that there were, unless ``renumber``."""
+
+    async def accept_plan(self, version: int) -> PlanRecord:
+        """Puts a proposal of the planner in force. NotFound; Conflict when it is none any more."""
+
+    async def rollback_plan(self, version: int | None) -> PlanRecord:
+        """Puts an older plan in force again, under a new version; None: the one before. 0: the config's own."""
+
+    async def plan_record(self, version: int | None) -> PlanRecord:
+        """None: the one in force, with its adapters where they are meant to be now. NotFound."""
+
+    async def plan_history(self, limit: int) -> tuple[PlanRecord, ...]:
+        """Newest first; the config's own plan is not among them."""
+
+    async def decisions(self, limit: int) -> tuple[DecisionRecord, ...]:
+        """Newest first."""
+
+    async def fleet_status(self) -> FleetStatus: ...
+
+    async def wake_base(self, base_model_id: BaseModelId) -> None:
+        """A request asks for a base that has no replica: where GPUs are free, one comes. Returns at once. NotFound."""

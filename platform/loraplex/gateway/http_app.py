@@ -13,6 +13,7 @@ from loraplex.gateway.routes.edge import Edge
 from loraplex.gateway.routes.errors import install_error_handlers
 from loraplex.gateway.routes.generate import generation_routes
 from loraplex.gateway.routes.models import model_routes
+from loraplex.gateway.routes.plans import plan_routes
 from loraplex.gateway.routes.system import ReplicaLoads, system_routes
 from loraplex.gateway.routes.tenants import tenant_routes
 from loraplex.gateway.service import GatewayService
@@ -49,6 +50,7 @@ def build_http_app(
     app.include_router(model_routes(service))
     app.include_router(adapter_routes(adapters))
     app.include_router(tenant_routes(service, control))
+    app.include_router(plan_routes(control))
     app.include_router(system_routes(service, gateway_id=gateway_id, loads=loads, not_ready=not_ready, observe=observe))
     install_error_handlers(app)
     generate = app.openapi

@@ -1,6 +1,6 @@
 """Starts the real controller with a tiny base model, tenants, keys and adapters: what a gateway needs to be tried out.
 
-Used by tests and by the gateway's capacity measurement. There is no replica behind its route.
+Used by tests and by the gateway's capacity measurement. There is no replica behind its routes.
 """
 
 from collections.abc import Iterable
@@ -8,11 +8,15 @@ from pathlib import Path
 
 from loraplex.controller.config import ControllerConfig, ControllerOptions
 from loraplex.controller.controller import Controller
+from loraplex.controller.fleet.config import FleetConfig
+from loraplex.controller.fleet.state import FleetBase
 from loraplex.core.control import AdapterView, BaseModelView, ControlPlane, ReplicaRoute, TraceStoreStatus
 from loraplex.core.ids import BaseModelId, ReplicaId, TenantName
+from loraplex.core.plan import BasePlacement, GroupPlan, Plan, Shape
 from loraplex.core.tenant import Role, TenantLimits
 from loraplex.registry.config import RegistryConfig
 from loraplex.tenancy.config import TenancyConfig
+from loraplex.testing.fake_actuator import FakeActuator
 from loraplex.testing.tiny_adapter import tiny_adapter, tiny_model
 
 TINY_BASE = BaseModelId("tiny-base")
@@ -36,12 +40,15 @@ async def start_tiny_controller(
     keys: Iterable[tuple[str, Role, str]],
     adapters: Iterable[tuple[str, str, int]] = (),
     registry: RegistryConfig | None = None,
+    machines: FakeActuator | None = None,
+    fleet: FleetConfig | None = None,
 ) -> Controller:
     """``keys``: (tenant, role, key); the tenants are made, without limits. ``adapters``: (tenant, name, seed), each a
-    version of its name, the last one current. The caller stops the controller."""
+    version of its name, the last one current. ``machines``: where plans are carried out, the first of which has one
+    group, ``first``; without them there is one fixed route, and no plan. The caller stops the controller."""
     options = ControllerOptions(
         data_dir=data_dir,
-        controller=ControllerConfig(),
+        controller=ControllerConfig(fleet=fleet or FleetConfig()),
         registry=registry or RegistryConfig(),
         tenancy=TenancyConfig(),
     )
@@ -51,9 +58,18 @@ async def start_tiny_controller(
         base_model_id=TINY_BASE, directory=str(tokenizer), max_context_tokens=max_context_tokens, created_s=1.0
     )
     await controller.set_base_models((view,), {TINY_BASE: tiny_model(TINY_BASE, max_context_tokens=max_context_tokens)})
-    await controller.set_route(
-        ReplicaRoute(replica_id=ReplicaId("fake-0"), base_model_id=TINY_BASE, address="127.0.0.1:1")
-    )
+    if machines is None:
+        await controller.set_route(
+            ReplicaRoute(replica_id=ReplicaId("fake-0"), base_model_id=TINY_BASE, address="127.0.0.1:1")
+        )
+    else:
+        first = GroupPlan(name="first", shape=Shape(), bases=(BasePlacement(base_model_id=TINY_BASE),))
+        await controller.run_fleet(
+            machines,
+            loads=machines.load,
+            bases={TINY_BASE: FleetBase(base_model_id=TINY_BASE)},
+            default_plan=Plan(version=0, groups=(first,)),
+        )
     for tenant, role, key in keys:
         await controller.ensure_tenant(tenant, TenantLimits())
         await controller.ensure_key(TenantName(tenant), role, key)

@@ -10,13 +10,16 @@ from loraplex.controller.controller import Controller
 from loraplex.controller.fleet.config import FleetConfig
 from loraplex.controller.fleet.manager import FleetManager
 from loraplex.controller.fleet.state import FleetBase
-from loraplex.core.control import ReplicaRoute
+from loraplex.core.control import BaseModelView, ReplicaRoute
 from loraplex.core.fleet import NodeStatus
-from loraplex.core.ids import BaseModelId
+from loraplex.core.ids import BaseModelId, TenantName
 from loraplex.core.plan import AdapterShare, BasePlacement, GroupPlan, Plan, Shape
+from loraplex.core.tenant import TenantLimits
 from loraplex.registry.config import RegistryConfig
 from loraplex.tenancy import TenancyConfig
 from loraplex.testing.fake_actuator import FakeActuator
+from loraplex.testing.tiny_adapter import tiny_adapter, tiny_model
+from loraplex.testing.tiny_controller import upload_adapter
 
 A, B, C = BaseModelId("a"), BaseModelId("b"), BaseModelId("c")
 BASES = {base: FleetBase(base_model_id=base, gpu="") for base in (A, B, C)}
@@ -62,8 +65,6 @@ class Fleet:
     machines: FakeActuator
     default: Plan
     config: FleetConfig = QUICK
-    adapters: set[tuple[str, str]] = field(default_factory=set)
-    tables: list[tuple[ReplicaRoute, ...]] = field(default_factory=list)
     controller: Controller = field(init=False)
     manager: FleetManager = field(init=False)
 
@@ -77,10 +78,18 @@ class Fleet:
         )
         self.controller = Controller(options, trace_sink=None)  # type: ignore[arg-type]
         await self.controller.start()
+        view = BaseModelView(base_model_id=A, directory="/tiny", max_context_tokens=64, created_s=0.0)
+        await self.controller.set_base_models((view,), {A: tiny_model(A, max_context_tokens=64)})
         self.manager = await self.controller.run_fleet(
             self.machines, loads=self.machines.load, bases=BASES, default_plan=self.default
         )
         return self.manager
+
+    async def register(self, *names: str) -> None:
+        """Adapters of tenant acme."""
+        await self.controller.ensure_tenant("acme", TenantLimits())
+        for seed, name in enumerate(names):
+            await upload_adapter(self.controller, TenantName("acme"), name, tiny_adapter(seed))
 
     async def routes(self) -> dict[str, ReplicaRoute]:
         snapshot = await self.controller.snapshot(after_epoch=0, after_version=0, timeout_s=0)

@@ -6,7 +6,7 @@ replica of a base while another can go. An adapter leaves a replica when all tha
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from loraplex.controller.fleet.gpus import GpuLedger
 from loraplex.controller.fleet.match import matched
@@ -114,13 +114,19 @@ class _Decision:
         self._observed, self._bases, self._num_planned = observed, bases, num_planned
         self._running = running_groups(observed.replicas)
         self._up = {node.name for node in observed.nodes}
-        self._wanted = tuple(self._placeable(group) for group in wanted)
         self._original = wanted
-        everything = self._everything = matched(wanted, self._running)
-        self._left_out = self._without_room(everything)
-        self._groups = {index: group for index, group in everything.items() if index not in self._left_out}
+        self._wanted = tuple(self._placeable(group) for group in wanted)
+        self._everything = matched(wanted, self._running)
+        self._left_out = self._without_room(self._everything)
+        packed = self._packed() if any(index < num_planned for index in self._left_out) else None
+        if packed is not None:
+            # What runs stands in the way of room that there is: these are the places where all fit.
+            self._wanted = packed
+            self._everything = matched(packed, self._running)
+            self._left_out = self._without_room(self._everything)
+        self._groups = {index: group for index, group in self._everything.items() if index not in self._left_out}
         self._waiting = {
-            group.name for index, group in everything.items() if index in self._left_out and observed.may_grow
+            group.name for index, group in self._everything.items() if index in self._left_out and observed.may_grow
         }
         kept = {group.name for group in self._groups.values()} | self._waiting
         self._obsolete = [group for group in self._running if group.stays and group.name not in kept]
@@ -162,7 +168,7 @@ class _Decision:
         """A group whose nodes are not all up may go to others of its type."""
         if all(node in self._up for node in group.nodes):
             return group
-        return GroupPlan(name=group.name, shape=group.shape, bases=group.bases, gpu=group.gpu)
+        return replace(group, nodes=())
 
     def _without_room(self, found: Mapping[int, RunningGroup]) -> set[int]:
         """Groups that the nodes could not hold together with the others: those go first that are a base's only one,
@@ -183,6 +189,21 @@ class _Decision:
                     fitting.add(index)
                     covered |= bases
         return set(range(len(self._wanted))) - fitting
+
+    def _packed(self) -> tuple[GroupPlan, ...] | None:
+        """The wanted groups with places that hold them all, best fit by decreasing size; None when that finds none."""
+        ledger = GpuLedger(self._observed.nodes)
+        placed = list(self._wanted)
+        order = sorted(range(self._num_planned), key=lambda i: (not placed[i].nodes, -placed[i].shape.num_ranks, i))
+        for index in order:
+            group = placed[index]
+            per_rank = self._per_rank(Kind.of(group).bases)
+            place = ledger.fitting(gpu=group.gpu, nodes=group.nodes, num_ranks=group.shape.num_ranks, per_rank=per_rank)
+            if place is None:
+                return None
+            ledger.take(place, per_rank)
+            placed[index] = replace(group, nodes=place)
+        return tuple(placed)
 
     def _fits(self, ledger: GpuLedger, group: GroupPlan, runs_as: RunningGroup | None) -> bool:
         per_rank = self._per_rank(Kind.of(group).bases)
@@ -270,7 +291,7 @@ class _Decision:
                     plan=group,
                     bases=tuple(placed.base_model_id for placed in group.bases),
                     nodes=place,
-                    planned_nodes=self._original[index].nodes if self._original[index].nodes != group.nodes else (),
+                    planned_nodes=self._original[index].nodes if self._original[index].nodes != place else (),
                 )
             )
         if self._observed.may_grow:

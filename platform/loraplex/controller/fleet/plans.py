@@ -5,6 +5,7 @@ Each is one transaction of ``store`` and one change of ``Desired``, between two 
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import replace
 
 from loraplex.controller.fleet.desired import Desired
 from loraplex.controller.fleet.nodes import NodeWatch
@@ -97,6 +98,20 @@ class PlanDesk:
     def check(self, plan: Plan) -> None:
         """InvalidInput, or Unavailable while the nodes are not known yet."""
         self._desired.check(plan, self._nodes, may_grow=self._may_grow)
+
+    async def record(self, version: int | None) -> PlanRecord:
+        """None: the one in force, with its adapters where they are meant to be now. NotFound."""
+        if version is None:
+            return replace(self.active, plan=self.assigned)
+        return await self._store.plan(version)
+
+    async def history(self, limit: int) -> tuple[PlanRecord, ...]:
+        """Newest first."""
+        return await self._store.plans(limit)
+
+    async def decisions(self, limit: int) -> tuple[DecisionRecord, ...]:
+        """Newest first."""
+        return await self._store.decisions(limit)
 
     @property
     def active(self) -> PlanRecord:
