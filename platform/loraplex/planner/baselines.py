@@ -76,13 +76,13 @@ def baselines(problem: Problem, *, max_sample: int = 40_000, seed: int = 0) -> t
         ("every-replica LRU", False, _spread(scorer, with_smallest, spread[:1])),
     ]
     for name, is_alpaserve, candidates in families:
-        scored = [(scorer.score_plan(plan, choice), setting) for setting, choice, plan in candidates]
+        scored = [(scorer.score_plan(plan, choice), plan, setting) for setting, choice, plan in candidates]
         if scored:
-            best, setting = max(scored, key=lambda one: one[0].attainment)
+            best, plan, setting = max(scored, key=lambda one: one[0].attainment)
             found.append(
                 Baseline(
                     name=name,
-                    plan=best.plan,
+                    plan=plan,
                     attainment=best.attainment,
                     setting=setting,
                     tried=len(scored),

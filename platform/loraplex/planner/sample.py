@@ -11,7 +11,7 @@ GAP_S = 60.0
 
 
 def sampled(arrivals: Arrivals, max_requests: int = MAX_REQUESTS, num_windows: int = NUM_WINDOWS) -> Arrivals:
-    """Windows of equal length at even quantiles of the load, among them the busiest; the whole when it is short."""
+    """Windows of equal length at even quantiles of the load; the whole when it is short."""
     count = len(arrivals)
     if count <= max_requests:
         return arrivals
@@ -23,7 +23,6 @@ def sampled(arrivals: Arrivals, max_requests: int = MAX_REQUESTS, num_windows: i
     sizes = np.diff(edges)
     order = np.argsort(sizes, kind="stable")
     quantiles = ((np.arange(num_windows) + 0.5) / num_windows * num_parts).astype(np.int64)
-    quantiles[-1] = num_parts - 1
     chosen = np.sort(order[quantiles])
     rows = np.concatenate([np.arange(edges[part], edges[part + 1]) for part in chosen])
     part_s = span_s / num_parts

@@ -1,32 +1,35 @@
 """The search for an LLM cluster's plan: groups of mixed shapes, bases on groups, adapters on replicas.
 
-Starts from mixtures that the cost model likes, scores on a shorter trace by the fast simulator, improves the best by
-moves accepted as in simulated annealing, and confirms the leaders on the whole trace. One sequence for a problem and a
-seed: a budget of evaluations or time only says where it ends. Called by the command ``plan``.
+Finds a shape and a number of GPUs for each base by simulating each alone on a shorter trace (``pools``), improves the
+best by moves accepted as in simulated annealing (``moves``), and confirms the leaders on the whole trace. One sequence
+for a problem and a seed: a budget of evaluations or time only says where it ends. Called by the command ``plan``.
 """
 
 import random
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from math import exp
-
-import numpy as np
 
 from loraplex.core.ids import BaseModelId
 from loraplex.core.plan import Plan
 from loraplex.planner.bound import attainment_bound
 from loraplex.planner.capacity import Demand, capacities, demands
-from loraplex.planner.migration import Move, move_between
-from loraplex.planner.packing import EVERYWHERE, Choice, Traffic
+from loraplex.planner.migration import Move
+from loraplex.planner.moves import Moves
+from loraplex.planner.packing import Choice, Traffic
+from loraplex.planner.pools import Pools
 from loraplex.planner.problem import Kind, Problem, kinds
 from loraplex.planner.sample import sampled
 from loraplex.planner.scoring import Scored, Scorer
-from loraplex.planner.starts import Capacities, best_kinds, filled, mixtures
+from loraplex.planner.starts import Capacities, best_kinds, mixtures
 from loraplex.traces.arrivals import Arrivals
 
-SPREADS = (EVERYWHERE, 1.0, 2.0, 4.0, 8.0)
 _WARMEST, _COLDEST, _COOLING = 0.004, 0.0002, 300
 _LEADERS = 3
+_IDLE = 2000
+"""Proposals in a row that bring nothing new, after which the search ends."""
+_CONFIRMATION = 1.3
+"""A request of the whole trace costs at most so many times what one of the shorter costs."""
 HYSTERESIS = 0.005
 """Attainment by which a plan must beat the current one, its move paid."""
 
@@ -62,18 +65,22 @@ class Found:
 
 @dataclass(slots=True)
 class Search:
-    """``evaluations``: simulations of the shorter trace; the confirmation is not counted."""
+    """``evaluations``: choices scored on the shorter trace; the confirmation is not counted."""
 
     problem: Problem
     evaluations: int = 400
     seed: int = 0
     current: Plan | None = None
     out_of_time: Callable[[], bool] = lambda: False
+    time_used: Callable[[], float] = lambda: 0.0
+    """Share of the time for search and confirmation together that is gone; the search ends early enough for both."""
     progress: Callable[[int, float], None] = lambda evaluations, attainment: None
     only_kinds: Callable[[Kind], bool] = lambda kind: True
     """Restricts what groups may be, for baselines."""
     max_sample: int = 40_000
     steps: list[Step] = field(default_factory=list, init=False)
+    _leaders: list[Scored] = field(default_factory=list, init=False)
+    _used_before: float = field(default=0.0, init=False)
 
     def run(self) -> Found:
         """InvalidInput naming a base that fits nowhere, a target that nothing meets, or a wrong row of the trace."""
@@ -81,24 +88,24 @@ class Search:
         demand = demands(problem)
         allowed = tuple(kind for kind in kinds(problem) if self.only_kinds(kind))
         capacity = capacities(problem, allowed, demand)
+        bound = attainment_bound(problem, capacity)
         sample = sampled(problem.arrivals, self.max_sample)
         scorer = Scorer(problem, Traffic.of(problem), capacity, sample, current=self.current)
-        leaders: list[Scored] = []
-        self._improve(scorer, leaders, mixtures(problem, capacity, demand), demand)
+        self._used_before = self.time_used()
+        self._explore(scorer, demand)
+        self._improve(scorer, demand)
         evaluations = scorer.evaluations
-        best, kept = self._confirmed(scorer, leaders, sample)
+        best, plan, kept = self._confirmed(scorer, sample)
         return Found(
-            plan=best.plan,
+            plan=plan,
             choice=best.choice,
             attainment=best.attainment,
-            sample_attainment=leaders[0].attainment,
-            bound=attainment_bound(problem, capacity),
+            sample_attainment=self._leaders[0].attainment,
+            bound=bound,
             evaluations=evaluations,
             steps=tuple(self.steps),
             reasons=tuple(_reasons(problem, capacity, best)),
-            move=None
-            if self.current is None
-            else move_between(problem.costs, problem.size_of, self.current, best.plan),
+            move=scorer.move_to(plan),
             kept=kept,
         )
 
@@ -113,30 +120,29 @@ class Search:
             if scorer.score(Choice(groups=groups)) is not None:
                 return
 
-    def _improve(
-        self,
-        scorer: Scorer,
-        leaders: list[Scored],
-        starts: Iterable[tuple[Kind, ...]],
-        demand: Mapping[BaseModelId, Demand],
-    ) -> None:
-        draw = random.Random(self.seed)
-        for groups in starts:
-            self._try(scorer, leaders, Choice(groups=groups), "start")
-            if leaders and self._over(scorer):
+    def _explore(self, scorer: Scorer, demand: Mapping[BaseModelId, Demand]) -> None:
+        """One choice at least, whatever the budget."""
+
+        def attempt(choice: Choice, what: str) -> Scored | None:
+            return self._try(scorer, choice, what)
+
+        Pools(
+            self.problem, scorer.capacity, demand, attempt, lambda: bool(self._leaders) and self._over(scorer)
+        ).explore()
+        for groups in mixtures(self.problem, scorer.capacity, demand):
+            if self._leaders and self._over(scorer):
                 break
-        for base in self.problem.bases:
-            for spread in SPREADS[1:]:
-                if leaders and not self._over(scorer):
-                    now = leaders[0].choice
-                    other = replace(now, spread={**now.spread, base: spread})
-                    self._try(scorer, leaders, other, f"spread {spread:g} of {base}")
-        here = leaders[0]
+            attempt(Choice(groups=groups), "mixture")
+
+    def _improve(self, scorer: Scorer, demand: Mapping[BaseModelId, Demand]) -> None:
+        moves = Moves(scorer, demand, self.seed)
+        draw = random.Random(self.seed)
+        here = self._leaders[0]
         idle = step = 0
-        while not self._over(scorer) and idle < 2000:
-            made = _moved(draw, self.problem, scorer, demand, here)
+        while idle < _IDLE and not self._over(scorer):
+            made = moves.neighbour(here)
             before = scorer.evaluations
-            scored = None if made is None else self._try(scorer, leaders, *made)
+            scored = None if made is None else self._try(scorer, *made)
             # What is known costs nothing: many of those in a row mean that nothing new is near.
             idle = idle + 1 if scorer.evaluations == before else 0
             if scored is None:
@@ -146,13 +152,14 @@ class Search:
             if scored.value >= here.value or draw.random() < exp((scored.value - here.value) / temperature):
                 here = scored
             if step and step % _COOLING == 0:
-                here = leaders[0]
+                here = self._leaders[0]
 
-    def _try(self, scorer: Scorer, leaders: list[Scored], choice: Choice, what: str) -> Scored | None:
+    def _try(self, scorer: Scorer, choice: Choice, what: str) -> Scored | None:
         before = scorer.evaluations
         scored = scorer.score(choice)
         if scored is None or scorer.evaluations == before:
             return scored
+        leaders = self._leaders
         if not leaders or scored.value > leaders[0].value:
             self.steps.append(
                 Step(evaluation=scorer.evaluations, value=scored.value, attainment=scored.attainment, what=what)
@@ -164,69 +171,28 @@ class Search:
         return scored
 
     def _over(self, scorer: Scorer) -> bool:
-        return scorer.evaluations >= self.evaluations or self.out_of_time()
+        if scorer.evaluations >= self.evaluations or self.out_of_time():
+            return True
+        whole = len(self.problem.arrivals)
+        left = 0 if whole == scorer.num_requests else (_LEADERS + (self.current is not None)) * whole
+        used = self.time_used()
+        of_request = (used - self._used_before) / max(scorer.num_simulated, 1)
+        return used + _CONFIRMATION * of_request * left >= 1
 
-    def _confirmed(self, scorer: Scorer, leaders: list[Scored], sample: Arrivals) -> tuple[Scored, bool]:
-        """The best on the whole trace, and whether it is the current plan."""
+    def _confirmed(self, scorer: Scorer, sample: Arrivals) -> tuple[Scored, Plan, bool]:
+        """The best on the whole trace, its plan, and whether that is the current one."""
         problem = self.problem
         whole = scorer
-        seen = leaders
         if sample is not problem.arrivals:
             whole = Scorer(problem, scorer.traffic, scorer.capacity, problem.arrivals, current=self.current)
-            seen = [whole.score_plan(one.plan, one.choice) for one in leaders]
-        best = max(seen, key=lambda one: one.value)
+        plans = [scorer.plan_of(one.choice) for one in self._leaders]
+        seen = [whole.score_plan(plan, one.choice) for plan, one in zip(plans, self._leaders, strict=True)]
+        place = max(range(len(seen)), key=lambda index: seen[index].value)
         if self.current is not None:
             stay = whole.score_plan(self.current, Choice(groups=()))
-            if best.value <= stay.value + HYSTERESIS:
-                return stay, True
-        return best, False
-
-
-def _moved(
-    draw: random.Random, problem: Problem, scorer: Scorer, demand: Mapping[BaseModelId, Demand], now: Scored
-) -> tuple[Choice, str] | None:
-    """A neighbour of ``now`` and what was done; None when the move that was drawn is not possible."""
-    choice = now.choice
-    kind = draw.choices(("groups", "spread", "more", "fewer"), weights=(8, 1, 1, 1))[0]
-    if kind == "groups":
-        return _exchanged(draw, problem, scorer, demand, now)
-    base = draw.choice(problem.bases)
-    if kind == "spread":
-        spread = draw.choice(SPREADS)
-        return replace(choice, spread={**choice.spread, base: spread}), f"spread {spread:g} of {base}"
-    weights = now.lost + 0.01 if kind == "more" else scorer.traffic.requests_per_s + 1e-6
-    if not len(weights):
-        return None
-    adapter = draw.choices(range(len(weights)), weights=weights.tolist())[0]
-    extra = {**choice.extra, adapter: choice.extra.get(adapter, 0) + (1 if kind == "more" else -1)}
-    return replace(choice, extra=extra), f"{kind} groups for adapter {problem.arrivals.adapters[adapter].name}"
-
-
-def _exchanged(
-    draw: random.Random, problem: Problem, scorer: Scorer, demand: Mapping[BaseModelId, Demand], now: Scored
-) -> tuple[Choice, str] | None:
-    """Some groups become one or more of another kind: another shape, another base, a base more or less."""
-    able = [kind for kind in scorer.kinds if any(scorer.capacity[kind, base].requests_per_s > 0 for base in kind.bases)]
-    target = draw.choice(able)
-    goal = target.shape.num_ranks * draw.choice((1, 1, 2, 4))
-    groups = now.choice.groups
-    # Groups that have least to do make room first, more often than not.
-    order: list[int] = np.argsort(now.busy + np.array([draw.random() * 0.5 for _ in groups])).tolist()
-    freed, gone = 0, set()
-    for index in order:
-        if freed < goal and groups[index].gpu == target.gpu and groups[index] != target:
-            gone.add(index)
-            freed += groups[index].shape.num_ranks
-    if freed < target.shape.num_ranks:
-        return None
-    kept = [group for index, group in enumerate(groups) if index not in gone]
-    kept += [target] * (freed // target.shape.num_ranks)
-    served = {base for group in kept for base in group.bases}
-    if any(demand[base].requests_per_s > 0 and base not in served for base in problem.bases):
-        return None
-    first = {base: ranked[0] for base in problem.bases if (ranked := best_kinds(problem, scorer.capacity, base))}
-    made = filled(problem, scorer.capacity, demand, first, tuple(kept))
-    return replace(now.choice, groups=made), f"{len(gone)} groups become {freed // target.shape.num_ranks} x {target}"
+            if seen[place].value <= stay.value + HYSTERESIS:
+                return stay, self.current, True
+        return seen[place], plans[place], False
 
 
 def _reasons(problem: Problem, capacity: Capacities, best: Scored) -> list[str]:
