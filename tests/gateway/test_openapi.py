@@ -25,7 +25,7 @@ from schemathesis.specs.openapi.checks import ignored_auth, positive_data_accept
 KEYS = {"tenant": "lpx_fuzz_tenant_admin_key_of_the_tests", "admin": "lpx_fuzz_admin_key_of_the_tests"}
 
 
-ADMIN_PATHS = ("/v1/tenants", "/v1/status", "/v1/fleet", "/v1/plans", "/v1/decisions")
+ADMIN_PATHS = ("/v1/tenants", "/v1/status", "/v1/activity", "/v1/fleet", "/v1/plans", "/v1/decisions")
 
 
 class NoTracer:
@@ -138,6 +138,7 @@ def test_document() -> None:
         "/v1/tenants/{tenant}/keys/{key_id}",
         "/v1/tenants/{tenant}/usage",
         "/v1/status",
+        "/v1/activity",
         "/v1/fleet",
         "/v1/plans",
         "/v1/plans/active",

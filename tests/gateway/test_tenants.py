@@ -40,6 +40,7 @@ async def test_only_the_admin_role(world: Any) -> None:
         ("DELETE", "/v1/tenants/globex"),
         ("GET", "/v1/tenants/acme/usage"),
         ("GET", "/v1/status"),
+        ("GET", "/v1/activity"),
     ):
         reply = await world.http.request(method, path, json={"name": "x"} if method == "POST" else None)
         assert reply.status_code == 403, (method, path)
@@ -67,7 +68,18 @@ async def test_status(world: Any) -> None:
     assert status["num_tenants"] == 3
     assert (status["num_adapters"], status["num_adapter_versions"]) == (2, 3)
     assert status["replicas"] == [
-        {"id": "fake-0", "base_model": "tiny-base", "address": "127.0.0.1:1", "connected": True, "load": None}
+        {
+            "id": "fake-0",
+            "base_model": "tiny-base",
+            "address": "127.0.0.1:1",
+            "group": "",
+            "shape": {"tp": 1, "pp": 1},
+            "gpu": "",
+            "draining": False,
+            "num_planned_adapters": 0,
+            "connected": True,
+            "load": None,
+        }
     ]
 
 

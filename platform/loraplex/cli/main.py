@@ -11,6 +11,7 @@ from loraplex.cli.lazy import LazyGroup
 class Root(LazyGroup):
     members = {  # noqa: RUF012
         "status": ("loraplex.cli.status:status_command", "What a running platform serves, and from where."),
+        "top": ("loraplex.cli.top:top_command", "Groups, queues, tenants and adapters of a running platform, live."),
         "chat": ("loraplex.cli.chat:chat_command", "Talk to a model: one message, or a conversation."),
         "tenant": ("loraplex.cli.tenant:app", "Create, change and delete tenants; see their usage."),
         "key": ("loraplex.cli.key:app", "API keys of a tenant."),

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-_FILE_WIDTH = 240
+FILE_WIDTH = 240
 """Columns when the output goes into a file or pipe: nothing should be folded there."""
 
 
@@ -42,7 +42,7 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, title:
         table.add_row(*(shown(cell) for cell in row))
     console = Console(markup=False, highlight=False)
     if not console.is_terminal:
-        console.width = _FILE_WIDTH
+        console.width = FILE_WIDTH
     console.print(table)
 
 

@@ -16,6 +16,7 @@ from loraplex.core.errors import LoraplexError
 from loraplex.core.generation import Dispatcher
 from loraplex.core.ids import BaseModelId, GatewayId
 from loraplex.gateway.accounting import Tracer
+from loraplex.gateway.activity import Activity
 from loraplex.gateway.adapter_service import AdapterService
 from loraplex.gateway.cluster_view import ClusterView
 from loraplex.gateway.config import GatewayConfig
@@ -65,6 +66,7 @@ class Gateway:
         self._num_queued = num_queued
         self._tracer = tracer
         self._clock = clock or SystemClock()
+        activity = Activity(tracer, self._clock)
         self._view = ClusterView()
         self._codecs = Codecs()
         self._tenancy = tenancy or TenancyConfig()
@@ -80,7 +82,7 @@ class Gateway:
             codecs=self._codecs,
             quota=self._quota,
             dispatcher=dispatcher,
-            tracer=tracer,
+            tracer=activity,
             metrics=self.metrics,
             clock=self._clock,
             max_open_calls=max_open_calls,
@@ -92,6 +94,8 @@ class Gateway:
             control,
             gateway_id=gateway_id,
             loads=loads,
+            activity=activity,
+            num_queued=num_queued,
             not_ready=self.not_ready,
             observe=self._observe,
         )

@@ -7,7 +7,9 @@ from fastapi import FastAPI
 
 from loraplex.core.control import ControlPlane
 from loraplex.core.ids import GatewayId
+from loraplex.gateway.activity import Activity
 from loraplex.gateway.adapter_service import AdapterService
+from loraplex.gateway.routes.activity import activity_routes
 from loraplex.gateway.routes.adapters import adapter_routes
 from loraplex.gateway.routes.edge import Edge
 from loraplex.gateway.routes.errors import install_error_handlers
@@ -31,6 +33,8 @@ def build_http_app(
     *,
     gateway_id: GatewayId,
     loads: ReplicaLoads | None,
+    activity: Activity,
+    num_queued: Callable[[], int],
     not_ready: Callable[[], str | None],
     observe: Callable[[], None],
 ) -> Edge:
@@ -52,6 +56,7 @@ def build_http_app(
     app.include_router(tenant_routes(service, control))
     app.include_router(plan_routes(control))
     app.include_router(system_routes(service, gateway_id=gateway_id, loads=loads, not_ready=not_ready, observe=observe))
+    app.include_router(activity_routes(activity, gateway_id=gateway_id, num_queued=num_queued))
     install_error_handlers(app)
     generate = app.openapi
 

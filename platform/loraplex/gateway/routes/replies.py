@@ -174,10 +174,21 @@ class TenantUsageReply(BaseModel):
     output_tokens: int
 
 
+class ShapeReply(BaseModel):
+    tp: int
+    pp: int
+
+
 class ReplicaReply(BaseModel):
     id: str
     base_model: str
     address: str
+    group: str
+    """Of the plan; replicas of one group share its GPUs. Empty: there is no plan."""
+    shape: ShapeReply
+    gpu: str
+    draining: bool
+    num_planned_adapters: int
     connected: bool
     load: dict[str, Any] | None
 
@@ -192,6 +203,42 @@ class StatusReply(BaseModel):
     num_adapter_versions: int
     base_models: list[str]
     replicas: list[ReplicaReply]
+
+
+class ServedReply(BaseModel):
+    requests: int
+    errors: int
+    good: int
+    prompt_tokens: int
+    output_tokens: int
+    ttft_p50_s: float | None
+    ttft_p99_s: float | None
+    tpot_p50_s: float | None
+    tpot_p99_s: float | None
+
+
+class TenantActivityReply(BaseModel):
+    tenant: str
+    served: ServedReply
+
+
+class AdapterActivityReply(BaseModel):
+    tenant: str
+    name: str
+    base_model: str | None
+    digest: str
+    served: ServedReply
+
+
+class ActivityReply(BaseModel):
+    object: Literal["activity"]
+    gateway: str
+    queued: int
+    """Generations that wait in this gateway for a replica."""
+    window_s: float
+    total: ServedReply
+    tenants: list[TenantActivityReply]
+    adapters: list[AdapterActivityReply]
 
 
 class HealthReply(BaseModel):

@@ -66,6 +66,11 @@ def system_routes(
                 "id": route.replica_id,
                 "base_model": route.base_model_id,
                 "address": route.address,
+                "group": route.group,
+                "shape": {"tp": route.shape.tp, "pp": route.shape.pp},
+                "gpu": route.gpu,
+                "draining": route.draining,
+                "num_planned_adapters": len(route.adapters),
                 "connected": known is None or route.replica_id in known,
                 "load": msgspec.to_builtins(known[route.replica_id]) if known and route.replica_id in known else None,
             }
