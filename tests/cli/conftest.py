@@ -65,11 +65,11 @@ class _Server:
         self._data_dir = data_dir
         self._machines = machines
         self._server: uvicorn.Server | None = None
-        self._thread = threading.Thread(target=lambda: asyncio.run(self._run()))
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._run()), daemon=True)
 
     def __enter__(self) -> "_Server":
         self._thread.start()
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while not self.port:
             assert self._thread.is_alive()
             assert time.monotonic() < deadline
