@@ -3,7 +3,10 @@
 Called by ``model_runner`` when a group starts and by ``loraplex profile``, which prints the cut beside the equal one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+from math import inf
+from operator import add
 
 from loraplex.core.errors import BadConfig
 from loraplex.core.model import ModelSpec
@@ -13,39 +16,54 @@ def cut_stages(
     layer_costs: Sequence[float], num_stages: int, *, first_cost: float = 0.0, last_cost: float = 0.0
 ) -> tuple[int, ...]:
     """Layers of each stage, at least one. ``layer_costs``: of each layer, in any unit; ``first_cost``, ``last_cost``:
-    what the first and the last stage do besides (embedding; head and sampling). Of equally good cuts the one whose
-    earlier stages hold more. BadConfig when there are fewer layers than stages.
+    what the first and the last stage do besides (embedding; head and sampling). Of the cuts whose slowest stage is
+    fastest the most even one (least squares), and of these the one whose earlier stages hold more. BadConfig when there
+    are fewer layers than stages.
 
-    A dynamic programme over (stages, layers): the best slowest stage of the first ``s`` stages over the first ``n``
-    layers is the least, over the start of the last of them, of the greater of the two parts.
+    A dynamic programme over (stages, layers), twice: for the slowest stage, then for the squares within that bound.
     """
     num_layers = len(layer_costs)
     if not 1 <= num_stages <= num_layers:
         raise BadConfig(f"{num_layers} layers cannot be cut into {num_stages} stages", param="pp")
-    sums = [0.0]
-    for cost in layer_costs:
-        sums.append(sums[-1] + cost)
+    sums = [0.0, *accumulate(layer_costs)]
 
     def stage_cost(stage: int, start: int, end: int) -> float:
         cost = sums[end] - sums[start]
         return cost + (first_cost if stage == 0 else 0.0) + (last_cost if stage == num_stages - 1 else 0.0)
 
-    best = [stage_cost(0, 0, end) if end else float("inf") for end in range(num_layers + 1)]
+    slowest, _ = _best_cut(num_layers, num_stages, stage_cost, max)
+
+    def squares(stage: int, start: int, end: int) -> float:
+        cost = stage_cost(stage, start, end)
+        return cost * cost if cost <= slowest else inf
+
+    return _best_cut(num_layers, num_stages, squares, add)[1]
+
+
+def _best_cut(
+    num_layers: int,
+    num_stages: int,
+    cost: Callable[[int, int, int], float],
+    join: Callable[[float, float], float],
+) -> tuple[float, tuple[int, ...]]:
+    """The least ``join`` of the stages' costs, and a cut that has it. ``cost(stage, start, end)``: layers [start, end);
+    the best of the first s stages over the first n layers is the least over the start of the last of them."""
+    best = [inf, *(cost(0, 0, end) for end in range(1, num_layers + 1))]
     starts: list[list[int]] = []
     for stage in range(1, num_stages):
-        found, where = [float("inf")] * (num_layers + 1), [0] * (num_layers + 1)
+        found, where = [inf] * (num_layers + 1), [0] * (num_layers + 1)
         for end in range(stage + 1, num_layers + 1):
             for start in range(stage, end):
-                slowest = max(best[start], stage_cost(stage, start, end))
-                if slowest <= found[end]:
-                    found[end], where[end] = slowest, start
+                value = join(best[start], cost(stage, start, end))
+                if value <= found[end]:
+                    found[end], where[end] = value, start
         best = found
         starts.append(where)
     cut, end = [], num_layers
     for where in reversed(starts):
         cut.append(end - where[end])
         end = where[end]
-    return (*reversed((*cut, end)),)
+    return best[num_layers], (*reversed((*cut, end)),)
 
 
 def equal_stages(num_layers: int, num_stages: int) -> tuple[int, ...]:
