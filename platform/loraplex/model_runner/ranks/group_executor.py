@@ -77,7 +77,8 @@ class GroupExecutor(ExecutorBase):
         self._num_ranks = len(shards)
         self._stagings: dict[int, _Staging] = {}
         self._staging_ids = itertools.count(1)
-        self._staged: set[Digest] = set()
+        self._staged: dict[Digest, int] = {}
+        """Pages that each takes on the rank that needs most."""
         self._loaded: dict[Digest, int] = {}
         self._numbers = itertools.count()
         self._encoder = StepEncoder()
@@ -131,15 +132,18 @@ class GroupExecutor(ExecutorBase):
         self._stage(manifest, None, seed)
 
     def unstage_adapter(self, digest: Digest) -> None:
-        self._staged.discard(digest)
+        self._staged.pop(digest, None)
         self._group.send(Unstage(digest))
 
     def load_adapter(self, digest: Digest, pages: tuple[int, ...]) -> None:
         """Each rank copies its part into the first of ``pages``. Conflict when it is not staged, or loaded already."""
-        if digest not in self._staged:
+        num_pages = self._staged.get(digest)
+        if num_pages is None:
             raise Conflict(f"adapter {digest} is not staged")
         if digest in self._loaded:
             raise Conflict(f"adapter {digest} is already loaded")
+        if len(pages) != num_pages:
+            raise Conflict(f"adapter {digest} takes {num_pages} pages, {len(pages)} were given")
         number = next(self._numbers)
         self._group.send(Load(digest, number, pages))
         self._loaded[digest] = number
@@ -189,7 +193,7 @@ class GroupExecutor(ExecutorBase):
         if manifest.digest in self._staged:
             return
         # What does not fit the base is refused before anybody reads a file.
-        self.adapter_pages(manifest)
+        num_pages = self.adapter_pages(manifest)
         request, staging = next(self._staging_ids), _Staging(self._num_ranks)
         self._stagings[request] = staging
         try:
@@ -201,7 +205,7 @@ class GroupExecutor(ExecutorBase):
         if staging.failure is not None:
             self._group.send(Unstage(manifest.digest))
             raise error_from_code(staging.failure.code, staging.failure.message)
-        self._staged.add(manifest.digest)
+        self._staged[manifest.digest] = num_pages
 
     def _on_staged(self, answer: Staged) -> None:
         staging = self._stagings.get(answer.request)
