@@ -76,11 +76,8 @@ class RayActuator:
 
     async def running(self) -> tuple[RunningReplica, ...]:
         """Besides: frees the GPUs of groups without a replica, which a controller leaves that dies between the two."""
-        known = await self._nodes()
-        groups = await asyncio.to_thread(reserved_groups, known)
+        groups = await self._release_abandoned()
         names = await asyncio.to_thread(replica_names)
-        for group in groups.keys() - {name.group for name in (*names, *self._pending)}:
-            await asyncio.to_thread(release, group)
         return tuple(
             RunningReplica(
                 replica_id=name.replica_id,
@@ -107,7 +104,8 @@ class RayActuator:
             await asyncio.to_thread(self._epochs.check, epoch)
         except Unavailable as error:
             if error.code != "superseded":
-                await self._remove(ReplicaName.of(target))
+                await asyncio.to_thread(kill_replica, ReplicaName.of(target))
+                await self._release_abandoned()
             raise
         self._addresses[target.replica_id] = address
         return ReplicaRoute(
@@ -153,9 +151,7 @@ class RayActuator:
     async def stop(self, replica_id: ReplicaId, *, epoch: int) -> None:
         await asyncio.to_thread(self._epochs.check, epoch)
         self._addresses.pop(replica_id, None)
-        for name in [name for name in self._pending if name.replica_id == replica_id]:
-            self._pending.discard(name)
-            await self._remove(name)
+        self._pending -= {name for name in self._pending if name.replica_id == replica_id}
         found = await asyncio.to_thread(find_replica, replica_id)
         if found is not None:
             name, handle = found
@@ -164,7 +160,8 @@ class RayActuator:
             except Unavailable as error:
                 if error.code == "superseded":
                     raise
-            await self._remove(name)
+            await asyncio.to_thread(kill_replica, name)
+        await self._release_abandoned()
 
     async def _nodes(self) -> Nodes:
         return await asyncio.to_thread(Nodes, self._config.ray.gpu_types)
@@ -220,12 +217,15 @@ class RayActuator:
             scheduling_strategy=PlacementGroupSchedulingStrategy(placement_group=group, placement_group_bundle_index=0),
         ).remote(target, base, self._config, self._cluster_secret, epoch)
 
-    async def _remove(self, name: ReplicaName) -> None:
-        """Its group's GPUs as well, when nobody else has them."""
-        await asyncio.to_thread(kill_replica, name)
-        others = {*await asyncio.to_thread(replica_names), *self._pending} - {name}
-        if name.group not in {other.group for other in others}:
-            await asyncio.to_thread(release, name.group)
+    async def _release_abandoned(self) -> dict[str, tuple[str, ...]]:
+        """Frees the GPUs of groups that no replica has or waits for; node of each rank of the others."""
+        groups = await asyncio.to_thread(reserved_groups, await self._nodes())
+        # Read after them: a group that is reserved later is not in question.
+        used = {name.group for name in (*await asyncio.to_thread(replica_names), *self._pending)}
+        for group in groups.keys() - used:
+            await asyncio.to_thread(release, group)
+            del groups[group]
+        return groups
 
     async def _digests(self, target: ReplicaTarget) -> tuple[Digest, ...]:
         """Current versions of the target's adapters that exist, most used first."""

@@ -27,6 +27,7 @@ from ray.serve.grpc_util import RayServegRPCContext
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from loraplex_deployments.control_client import RayControlPlane, controller_handle
+from loraplex_deployments.gateway_header import GATEWAY_HEADER
 
 logger = logging.getLogger(__name__)
 
@@ -42,15 +43,16 @@ GRPC_SERVICERS = (
 )
 
 
-def behind_serve(app: ASGIApp) -> ASGIApp:
-    """Leaves ``x-request-id`` to Serve's HTTP proxy: it passes its own on to us, which we take over, and appends it to
-    every response, so that ours would be a second one."""
+def behind_serve(app: ASGIApp, gateway_id: GatewayId) -> ASGIApp:
+    """Tells in every response which gateway answered, and leaves ``x-request-id`` to Serve's HTTP proxy: it passes its
+    own on to us, which we take over, and appends it to every response, so that ours would be a second one."""
+    ours = (GATEWAY_HEADER.encode(), gateway_id.encode())
 
     async def wrapped(scope: Scope, receive: Receive, send: Send) -> None:
         async def send_without_id(message: Message) -> None:
             if message["type"] == "http.response.start":
                 headers = [header for header in message.get("headers", ()) if header[0].lower() != b"x-request-id"]
-                message = {**message, "headers": headers}
+                message = {**message, "headers": [*headers, ours]}
             await send(message)
 
         await app(scope, receive, send_without_id)
@@ -63,7 +65,7 @@ def behind_serve(app: ASGIApp) -> ASGIApp:
 class GatewayDeployment:
     async def __init__(self, config: PlatformConfig) -> None:  # type: ignore[misc]  # Serve awaits it
         configure_logging()
-        gateway_id = GatewayId(f"gateway-{uuid.uuid4().hex[:8]}")
+        gateway_id = self._gateway_id = GatewayId(f"gateway-{uuid.uuid4().hex[:8]}")
         control = RayControlPlane(controller_handle())
         self._waking: set[asyncio.Task[None]] = set()
         self._router = Router(
@@ -102,7 +104,7 @@ class GatewayDeployment:
         self._gateway.metrics.trace_store(await control.record_traces(gateway_id, batch))
 
     def __serve_build_asgi_app__(self) -> Any:
-        return behind_serve(self._gateway.http_app)
+        return behind_serve(self._gateway.http_app, self._gateway_id)
 
     async def __del__(self) -> None:
         await self._gateway.stop()

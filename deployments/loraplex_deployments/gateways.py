@@ -9,7 +9,7 @@ from loraplex.config.platform import PlatformConfig
 from ray import serve
 from ray.serve._private import constants
 from ray.serve.config import HTTPOptions, ProxyLocation, gRPCOptions
-from ray.serve.schema import LoggingConfig
+from ray.serve.schema import ApplicationStatus, LoggingConfig
 
 from loraplex_deployments.gateway_app import APP_NAME, GRPC_SERVICERS, MAX_REFUSALS, GatewayDeployment
 from loraplex_deployments.proxy import ServeProxy
@@ -21,7 +21,7 @@ def start_gateways(config: PlatformConfig, proxy: ServeProxy) -> None:
     local = config.ray.address == "local"
     quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
     serve.start(
-        proxy_location=ProxyLocation.HeadOnly if local else ProxyLocation.EveryNode,
+        proxy_location=(ProxyLocation.HeadOnly if local or config.ray.single_machine else ProxyLocation.EveryNode),
         http_options=HTTPOptions(host=config.listen.host, port=config.listen.http_port),
         grpc_options=gRPCOptions(port=config.listen.grpc_port, grpc_servicer_functions=list(GRPC_SERVICERS)),
         logging_config=quiet,
@@ -31,7 +31,7 @@ def start_gateways(config: PlatformConfig, proxy: ServeProxy) -> None:
     deployment = GatewayDeployment.options(  # type: ignore[attr-defined]
         num_replicas=config.serve.gateways,
         max_ongoing_requests=config.serve.max_ongoing_requests + MAX_REFUSALS,
-        ray_actor_options={"num_cpus": config.serve.gateway_num_cpus},
+        ray_actor_options={"num_cpus": config.serve.gateway_num_cpus, "resources": config.serve.gateway_resources},
         logging_config=quiet,
     )
     serve.run(deployment.bind(config), name=APP_NAME, route_prefix="/")
@@ -54,6 +54,14 @@ def serve_runs() -> bool:
     except ValueError:
         return False
     return True
+
+
+def gateways_run() -> bool:
+    """Whether Serve runs our application and holds it for sound."""
+    if not serve_runs():
+        return False
+    application = serve.status().applications.get(APP_NAME)
+    return application is not None and application.status == ApplicationStatus.RUNNING
 
 
 def stop_gateways(*, whole_serve: bool) -> None:

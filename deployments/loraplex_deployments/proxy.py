@@ -50,7 +50,7 @@ class ServeProxy:
         _check_import(self.haproxy)
         if self.haproxy:
             variables |= {BINARY_VARIABLE: _haproxy_command(), **_settings(config)}
-            if config.ray.address == "local":
+            if config.ray.address == "local" or config.ray.single_machine:
                 variables |= self._private()
         self._before = {name: os.environ.get(name) for name in variables}
         os.environ.update(variables)

@@ -186,6 +186,7 @@ async def die(machines: RayActuator) -> None:
     await told(deaths[1], within_s=3)
     for name in "ab":
         await machines.stop(ReplicaId(name), epoch=1)
+    assert gpus_in_use() == {}, "others may have them now"
     assert await machines.wait_stopped(ReplicaId("a")) == "it does not run"
 
 

@@ -71,6 +71,8 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     it starts: on a cluster where it runs already, its own setting holds, and our start says so."""
     gateways: int = 1
     gateway_num_cpus: float = 0
+    gateway_resources: dict[str, float] = {}
+    """Further Ray resources that each gateway takes: ``{"node:__internal_head__": 0.001}`` keeps them on the head."""
     max_ongoing_requests: int = 4096
     """Open client requests per gateway; it answers more with 429."""
 
@@ -78,6 +80,9 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 class RayConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     address: str = "local"
     """``local`` starts a Ray of our own and ends it with us; ``auto`` or host:port joins a running cluster."""
+    single_machine: bool = False
+    """All nodes of the cluster that is joined are on this machine, as in fault tests: Serve's proxy runs on the head
+    alone, and its HAProxy has files and ports of its own, as with a local Ray."""
     num_cpus: int | None = None
     """Logical CPUs of a local Ray; by default those of the machine."""
     num_gpus: int | None = None
