@@ -6,10 +6,11 @@ replica of a base while another can go. An adapter leaves a replica when all tha
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from loraplex.controller.fleet.gpus import GpuLedger
 from loraplex.controller.fleet.match import matched
+from loraplex.controller.fleet.placing import Placement
 from loraplex.controller.fleet.state import (
     FleetBase,
     Kind,
@@ -88,42 +89,23 @@ class Decided:
     groups: Mapping[int, RunningGroup]
     """Index into the wanted groups (those of the plan, then the extra ones) -> what is or becomes it."""
     left_out: frozenset[int]
-    """The nodes have no room for these, whatever is stopped."""
+    """As in the placement."""
     settled: bool
     """All is as the plan says, but for what is left out."""
 
 
-def decide(
-    plan: Sequence[GroupPlan],
-    extra: Sequence[GroupPlan],
-    observed: Observed,
-    bases: Mapping[BaseModelId, FleetBase],
-) -> Decided:
-    """``extra``: wanted where GPUs are free; nothing is stopped for them."""
-    return _Decision((*plan, *extra), len(plan), observed, bases).made()
+def decide(placement: Placement, observed: Observed, bases: Mapping[BaseModelId, FleetBase]) -> Decided:
+    """Extra groups of the placement are started where GPUs are free; nothing is stopped for them."""
+    return _Decision(placement, observed, bases).made()
 
 
 class _Decision:
-    def __init__(
-        self,
-        wanted: tuple[GroupPlan, ...],
-        num_planned: int,
-        observed: Observed,
-        bases: Mapping[BaseModelId, FleetBase],
-    ) -> None:
-        self._observed, self._bases, self._num_planned = observed, bases, num_planned
+    def __init__(self, placement: Placement, observed: Observed, bases: Mapping[BaseModelId, FleetBase]) -> None:
+        self._observed, self._bases, self._placement = observed, bases, placement
+        self._wanted, self._num_planned, self._left_out = placement.groups, placement.num_planned, placement.left_out
         self._running = running_groups(observed.replicas)
         self._up = {node.name for node in observed.nodes}
-        self._original = wanted
-        self._wanted = tuple(self._placeable(group) for group in wanted)
-        self._everything = matched(wanted, self._running)
-        self._left_out = self._without_room(self._everything)
-        packed = self._packed() if any(index < num_planned for index in self._left_out) else None
-        if packed is not None:
-            # What runs stands in the way of room that there is: these are the places where all fit.
-            self._wanted = packed
-            self._everything = matched(packed, self._running)
-            self._left_out = self._without_room(self._everything)
+        self._everything = matched(self._wanted, self._running)
         self._groups = {index: group for index, group in self._everything.items() if index not in self._left_out}
         self._waiting = {
             group.name for index, group in self._everything.items() if index in self._left_out and observed.may_grow
@@ -157,68 +139,12 @@ class _Decision:
         return Decided(
             actions=tuple(self._actions),
             groups=self._groups,
-            left_out=frozenset(self._left_out),
+            left_out=self._left_out,
             settled=settled,
         )
 
     def _served_indices(self) -> list[int]:
         return [index for index in range(self._num_planned) if index not in self._left_out]
-
-    def _placeable(self, group: GroupPlan) -> GroupPlan:
-        """A group whose nodes are not all up may go to others of its type."""
-        if all(node in self._up for node in group.nodes):
-            return group
-        return replace(group, nodes=())
-
-    def _without_room(self, found: Mapping[int, RunningGroup]) -> set[int]:
-        """Groups that the nodes could not hold together with the others: those go first that are a base's only one,
-        then those that run, then in the plan's order, then extra ones."""
-        ledger = GpuLedger(self._observed.nodes)
-        order = sorted(
-            range(len(self._wanted)),
-            key=lambda i: (i >= self._num_planned, i not in found or not found[i].serves, i),
-        )
-        fitting: set[int] = set()
-        covered: set[BaseModelId] = set()
-        for only_first in (True, False):
-            for index in order:
-                bases = {placed.base_model_id for placed in self._wanted[index].bases}
-                if index in fitting or (only_first and (bases <= covered or index >= self._num_planned)):
-                    continue
-                if self._fits(ledger, self._wanted[index], found.get(index)):
-                    fitting.add(index)
-                    covered |= bases
-        return set(range(len(self._wanted))) - fitting
-
-    def _packed(self) -> tuple[GroupPlan, ...] | None:
-        """The wanted groups with places that hold them all, best fit by decreasing size; None when that finds none."""
-        ledger = GpuLedger(self._observed.nodes)
-        placed = list(self._wanted)
-        order = sorted(range(self._num_planned), key=lambda i: (not placed[i].nodes, -placed[i].shape.num_ranks, i))
-        for index in order:
-            group = placed[index]
-            per_rank = self._per_rank(Kind.of(group).bases)
-            place = ledger.fitting(gpu=group.gpu, nodes=group.nodes, num_ranks=group.shape.num_ranks, per_rank=per_rank)
-            if place is None:
-                return None
-            ledger.take(place, per_rank)
-            placed[index] = replace(group, nodes=place)
-        return tuple(placed)
-
-    def _fits(self, ledger: GpuLedger, group: GroupPlan, runs_as: RunningGroup | None) -> bool:
-        per_rank = self._per_rank(Kind.of(group).bases)
-        if runs_as is not None and runs_as.nodes:
-            if not all(node in self._up for node in runs_as.nodes):
-                # Its node is away for a moment, or its replicas are about to be found dead: nothing moves for that.
-                return True
-            nodes: tuple[str, ...] = runs_as.nodes
-        else:
-            nodes = group.nodes
-        place = ledger.fitting(gpu=group.gpu, nodes=nodes, num_ranks=group.shape.num_ranks, per_rank=per_rank)
-        if place is None:
-            return False
-        ledger.take(place, per_rank)
-        return True
 
     def _per_rank(self, bases: frozenset[BaseModelId]) -> float:
         return num_gpus(bases, self._bases)
@@ -291,7 +217,7 @@ class _Decision:
                     plan=group,
                     bases=tuple(placed.base_model_id for placed in group.bases),
                     nodes=place,
-                    planned_nodes=self._original[index].nodes if self._original[index].nodes != place else (),
+                    planned_nodes=self._placement.asked[index] if self._placement.asked[index] != place else (),
                 )
             )
         if self._observed.may_grow:

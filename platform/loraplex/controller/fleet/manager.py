@@ -38,6 +38,7 @@ from loraplex.controller.fleet.diff import (
 )
 from loraplex.controller.fleet.drains import Drains, Loads
 from loraplex.controller.fleet.nodes import NodeWatch
+from loraplex.controller.fleet.placing import Placer
 from loraplex.controller.fleet.plans import PlanDesk
 from loraplex.controller.fleet.state import AdapterKey, FleetBase, Kind, Replica, ReplicaState, adapter_keys, routes_of
 from loraplex.controller.fleet.status import fleet_status
@@ -83,6 +84,7 @@ class FleetManager:
         self._desired = Desired(replace(default_plan, version=0), bases, adapters, created_s=clock.wall_s())
         self._drains = Drains(config, loads)
         self._nodes = NodeWatch(hold_s=config.node_hold_s, max_hold_s=config.node_max_hold_s)
+        self._placer = Placer(bases)
         self._starts = Attempts(first_s=config.retry_first_s, max_s=config.retry_max_s)
         self._assigns = Attempts(first_s=config.retry_first_s, max_s=config.retry_max_s)
         self._crew = Crew(actuator, epoch=store.epoch, retry_s=config.retry_first_s, tell=self._hear)
@@ -196,7 +198,8 @@ class FleetManager:
                 ),
                 may_grow=self._config.autoscale,
             )
-            self._decided = decide(plan, extra, observed, self._bases)
+            placement = self._placer.place(plan, extra, observed.replicas, observed.nodes)
+            self._decided = decide(placement, observed, self._bases)
             for action in self._decided.actions:
                 await self._act(action)
             await self._conclude(self._decided)
