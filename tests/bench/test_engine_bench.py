@@ -57,6 +57,19 @@ def test_eta_covers_every_token_of_the_run() -> None:
         assert set(phase.ideal_shares) == set(Part) - HIDDEN_PARTS - {Part.COLLECTIVES}
 
 
+@pytest.mark.parametrize(("tp", "pp"), [(2, 1), (1, 2)])
+def test_a_group_of_ranks_runs_the_same_load(tp: int, pp: int) -> None:
+    load = EngineLoad(requests=4, input_tokens=20, output_tokens=5, adapters=2, lora_ranks=(8,))
+    bench = run_engine_bench(EngineBenchOptions(setup=_setup(tp=tp, pp=pp), load=load))
+    assert bench.result.output_tokens == 20
+    assert bench.result.adapters is not None
+    assert (bench.machine.setup.tp, bench.machine.setup.pp) == (tp, pp)
+    decode = bench.result.eta.decode
+    assert decode is not None
+    assert (Part.COLLECTIVES in decode.ideal_shares) == (tp > 1)
+    assert "shared by 2 ranks" in bench.result.eta.ceilings_source
+
+
 def test_eta_is_against_the_given_ceilings() -> None:
     load = EngineLoad(requests=2, input_tokens=8, output_tokens=3)
     report = run_engine_bench(EngineBenchOptions(setup=_setup(ceilings="h100-80gb"), load=load)).result.eta

@@ -17,6 +17,7 @@ from loraplex.core.step import Row, RowStart, StepPlan
 from loraplex.model_runner import ExecutorConfig, build_executor
 from loraplex.model_runner.random_models import random_spec
 from loraplex.model_runner.ranks.channel import RankListener, connect, shut_down
+from loraplex.model_runner.ranks.message_cost import measure_message_cost
 from loraplex.model_runner.ranks.pulse import Pulse
 from loraplex.model_runner.ranks.step_codec import StepDecoder, StepEncoder
 from loraplex.model_runner.shard import plan_shards
@@ -178,3 +179,10 @@ def test_a_stranger_is_refused_and_a_reader_can_be_cut_off() -> None:
     assert listener.accept(0.05) is None
     for end in (client, server, listener):
         end.close()
+
+
+def test_message_cost_is_measured_over_real_connections() -> None:
+    cost = measure_message_cost(num_ranks=2, num_rows=8, num_steps=20)
+    assert (cost.ranks, cost.rows, cost.adapters) == (2, 8, 8)
+    assert 0 < cost.encode_us + cost.send_us < cost.round_trip_us
+    assert cost.step_bytes < 8 * 64, "page tables were sent again"

@@ -7,6 +7,7 @@ Knows nothing of engines. Called by ``session`` for devices that are not in the 
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -41,6 +42,20 @@ def measure_ceilings(
         gemm_flops_per_s=tuple(gemms),
         host_bytes_per_s=copy_bytes / host_copy_s(copy_bytes, device, to_device=True),
         memory_bytes=torch.cuda.get_device_properties(device).total_memory if is_cuda else 0,
+    )
+
+
+def share_of_cpu(ceilings: Ceilings, num_ranks: int) -> Ceilings:
+    """What is left of a CPU for each of ``num_ranks`` ranks that share it and exchange tensors through its memory."""
+    if num_ranks == 1:
+        return ceilings
+    return replace(
+        ceilings,
+        source=f"{ceilings.source}; shared by {num_ranks} ranks",
+        copy_bytes_per_s=ceilings.copy_bytes_per_s / num_ranks,
+        gemm_flops_per_s=tuple((rows, flops / num_ranks) for rows, flops in ceilings.gemm_flops_per_s),
+        host_bytes_per_s=ceilings.host_bytes_per_s / num_ranks,
+        link_bytes_per_s=ceilings.copy_bytes_per_s / num_ranks,
     )
 
 

@@ -10,6 +10,7 @@ import msgspec
 from loraplex.bench.random_adapters import Popularity
 from loraplex.core.errors import BadConfig
 from loraplex.core.model import LORA_MODULES
+from loraplex.core.plan import Shape
 
 _AtLeastOne = Annotated[int, msgspec.Meta(ge=1)]
 _NotNegative = Annotated[int, msgspec.Meta(ge=0)]
@@ -22,8 +23,12 @@ class EngineSetup(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """A Hugging Face directory, a .gguf file, or ``random:NAME``."""
     device: str = "cpu"
     dtype: str = "auto"
+    tp: _AtLeastOne = 1
+    """Shards of every layer, as ``ExecutorConfig.tp``; their ranks are processes of this machine."""
+    pp: _AtLeastOne = 1
+    """Stages of the layers."""
     threads: _AtLeastOne | None = None
-    """torch threads on the CPU; None leaves torch's choice."""
+    """torch threads on the CPU, of each rank; None leaves torch's choice."""
     max_running: _AtLeastOne = 256
     max_step_tokens: _AtLeastOne = 2048
     num_pages: _AtLeastOne | None = None
@@ -34,6 +39,10 @@ class EngineSetup(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """As ``ExecutorConfig.batch_invariant``."""
     ceilings: str | None = None
     """A known GPU, or a JSON file of ``kernels/benchmarks/ceilings.py``. None: by the device's name, or measured."""
+
+    @property
+    def shape(self) -> Shape:
+        return Shape(tp=self.tp, pp=self.pp)
 
 
 class EngineLoad(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -13,15 +13,16 @@ import numpy.typing as npt
 
 from loraplex.core.adapter import AdapterManifest
 from loraplex.core.ids import Digest
-from loraplex.core.model import ModelSpec
+from loraplex.core.plan import Shape
 from loraplex.core.request import RequestOutput
-from loraplex.core.step import ArenaSpec, StepPlan, StepResult
+from loraplex.core.step import StepPlan, StepResult
 from loraplex.cost.ceilings import Ceilings, FloatArray
-from loraplex.cost.roofline import HIDDEN_PARTS, RooflineCost, roofline
+from loraplex.cost.roofline import HIDDEN_PARTS, RooflineCost, stage_costs
 from loraplex.cost.step_cost import StepComposition
 from loraplex.cost.work import AdapterWork, IntArray, StepWork, step_work
 from loraplex.engine import Engine, EngineConfig
 from loraplex.engine.instructions import Instructions
+from loraplex.model_runner import ExecutorBase
 
 BoolArray = npt.NDArray[np.bool_]
 
@@ -68,12 +69,14 @@ class _Rows:
 
 
 class RecordingEngine(Engine):
-    def __init__(self, config: EngineConfig, *, model: ModelSpec, arena: ArenaSpec, last_step: int) -> None:
-        """Steps are numbered from ``last_step`` + 1: to an executor that outlives engines, ids only grow."""
-        super().__init__(config, model=model, arena=arena)
+    def __init__(self, config: EngineConfig, executor: ExecutorBase, *, shape: Shape, last_step: int) -> None:
+        """``shape``: of the executor's group. Steps are numbered from ``last_step`` + 1: to an executor that outlives
+        engines, ids only grow."""
+        super().__init__(config, model=executor.model, arena=executor.arena, num_stages=executor.num_stages)
         self._step_id = last_step
-        self._spec = model
-        self._itemsize = arena.page_bytes // (arena.page_size * model.kv_elements_per_token)
+        self._spec = executor.model
+        self._itemsize = executor.itemsize
+        self._shape = shape
         self._planned: dict[int, tuple[StepPlan, float]] = {}
         self.clear()
 
@@ -151,9 +154,10 @@ class RecordingEngine(Engine):
         )
 
     def eta(self, manifests: Sequence[AdapterManifest], ceilings: Ceilings) -> EtaReport:
-        """Prices the recorded steps (at least one)."""
+        """Prices the recorded steps (at least one), by the slowest stage of a pipeline."""
         work = self.work(manifests)
-        cost = roofline(self._spec, work, ceilings, itemsize=self._itemsize)
+        stages = stage_costs(self._spec, work, ceilings, self._shape, itemsize=self._itemsize)
+        cost = max(stages, key=lambda stage: float(stage.ideal_s.sum()))
         num_rows = np.array([len(plan.rows) for plan, _ in self._steps])
         decodes = (work.num_tokens == num_rows) & (work.num_sampled == num_rows)
         return eta_report(work, cost, self.step_seconds(), decodes, ceilings)

@@ -16,7 +16,7 @@ from pathlib import Path
 import msgspec
 import torch
 
-from loraplex.bench.measure_ceilings import measure_ceilings
+from loraplex.bench.measure_ceilings import measure_ceilings, share_of_cpu
 from loraplex.bench.options import EngineLoad, EngineSetup
 from loraplex.bench.random_adapters import draw_adapters, random_manifests
 from loraplex.bench.recorder import RecordingEngine
@@ -47,6 +47,8 @@ class BenchSession:
             {
                 "device": setup.device,
                 "dtype": setup.dtype,
+                "tp": setup.tp,
+                "pp": setup.pp,
                 "num_threads": setup.threads,
                 "num_pages": setup.num_pages,
                 "memory_fraction": setup.memory_fraction,
@@ -84,8 +86,7 @@ class BenchSession:
     @property
     def itemsize(self) -> int:
         """Bytes of a weight, of KV and of an adapter's element."""
-        arena = self.executor.arena
-        return arena.page_bytes // (arena.page_size * self.executor.model.kv_elements_per_token)
+        return self.executor.itemsize
 
     def run(self, load: EngineLoad) -> LoadResult:
         """Warms up, runs the load, returns the figures. Raises BadConfig, InvalidInput; LoraplexError itself when a
@@ -241,7 +242,7 @@ class BenchSession:
             max_host_pages=sys.maxsize,
             max_adapter_pages=None if load.adapter_bytes_cap is None else load.adapter_bytes_cap // arena.page_bytes,
         )
-        engine = self._engine = RecordingEngine(config, model=self.executor.model, arena=arena, last_step=last_step)
+        engine = self._engine = RecordingEngine(config, self.executor, shape=self.setup.shape, last_step=last_step)
         self._driver = StepDriver(engine, self.executor, clock=SystemClock(), unstage=self.executor.unstage_adapter)
         for manifest in manifests:
             engine.adapter_staged(manifest.digest, self.executor.adapter_pages(manifest), time.monotonic())
@@ -259,11 +260,11 @@ class BenchSession:
     def _device_ceilings(self) -> Ceilings:
         name = _device_name(self.setup.device)
         known = ceilings_of_device(name) if self.itemsize == 2 else None
-        return known or measure_ceilings(
-            name,
-            torch.device(self.setup.device),
-            {4: torch.float32, 2: torch.bfloat16}[self.itemsize],
-        )
+        if known is not None:
+            return known
+        dtype = {4: torch.float32, 2: torch.bfloat16}[self.itemsize]
+        ceilings = measure_ceilings(name, torch.device(self.setup.device), dtype)
+        return share_of_cpu(ceilings, self.setup.shape.num_ranks)
 
 
 class _CeilingsFile(msgspec.Struct):

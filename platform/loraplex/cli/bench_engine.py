@@ -18,7 +18,9 @@ ModelOption = Annotated[
 ]
 DeviceOption = Annotated[str, typer.Option(help="cpu or cuda.")]
 DtypeOption = Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")]
-ThreadsOption = Annotated[int | None, typer.Option(min=1, help="torch threads on the CPU.")]
+TpOption = Annotated[int, typer.Option(min=1, help="Shards of every layer, each on a rank of its own.")]
+PpOption = Annotated[int, typer.Option(min=1, help="Stages of the layers, one after the other.")]
+ThreadsOption = Annotated[int | None, typer.Option(min=1, help="torch threads on the CPU, of each rank.")]
 RunningOption = Annotated[int, typer.Option(min=1, help="Requests that run at once, at most.")]
 StepTokensOption = Annotated[int, typer.Option(min=1, help="Tokens of one step, at most.")]
 PagesOption = Annotated[int | None, typer.Option(min=1, help="Pages of the arena; default: what fits.")]
@@ -61,6 +63,8 @@ def engine_command(
     profile: Annotated[int, typer.Option(min=0, help="Also: the time of this many decode steps by part.")] = 0,
     device: DeviceOption = "cpu",
     dtype: DtypeOption = "auto",
+    tp: TpOption = 1,
+    pp: PpOption = 1,
     threads: ThreadsOption = None,
     max_running: RunningOption = 256,
     max_step_tokens: StepTokensOption = 2048,
@@ -83,6 +87,8 @@ def engine_command(
                 model=model,
                 device=device,
                 dtype=dtype,
+                tp=tp,
+                pp=pp,
                 threads=threads,
                 max_running=max_running,
                 max_step_tokens=max_step_tokens,
@@ -126,6 +132,8 @@ def sweep_command(
     shrink: Annotated[int, typer.Option(min=1, help="Divide requests, adapters and tokens by this.")] = 1,
     device: DeviceOption = "cpu",
     dtype: DtypeOption = "auto",
+    tp: TpOption = 1,
+    pp: PpOption = 1,
     threads: ThreadsOption = None,
     max_running: RunningOption = 256,
     max_step_tokens: StepTokensOption = 2048,
@@ -143,6 +151,8 @@ def sweep_command(
             model=model,
             device=device,
             dtype=dtype,
+            tp=tp,
+            pp=pp,
             threads=threads,
             max_running=max_running,
             max_step_tokens=max_step_tokens,

@@ -21,6 +21,11 @@ class ExecutorBase(ABC):
 
     @property
     @abstractmethod
+    def itemsize(self) -> int:
+        """Bytes of an element of KV and adapters."""
+
+    @property
+    @abstractmethod
     def max_in_flight(self) -> int: ...
 
     @property

@@ -55,6 +55,10 @@ class RankExecutor(ExecutorBase):
         return self._arena.spec
 
     @property
+    def itemsize(self) -> int:
+        return self._arena.dtype.itemsize
+
+    @property
     def num_stages(self) -> int:
         """As one that drives it sees it: a step is done when it is."""
         return 1

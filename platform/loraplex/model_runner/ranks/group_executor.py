@@ -106,6 +106,10 @@ class GroupExecutor(ExecutorBase):
         return self._arena
 
     @property
+    def itemsize(self) -> int:
+        return self._itemsize
+
+    @property
     def max_in_flight(self) -> int:
         return self.num_stages
 

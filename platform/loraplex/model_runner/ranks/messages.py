@@ -83,7 +83,7 @@ class Step(msgspec.Struct, frozen=True, array_like=True, tag=True):
     releases: tuple[int, ...]
     starts: tuple[RowStart, ...]
     num_rows: int
-    numbers: bytes
+    numbers: list[int]
 
 
 Command = Allocate | Stage | Unstage | Load | Drop | Step

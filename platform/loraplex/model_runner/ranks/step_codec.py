@@ -1,12 +1,14 @@
-"""A StepPlan in few bytes: page tables as what is new in them, adapters as numbers, all rows as columns of int32.
+"""A StepPlan in few bytes: page tables as what is new in them, adapters as numbers, all rows as columns.
 
 Both sides keep the page table of each slot, which only grows between a start and the next. Called by the group's
 executor, once a step for all ranks, and by each rank.
 """
 
-from array import array
 from collections.abc import Mapping
-from itertools import chain
+from itertools import chain, repeat
+from operator import sub
+
+from msgspec.structs import astuple
 
 from loraplex.core.errors import Conflict
 from loraplex.core.ids import Digest
@@ -15,6 +17,8 @@ from loraplex.model_runner.ranks.messages import Step
 
 _NO_ADAPTER = -1
 _NUM_COLUMNS = 6
+_ROW_FIELDS = ("slot", "token_ids", "start", "pages", "adapter", "samples")
+assert Row.__struct_fields__ == _ROW_FIELDS, "the columns are read in the order of the fields"
 
 
 class StepEncoder:
@@ -25,27 +29,24 @@ class StepEncoder:
     def encode(self, plan: StepPlan, adapters: Mapping[Digest, int]) -> Step:
         """``adapters``: the numbers of the loaded ones. Conflict when one is not loaded; then nothing has changed."""
         rows, known = plan.rows, self._known
+        # Column by column, in loops of C: this is on the way of every step.
+        columns = zip(*map(astuple, rows), strict=True) if rows else ((),) * len(_ROW_FIELDS)
+        slots, tokens, positions, tables, digests, samples = columns
         try:
-            numbers = [_NO_ADAPTER if row.adapter is None else adapters[row.adapter] for row in rows]
+            numbers = [_NO_ADAPTER if digest is None else adapters[digest] for digest in digests]
         except KeyError as error:
             raise Conflict(f"adapter {error.args[0]} is not loaded") from None
         for start in plan.starts:
             known[start.slot] = 0
-        slots = [row.slot for row in rows]
-        first_pages = [known.get(slot, 0) for slot in slots]
-        num_pages = [len(row.pages) for row in rows]
+        num_pages = list(map(len, tables))
+        num_new = list(map(sub, num_pages, map(known.get, slots, repeat(0))))
         known.update(zip(slots, num_pages, strict=True))
-        columns = array("i", slots)
-        columns.extend([row.start for row in rows])
-        columns.extend([len(row.token_ids) for row in rows])
-        columns.extend([count - first for count, first in zip(num_pages, first_pages, strict=True)])
-        columns.extend(numbers)
-        columns.extend([row.samples for row in rows])
-        columns.extend(chain.from_iterable([row.token_ids for row in rows]))
-        for row, first, count in zip(rows, first_pages, num_pages, strict=True):
-            if count > first:
-                columns.extend(row.pages[first:])
-        return Step(plan.step_id, plan.releases, plan.starts, len(rows), columns.tobytes())
+        values = [*slots, *positions, *map(len, tokens), *num_new, *numbers, *map(int, samples)]
+        values += chain.from_iterable(tokens)
+        for table, count in zip(tables, num_new, strict=True):
+            if count:
+                values += table[-count:]
+        return Step(plan.step_id, plan.releases, plan.starts, len(rows), values)
 
 
 class StepDecoder:
@@ -64,9 +65,7 @@ class StepDecoder:
         pages, digests, count = self._pages, self._digests, step.num_rows
         for start in step.starts:
             pages[start.slot] = []
-        numbers = array("i")
-        numbers.frombytes(step.numbers)
-        values = numbers.tolist()
+        values = step.numbers
         columns = [values[first : first + count] for first in range(0, _NUM_COLUMNS * count, count)] if count else []
         token = _NUM_COLUMNS * count
         page = token + (sum(columns[2]) if count else 0)
