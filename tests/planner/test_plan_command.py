@@ -1,6 +1,7 @@
 """``loraplex plan``, ``plan diff`` and ``whatif`` on files; what is wrong with them is one line."""
 
 import json
+import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import msgspec
@@ -61,19 +62,29 @@ def test_a_plan_is_written_scored_compared_and_kept(trace: Path, fleet: Path, tm
     assert sum(group.shape.num_ranks for group in plan.groups) <= 4
     assert all(node in ("h100-0", "h100-1") for group in plan.groups for node in group.nodes)
     assert json.loads(report.read_text())["score"]["num_requests"] == found["score"]["num_requests"] > 0
-    again = _run("plan", "--trace", trace, "--fleet", fleet, "--current", out, "--budget", "5", "--no-compare")
+    page = tmp_path / "report.html"
+    options = ["--current", out, "--budget", "5", "--no-compare", "--report", page]
+    again = _run("plan", "--trace", trace, "--fleet", fleet, *options)
     assert again.exit_code == 0, again.output
+    for words in ("Plan for trace.parquet", "The current plan stays", "--budget 5 --seed 0", "2 x 2 h100-80gb"):
+        assert words in page.read_text()
     assert "the current plan stays" in again.output
     diff = _run("plan", "diff", out, out, "--fleet", fleet)
     assert diff.exit_code == 0, diff.output
     assert "0 groups change" in diff.output
 
 
-def test_attainment_under_other_circumstances(trace: Path, fleet: Path) -> None:
-    options = ["--vary", "gpus", "--values", "0.5,1", "--budget", "4", "--no-compare", "--json"]
-    result = _run("whatif", "--trace", trace, "--fleet", fleet, *options)
-    assert result.exit_code == 0, result.output
-    assert [point["gpus"] for point in json.loads(result.stdout)] == [2, 4]
+def test_attainment_under_other_circumstances(trace: Path, fleet: Path, tmp_path: Path) -> None:
+    options = ["--vary", "gpus", "--values", "1,0.5", "--budget", "2", "--no-compare", "--json"]
+    for name in ("w.json", "w.svg", "w.png"):
+        result = _run("whatif", "--trace", trace, "--fleet", fleet, *options, "--out", tmp_path / name)
+        assert result.exit_code == 0, result.output
+        assert [point["gpus"] for point in json.loads(result.stdout)] == [4, 2]
+    assert json.loads((tmp_path / "w.json").read_text()) == json.loads(result.stdout)
+    assert (tmp_path / "w.png").read_bytes().startswith(b"\x89PNG")
+    picture = ElementTree.parse(tmp_path / "w.svg").getroot()
+    tips = ["".join(circle.itertext()) for circle in picture.iter("{http://www.w3.org/2000/svg}circle")]
+    assert tips == [f"loraplex, {p['gpus']}: {p['loraplex']:.4g}" for p in reversed(json.loads(result.stdout))]
 
 
 @pytest.mark.parametrize(
@@ -104,7 +115,7 @@ def test_a_plan_for_gpus_that_do_not_exist_is_refused(trace: Path, fleet: Path, 
     for group, message in (
         ({"name": "g", "shape": {"tp": 1}, "bases": [], "gpu": "a100"}, "group g: the fleet has no GPU of type a100"),
         ({"name": "g", "shape": {"tp": 1}, "bases": [], "nodes": ["x"]}, "group g: the fleet has no node x"),
-        ({"name": "g", "shape": {"tp": 8}, "bases": []}, "the groups need 8 GPUs, the fleet has 4"),
+        ({"name": "g", "shape": {"tp": 8}, "bases": []}, "the groups need 8 GPUs of type h100-80gb, the fleet has 4"),
     ):
         path = tmp_path / "plan.yaml"
         path.write_bytes(msgspec.yaml.encode({"version": 1, "groups": [group]}))

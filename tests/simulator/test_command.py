@@ -98,7 +98,7 @@ def test_an_unknown_adapter_is_told_in_one_line(folder: Path) -> None:
 
 def test_a_plan_for_gpus_that_are_not_there_is_told_in_one_line(folder: Path) -> None:
     (folder / "fleet.yaml").write_text(FLEET.replace("gpus: 2", "gpus: 1"))
-    _expect_line(_run(folder), "the groups need 2 GPUs, the fleet has 1")
+    _expect_line(_run(folder), "the groups need 2 GPUs of type h100-80gb, the fleet has 1")
 
 
 def test_a_plan_that_is_none_is_told_in_one_line(folder: Path) -> None:

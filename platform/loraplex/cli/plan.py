@@ -76,11 +76,9 @@ def plan(
         raise BadConfig("plan needs --trace and --fleet (or a command: diff)")
     for file, option, endings in ((out, "out", (".yaml", ".yml")), (report, "report", (".html", ".json"))):
         check_output(file, option, endings)
-    problem = read_problem(trace, fleet, slo, window=window, tenant_floor=tenant_floor)
     layout = read_fleet(fleet)
-    before = None if current is None else read_plan(current)
-    if before is not None:
-        layout.check(before, where=str(current))
+    before = None if current is None else layout.fitting(read_plan(current), where=str(current))
+    problem = read_problem(trace, layout, slo, window=window, tenant_floor=tenant_floor, current=before)
     scored_on = None
     if score_window is not None:
         scored_on = on_tables_of(problem.arrivals, read_arrivals(trace, parse_window(score_window)))
@@ -98,7 +96,7 @@ def plan(
             progress=_progress,
         ).run()
     took_s = time.perf_counter() - started_s
-    layout.check(found.plan, where="the plan found")
+    layout.fitting(found.plan, where="the plan found")
     made = reported(
         problem,
         found,
@@ -135,11 +133,9 @@ def diff(
 ) -> None:
     """What it costs to go from one plan to another."""
     layout = read_fleet(fleet)
-    plans = [read_plan(old), read_plan(new)]
-    for one, where in zip(plans, (old, new), strict=True):
-        layout.check(one, where=str(where))
-    bases = dict.fromkeys(placed.base_model_id for one in plans for group in one.groups for placed in group.bases)
-    move = move_between(layout.costs(bases), lambda _, tenant, name: layout.size_of(tenant, name), plans[0], plans[1])
+    plans = [layout.fitting(read_plan(path), where=str(path)) for path in (old, new)]
+    costs = layout.costs(dict.fromkeys(base for one in plans for base in _bases(one)))
+    move = move_between(costs, lambda _, tenant, name: layout.size_of(tenant, name), plans[0], plans[1])
     if as_json:
         print_json(move)
         return
@@ -166,20 +162,32 @@ def check_output(path: Path | None, option: str, endings: tuple[str, ...]) -> No
         raise NotFound(f"--{option} {path}: no directory {path.absolute().parent}", param=option)
 
 
-def read_problem(trace: str, fleet: Path, slo: str, *, window: str | None = None, tenant_floor: float = 0.0) -> Problem:
-    """Errors name the file and key, or the row of the trace."""
-    layout = read_fleet(fleet)
+def read_problem(
+    trace: str,
+    layout: Fleet,
+    slo: str,
+    *,
+    window: str | None = None,
+    tenant_floor: float = 0.0,
+    current: Plan | None = None,
+) -> Problem:
+    """Errors name the file and key, or the row of the trace. ``current``: may hold bases that nobody asks for now."""
     arrivals = read_arrivals(trace, None if window is None else parse_window(window))
-    named = dict.fromkeys((*arrivals.base_models, *(a.base_model for a in arrivals.adapters if a.base_model)))
+    named = [*arrivals.base_models, *(a.base_model for a in arrivals.adapters if a.base_model)]
+    named += [] if current is None else _bases(current)
     return Problem(
         nodes=layout.all_nodes(),
         arrivals=arrivals,
         adapters=layout.sizes(arrivals.adapters),
-        costs=layout.costs(named),
+        costs=layout.costs(dict.fromkeys(named)),
         slo=parse_slo(slo),
         engine=layout.engine,
         tenant_floor=tenant_floor,
     )
+
+
+def _bases(plan: Plan) -> list[str]:
+    return [placed.base_model_id for group in plan.groups for placed in group.bases]
 
 
 def read_fleet(path: Path) -> Fleet:

@@ -46,7 +46,7 @@ class Expected:
         planned = None if plan is None else read_plan(plan)
         layout = None if fleet is None else read_fleet(fleet)
         if planned is not None and layout is not None:
-            layout.check(planned, where=str(plan))
+            planned = layout.fitting(planned, where=str(plan))
         return cls(slo=None if slo is None else parse_slo(slo), plan=planned, fleet=layout, simulator=simulator)
 
     def predict(self, schedule: Sequence[PlannedRequest]) -> Outcomes | None:

@@ -1,7 +1,7 @@
 """``loraplex simulate``: a trace through a plan, on a virtual clock."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import typer
@@ -38,14 +38,8 @@ def simulate_command(
     tenants, adapters = tenant_scores(given, result, cluster), adapter_scores(given, result, cluster)
     outcomes = {outcome.name.lower(): int(np.count_nonzero(result.outcome == outcome)) for outcome in Outcome}
     if as_json:
-        figures: dict[str, Any] = {"score": _json(result.score), "outcomes": outcomes}
-        figures |= {"end_s": result.end_s, "gpu_use": result.gpu_use}
-        figures["groups"] = [
-            {name: getattr(group, name) for name in group.__dataclass_fields__} for group in result.groups
-        ]
-        figures["tenants"] = {name: _json(score) for name, score in tenants.items()}
-        figures["adapters"] = {name: _json(score) for name, score in adapters.items()}
-        print_json(figures)
+        figures = {"score": result.score, "outcomes": outcomes, "end_s": result.end_s, "gpu_use": result.gpu_use}
+        print_json({**figures, "groups": result.groups, "tenants": tenants, "adapters": adapters})
         return
     _print(result, outcomes)
     for title, scores in (("tenants", tenants), ("adapters", adapters)):
@@ -59,8 +53,8 @@ _COLUMNS = ("requests", "attainment", "goodput/s", "TTFT p50 s", "TTFT p99 s", "
 
 
 def _input(plan: Path, trace: str, fleet: Path, slo: str, window: str | None) -> SimulationInput:
-    layout, planned = read_fleet(fleet), read_plan(plan)
-    layout.check(planned, where=str(plan))
+    layout = read_fleet(fleet)
+    planned = layout.fitting(read_plan(plan), where=str(plan))
     arrivals = read_arrivals(trace, None if window is None else parse_window(window))
     bases = dict.fromkeys(placed.base_model_id for group in planned.groups for placed in group.bases)
     return SimulationInput(
@@ -83,16 +77,6 @@ def _cells(score: Score) -> list[object]:
         score.tpot_s["p50"],
         score.tpot_s["p99"],
     ]
-
-
-def _json(score: Score) -> dict[str, Any]:
-    """Numbers that JSON does not have become null."""
-    figures: dict[str, Any] = {}
-    for name in score.__dataclass_fields__:
-        value = getattr(score, name)
-        values = {key: None if np.isnan(v) else v for key, v in value.items()} if isinstance(value, dict) else value
-        figures[name] = None if isinstance(value, float) and np.isnan(value) else values
-    return figures
 
 
 def _print(result: SimulationResult, outcomes: dict[str, int]) -> None:

@@ -46,7 +46,8 @@ def line_chart(
     up = Scale(low=y_low, high=y_high, start=height - _BOTTOM, end=top)
     parts = [svg.words(_LEFT, 16, heading, anchor="start", kind="heading")] if heading else []
     parts += [*x_axis(across, x_label, height - _BOTTOM), *y_axis(up, y_label, _LEFT, right)]
-    for index in reversed(range(len(series))):
+    # Dashes over the thick line: where lines coincide, both are seen.
+    for index in range(len(series)):
         parts += _drawn(series[index], _classes(index, len(series)), index, across, up, dots=dots)
     if has_legend:
         for index, one in enumerate(series):

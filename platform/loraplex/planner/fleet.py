@@ -7,7 +7,9 @@ bases: {llama-8b: llama3-8b}      # name in traces -> name in the profiles, wher
 adapters: {lora_rank: 16, ranks: {"acme/support": 64}}
 """
 
+from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Annotated, Self
 
 import msgspec
@@ -15,6 +17,7 @@ import msgspec
 from loraplex.core.errors import BadConfig, InvalidInput
 from loraplex.core.ids import BaseModelId
 from loraplex.core.plan import Plan
+from loraplex.core.plan_check import check_form, refused
 from loraplex.cost.profile import CostProfile
 from loraplex.engine import EngineConfig
 from loraplex.planner.problem import Node
@@ -92,21 +95,40 @@ class Fleet(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     def sizes(self, adapters: Iterable[AdapterName]) -> tuple[AdapterSize, ...]:
         return tuple(self.size_of(adapter.tenant, adapter.name) for adapter in adapters)
 
-    def check(self, plan: Plan, *, where: str) -> None:
-        """InvalidInput naming the group that has GPUs or nodes which the fleet does not have."""
+    def fitting(self, plan: Plan, *, where: str) -> Plan:
+        """The plan, its GPU types filled in where the fleet has but one. InvalidInput naming the group that is wrong in
+        itself or has GPUs or nodes which the fleet does not have."""
+        try:
+            check_form(plan)
+            types = tuple(dict.fromkeys(node.gpu for node in self.nodes))
+            if len(types) == 1:
+                groups = tuple(replace(group, gpu=group.gpu or types[0]) for group in plan.groups)
+                plan = replace(plan, groups=groups)
+            self._check_gpus(plan)
+        except InvalidInput as error:
+            raise InvalidInput(f"{where}: {error.message}", param="plan") from error
+        return plan
+
+    def _check_gpus(self, plan: Plan) -> None:
         free = {node.name: node.num_gpus for node in self.all_nodes()}
         gpu_of = {node.name: node.gpu for node in self.all_nodes()}
+        left = Counter[str]()
+        for node in self.all_nodes():
+            left[node.gpu] += node.num_gpus
         for group in plan.groups:
-            if group.gpu and group.gpu not in gpu_of.values():
-                raise InvalidInput(
-                    f"{where}: group {group.name}: the fleet has no GPU of type {group.gpu}", param="plan"
-                )
-            for node in group.nodes:
-                if node not in free:
-                    raise InvalidInput(f"{where}: group {group.name}: the fleet has no node {node}", param="plan")
-                free[node] -= 1
-                if free[node] < 0:
-                    raise InvalidInput(f"{where}: group {group.name}: node {node} has no GPU left for it", param="plan")
-        wanted, there = sum(group.shape.num_ranks for group in plan.groups), sum(n.num_gpus for n in self.all_nodes())
-        if wanted > there:
-            raise InvalidInput(f"{where}: the groups need {wanted} GPUs, the fleet has {there}", param="plan")
+            if not group.gpu:
+                raise refused(group, f"its type of GPU is not given, and the fleet has {', '.join(left)}")
+            if group.gpu not in left:
+                raise refused(group, f"the fleet has no GPU of type {group.gpu}")
+            for name in group.nodes:
+                if name not in free:
+                    raise refused(group, f"the fleet has no node {name}")
+                if gpu_of[name] != group.gpu:
+                    raise refused(group, f"node {name} has GPUs of type {gpu_of[name]}, not {group.gpu}")
+                free[name] -= 1
+                if free[name] < 0:
+                    raise refused(group, f"node {name} has no GPU left for it")
+        for gpu, there in left.items():
+            wanted = sum(group.shape.num_ranks for group in plan.groups if group.gpu == gpu)
+            if wanted > there:
+                raise InvalidInput(f"the groups need {wanted} GPUs of type {gpu}, the fleet has {there}")

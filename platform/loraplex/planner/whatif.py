@@ -10,7 +10,7 @@ from enum import StrEnum
 
 import numpy as np
 
-from loraplex.core.errors import BadConfig
+from loraplex.core.errors import BadConfig, InvalidInput
 from loraplex.planner.baselines import baselines
 from loraplex.planner.problem import Node, Problem
 from loraplex.planner.search import Search
@@ -46,19 +46,25 @@ def curve(
     evaluations: int = 100,
     seed: int = 0,
     with_baselines: bool = True,
-    out_of_time: Callable[[], bool] = lambda: False,
+    progress: Callable[[Point], None] = lambda point: None,
 ) -> tuple[Point, ...]:
-    """A point for each value. BadConfig for a value that is not above 0."""
+    """A point for each value. BadConfig for a value that is not a number above 0; InvalidInput naming the value for
+    which nothing can be planned, and why."""
+    wrong = [value for value in values if not (np.isfinite(value) and value > 0)]
+    if wrong or not values:
+        raise BadConfig(f"{knob.value}: {wrong[0] if wrong else 'nothing'} is not a number above 0", param=knob.value)
     points = []
     for value in values:
-        if not (np.isfinite(value) and value > 0):
-            raise BadConfig(f"{knob.value} {value} is not above 0", param=knob.value)
-        changed = vary(problem, knob, value, seed=seed)
-        found = Search(changed, evaluations=evaluations, seed=seed, out_of_time=out_of_time).run()
+        try:
+            changed = vary(problem, knob, value, seed=seed)
+            found = Search(changed, evaluations=evaluations, seed=seed).run()
+        except InvalidInput as error:
+            raise InvalidInput(f"{knob.value} {value:g}: {error.message}", param=error.param) from error
         attainment = {"loraplex": found.attainment}
         if with_baselines:
             attainment |= {baseline.name: baseline.attainment for baseline in baselines(changed, seed=seed)}
         points.append(Point(knob=knob, value=value, num_gpus=changed.num_gpus, attainment=attainment))
+        progress(points[-1])
     return tuple(points)
 
 

@@ -1,14 +1,21 @@
 """The report as one HTML page: figures, curves, timeline, placement, reasons, tables. Called through ``report``."""
 
 import math
-from collections.abc import Mapping, Sequence
-
-import numpy as np
+from collections.abc import Mapping
 
 from loraplex.pages.bar_chart import bar_chart
-from loraplex.pages.heat_map import heat_map
 from loraplex.pages.line_chart import Series, line_chart
 from loraplex.pages.page import bullets, figures, folded, page, paragraph, section, subsection, table
+from loraplex.planner.report.charts import (
+    MAX_HEAT_ROWS,
+    ceiling_of,
+    floor_of,
+    load_over_time,
+    rate_chart,
+    rate_over_time,
+    slo_chart,
+    timeline_chart,
+)
 from loraplex.planner.report.placement import (
     MAX_ADAPTERS,
     MAX_GPUS,
@@ -18,10 +25,9 @@ from loraplex.planner.report.placement import (
     gpus_picture,
     label,
 )
-from loraplex.planner.report.values import PlanReport, PolicyScore
+from loraplex.planner.report.values import PlanReport
 
 _WORST = 15
-_MAX_HEAT_ROWS = 64
 _MAX_STEPS = 12
 
 
@@ -52,6 +58,12 @@ def _figures(report: PlanReport) -> str:
 
 
 def _policies(report: PlanReport) -> str:
+    note = "Each tuned on the planning trace (when planned), then simulated on the trace that is scored."
+    return section("Policies", policies_table(report), note=note)
+
+
+def policies_table(report: PlanReport) -> str:
+    """The plan, the baselines and the bound."""
     columns = ["policy", "attainment", "goodput/s", "TTFT p50 ms", "TTFT p99 ms", "TPOT p50 ms", "TPOT p99 ms"]
     rows: list[list[str | float | None]] = [
         [
@@ -65,71 +77,25 @@ def _policies(report: PlanReport) -> str:
         for one in report.policies
     ]
     rows.append(["fluid bound", None, None, None, None, None, None, report.found.bound, "a linear programme"])
-    return section(
-        "Policies",
-        table([*columns, "when planned", "best setting"], rows, strong=0),
-        note="Each tuned on the planning trace (when planned), then simulated on the trace that is scored.",
-    )
+    return table([*columns, "when planned", "best setting"], rows, strong=0)
 
 
 def _curves(report: PlanReport) -> str:
-    slo = [Series(name=one.policy, x=report.slo_scales, y=one.by_slo) for one in report.policies]
-    parts = [
-        subsection(
-            "Over the SLO scale: all targets times this",
-            line_chart(slo, x_label="SLO scale", y_label="attainment", y_high=1.0, x_log=True),
-        )
-    ]
+    parts = [subsection("Over the SLO scale: all targets times this", slo_chart(report))]
     if report.rate_factors:
-        rate = [Series(name=one.policy, x=report.rate_factors, y=one.by_rate) for one in report.policies]
-        chart = line_chart(
-            rate, x_label="rate factor", y_label="attainment", y_low=_floor([one.y for one in rate]), y_high=1.0
-        )
-        parts.append(subsection("Over the rate: the same requests, this many times as fast", chart))
+        parts.append(subsection("Over the rate: the same requests, this many times as fast", rate_chart(report)))
     return section("Attainment curves", *parts, note="The plans stay as they are; only targets or rate change.")
 
 
 def _timeline(report: PlanReport) -> str:
-    step_s = report.timeline_s[1] - report.timeline_s[0]
-    middle_s = [start_s + step_s / 2 for start_s in report.timeline_s]
-    shown = [report.policies[0], *_best_others(report)]
-    lines = [Series(name=one.policy, x=middle_s, y=one.timeline) for one in shown]
-    rate = Series(name="requests/s", x=middle_s, y=report.requests_per_s)
-    load = np.array(report.in_flight)
-    order = list(range(len(load)))
-    if len(order) > _MAX_HEAT_ROWS:
-        order = sorted(sorted(order, key=lambda index: -float(load[index].sum()))[:_MAX_HEAT_ROWS])
-    names = [f"{g.name}  {'+'.join(str(b.base_model_id) for b in g.bases)}" for g in report.plan.groups]
-    heat = heat_map(
-        [names[index] for index in order],
-        load[order],
-        x_label="seconds",
-        x_range=(report.timeline_s[0], report.timeline_s[-1] + step_s),
-        tip=lambda row, column: (
-            f"{report.plan.groups[order[row]].name}, {middle_s[column]:,.0f} s: {load[order[row], column]:.1f} requests"
-        ),
-    )
-    low = _floor([one.y for one in lines])
-    count = f", the {len(order)} busiest of {len(load)}" if len(order) < len(load) else ""
+    most = max((value for row in report.in_flight for value in row), default=0.0)
+    some = f", the {MAX_HEAT_ROWS} busiest of {len(report.groups)}" if len(report.groups) > MAX_HEAT_ROWS else ""
     return section(
         "Timeline",
-        subsection(
-            "Attainment", line_chart(lines, x_label="seconds", y_label="attainment", y_low=low, y_high=1.0, dots=False)
-        ),
-        subsection(
-            "Requests per second", line_chart([rate], x_label="seconds", y_label="requests/s", dots=False, height=160)
-        ),
-        subsection(f"Requests in each group, waiting and running (at most {load.max(initial=0):,.0f}){count}", heat),
+        subsection("Attainment", timeline_chart(report)),
+        subsection("Requests per second", rate_over_time(report)),
+        subsection(f"Requests in each group, waiting and running (at most {most:,.0f}){some}", load_over_time(report)),
     )
-
-
-def _best_others(report: PlanReport) -> list[PolicyScore]:
-    """The best of AlpaServe's and the best of all others."""
-    found = []
-    for is_alpaserve in (True, False):
-        some = [one for one in report.policies[1:] if one.is_alpaserve is is_alpaserve]
-        found += sorted(some, key=lambda one: -one.score.attainment)[:1]
-    return found
 
 
 def _placement(report: PlanReport) -> str:
@@ -213,8 +179,8 @@ def _reasons(report: PlanReport) -> str:
                     [line],
                     x_label="plans scored",
                     y_label="value",
-                    y_low=_floor([y]),
-                    y_high=_ceiling(y),
+                    y_low=floor_of([y]),
+                    y_high=ceiling_of(y),
                     dots=False,
                     height=170,
                 ),
@@ -272,13 +238,3 @@ def _worst(report: PlanReport) -> str:
         columns = ["adapter", "base", "requests", "attainment", "listed on"]
         parts.append(subsection(f"Adapters, {len(served):,} with requests", table(columns, adapters)))
     return section("Served worst", *parts) if parts else ""
-
-
-def _floor(lines: Sequence[Sequence[float]]) -> float:
-    """A round number below all; 0 where much of the range is used."""
-    least = min((value for one in lines for value in one if math.isfinite(value)), default=0.0)
-    return 0.0 if least < 0.5 else math.floor(least * 20 - 1e-9) / 20
-
-
-def _ceiling(values: Sequence[float]) -> float:
-    return min(1.0, math.ceil(max(values) * 20 + 1e-9) / 20)
