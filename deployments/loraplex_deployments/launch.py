@@ -140,7 +140,7 @@ def _start_controller(config: PlatformConfig, started: contextlib.ExitStack) -> 
         ).remote(config)
     except ValueError:
         raise Conflict("a loraplex controller already runs on this Ray cluster") from None
-    started.callback(_stop_controller, controller)
+    started.callback(stop_controller, controller)
     try:
         ray.get(controller.start.remote())
     except ray.exceptions.RayTaskError as error:
@@ -148,7 +148,8 @@ def _start_controller(config: PlatformConfig, started: contextlib.ExitStack) -> 
     return controller
 
 
-def _stop_controller(controller: Any) -> None:
+def stop_controller(controller: Any) -> None:
+    """Ends it for good, with all replicas. Blocking."""
     try:
         ray.get(controller.stop.remote(), timeout=_STOP_TIMEOUT_S)
     except (ray.exceptions.RayError, TimeoutError) as error:
