@@ -105,6 +105,7 @@ def test_json(files: tuple[Path, Path], tmp_path: Path) -> None:
 def test_analytic(tmp_path: Path) -> None:
     out = tmp_path / "p.json"
     shown = _run("--analytic", "a100-80gb", "--model", "random:llama3-8b", "--shapes", "1x1,2x2", "--out", str(out))
+    assert "17 + 15" in shown, "the cut of two stages, beside 16 + 16"
     assert "2x2" in shown
     profile = CostProfile.load(out)
     assert profile.shapes("llama3-8b", "a100-80gb") == (Shape(), Shape(tp=2, pp=2))

@@ -85,6 +85,7 @@ def profile_command(
         print_json(msgspec.to_builtins(profile))
     else:
         _print(profile)
+        _print_stages(profile)
 
 
 def _analytic(models: list[str], gpu: str, shapes: str) -> "CostProfile":
@@ -129,3 +130,38 @@ def _print(profile: "CostProfile") -> None:
         ["base", "gpu", "shape", "source", "decode 1 ms", "decode 32 ms", "prefill 256 ms", "held out: median", "P90"],
         rows,
     )
+
+
+def _print_stages(profile: "CostProfile") -> None:
+    """Where each base would be cut into stages, beside the equal cut; ms of a decode step's slowest stage where the
+    GPU's ceilings are known, else its weights in millions."""
+    from loraplex.cost.ceilings import ceilings_of, known_gpus
+    from loraplex.cost.stages import decode_costs, equal_stages, weight_costs
+
+    rows = []
+    for name, gpu in dict.fromkeys((step.base, step.gpu) for step in profile.steps):
+        base = profile.base(name)
+        known = gpu in known_gpus()
+        if known:
+            costs, scale = decode_costs(base.model, ceilings_of(gpu), itemsize=base.itemsize), 1e3
+        else:
+            costs, scale = weight_costs(base.model), 1e-6
+        for num_stages in (2, 4):
+            if num_stages > base.model.num_layers:
+                continue
+            equal, cut = equal_stages(base.model.num_layers, num_stages), costs.cut(num_stages)
+            slowest = [costs.slowest(layers) for layers in (equal, cut)]
+            rows.append(
+                [
+                    name,
+                    gpu,
+                    num_stages,
+                    "ms" if known else "M weights",
+                    " + ".join(map(str, equal)),
+                    scale * slowest[0],
+                    " + ".join(map(str, cut)),
+                    scale * slowest[1],
+                    f"{1 - slowest[1] / slowest[0]:.1%}",
+                ]
+            )
+    print_table(["base", "gpu", "stages", "in", "equal layers", "slowest", "cut", "slowest", "less"], rows)

@@ -4,12 +4,18 @@ Called by ``model_runner`` when a group starts and by ``loraplex profile``, whic
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from math import inf
 from operator import add
 
+import numpy as np
+
 from loraplex.core.errors import BadConfig
 from loraplex.core.model import ModelSpec
+from loraplex.cost.ceilings import Ceilings
+from loraplex.cost.roofline import Part, roofline
+from loraplex.cost.work import step_work
 
 
 def cut_stages(
@@ -72,22 +78,56 @@ def equal_stages(num_layers: int, num_stages: int) -> tuple[int, ...]:
     return tuple(size + (stage < larger) for stage in range(num_stages))
 
 
-def slowest_stage(
-    stage_layers: Sequence[int], layer_costs: Sequence[float], *, first_cost: float = 0.0, last_cost: float = 0.0
-) -> float:
-    """Cost of the slowest stage of a cut: the pace of a full pipeline."""
-    costs, start = [], 0
-    for count in stage_layers:
-        costs.append(sum(layer_costs[start : start + count]))
-        start += count
-    costs[0] += first_cost
-    costs[-1] += last_cost
-    return max(costs)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerCosts:
+    """Of one kind of step, in any unit."""
+
+    layers: tuple[float, ...]
+    first: float = 0.0
+    """What the first stage does besides."""
+    last: float = 0.0
+    """What the last stage does besides: the head."""
+
+    def cut(self, num_stages: int) -> tuple[int, ...]:
+        """As ``cut_stages``."""
+        return cut_stages(self.layers, num_stages, first_cost=self.first, last_cost=self.last)
+
+    def slowest(self, stage_layers: Sequence[int]) -> float:
+        """Cost of the slowest stage of a cut: the pace of a full pipeline."""
+        costs, start = [], 0
+        for count in stage_layers:
+            costs.append(sum(self.layers[start : start + count]))
+            start += count
+        costs[0] += self.first
+        costs[-1] += self.last
+        return max(costs)
 
 
-def decode_stages(model: ModelSpec, num_stages: int) -> tuple[int, ...]:
-    """The cut for decode steps of few rows, whose time is that of reading the weights: a layer's against the head's.
+def weight_costs(model: ModelSpec) -> LayerCosts:
+    """Of decode steps of few rows, whose time is that of reading the weights: elements of a layer against the head's.
     Of the embedding a step reads its own rows alone."""
     d = model.hidden_size
     layer = 2 * d * (model.q_size + model.kv_size) + 3 * d * model.intermediate_size
-    return cut_stages([float(layer)] * model.num_layers, num_stages, last_cost=float(model.vocab_size * d))
+    return LayerCosts(layers=(float(layer),) * model.num_layers, last=float(model.vocab_size * d))
+
+
+def decode_costs(
+    model: ModelSpec, ceilings: Ceilings, *, tp: int = 1, rows: int = 32, context: int = 1024, itemsize: int = 2
+) -> LayerCosts:
+    """Seconds of a decode step of ``rows`` rows of ``context`` tokens by the roofline, without the exchange between
+    stages."""
+    ones = np.ones(rows, dtype=np.int64)
+    work = step_work(
+        model,
+        step=0 * ones,
+        start=context * ones,
+        num_tokens=ones,
+        samples=ones.astype(bool),
+        adapter=-ones,
+        sizes=(),
+        num_steps=1,
+    )
+    whole = roofline(model, work, ceilings, itemsize=itemsize, tp=tp)
+    head = float(whole.parts[Part.LM_HEAD].seconds[0])
+    layer = (float(whole.ideal_s[0]) - head) / model.num_layers
+    return LayerCosts(layers=(layer,) * model.num_layers, last=head)
