@@ -17,8 +17,10 @@ from loraplex.controller.adapter_desk import AdapterDesk
 from loraplex.controller.catalog import CatalogView
 from loraplex.controller.catalog_thread import CatalogThread
 from loraplex.controller.config import ControllerOptions
+from loraplex.controller.fleet.autopilot import Autopilot
 from loraplex.controller.fleet.drains import Loads
 from loraplex.controller.fleet.manager import FleetManager
+from loraplex.controller.fleet.meter import TrafficMeter
 from loraplex.controller.fleet.state import FleetBase
 from loraplex.controller.fleet.store import FleetStore, Reason
 from loraplex.controller.snapshot_board import SnapshotBoard
@@ -76,7 +78,11 @@ class Controller:
         )
         self._sweeper: asyncio.Task[None] | None = None
         self._fleet: FleetManager | None = None
-        self._fleet_task: asyncio.Task[None] | None = None
+        self._fleet_tasks: tuple[asyncio.Task[None], ...] = ()
+        planning = options.controller.fleet.planning
+        self._meter = TrafficMeter(
+            self._clock, ttft_s=planning.ttft_s, tpot_s=planning.tpot_s, window_s=planning.window_s
+        )
 
     async def start(self) -> None:
         """Takes the next epoch. Raises BadConfig, StorageFull, Unavailable; nothing stays open then."""
@@ -92,6 +98,9 @@ class Controller:
     async def stop(self) -> None:
         """Finishes what was begun, then closes the database. Replicas go on, and the trace sink stays the caller's.
         Idempotent."""
+        for task in self._fleet_tasks:
+            task.cancel()
+        await asyncio.gather(*self._fleet_tasks, return_exceptions=True)
         if self._fleet is not None:
             await self._fleet.stop()
         if self._sweeper is not None:
@@ -129,9 +138,10 @@ class Controller:
         ``bases``: of the config, with what a rank of each needs. ``default_plan``: of the config, in force while none
         was applied. ``loads``: requests that run or wait on a replica. Raises StorageFull, Unavailable.
         """
+        store = FleetStore(self._catalog, self._clock, epoch=self.epoch)
         manager = FleetManager(
             actuator,
-            FleetStore(self._catalog, self._clock, epoch=self.epoch),
+            store,
             publish=self._board.set_routes,
             loads=loads,
             adapters=lambda: self._board.adapter_keys,
@@ -141,7 +151,18 @@ class Controller:
             clock=self._clock,
         )
         await manager.recover()
-        self._fleet, self._fleet_task = manager, asyncio.create_task(manager.run())
+        autopilot = Autopilot(
+            manager,
+            store,
+            self._meter,
+            config=self._options.controller.fleet,
+            trace_url=lambda: self._trace_sink.status().url,
+            lora_ranks=lambda: self._board.lora_ranks,
+            bases=tuple(bases),
+            clock=self._clock,
+        )
+        self._fleet = manager
+        self._fleet_tasks = (asyncio.create_task(manager.run()), asyncio.create_task(autopilot.run()))
         return manager
 
     async def set_route(self, route: ReplicaRoute) -> None:
@@ -262,6 +283,7 @@ class Controller:
 
     def _append_traces(self, batch: bytes) -> TraceStoreStatus:
         self._trace_sink.append(batch)
+        self._meter.add(batch)
         return self._trace_sink.status()
 
     def _show(self, view: CatalogView) -> None:

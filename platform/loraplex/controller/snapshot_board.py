@@ -46,6 +46,15 @@ class SnapshotBoard:
             self._adapter_keys = frozenset((adapter.ref.tenant, adapter.ref.name) for adapter in self._keys_of)
         return self._adapter_keys
 
+    @property
+    def lora_ranks(self) -> dict[str, int]:
+        """Of ``tenant/name``, the current version's largest."""
+        return {
+            f"{adapter.ref.tenant}/{adapter.ref.name}": adapter.max_lora_rank
+            for adapter in self._current.adapters
+            if adapter.current
+        }
+
     def set_catalog(self, catalog: CatalogView) -> None:
         self._limits = catalog.limits
         self._show(replace(self._current, tenants=catalog.tenants, keys=catalog.keys, adapters=catalog.adapters))

@@ -22,13 +22,18 @@ _NOT_TRACES = (".", "_", "damaged-")
 
 
 def read_traces(
-    path: str | os.PathLike[str], *, columns: Collection[str] | None = None, batch_rows: int = 65536
+    path: str | os.PathLike[str],
+    *,
+    columns: Collection[str] | None = None,
+    batch_rows: int = 65536,
+    modified_after_s: float = 0.0,
 ) -> Iterator[pa.Table]:
     """Tables in TRACE_SCHEMA, at most ``batch_rows`` rows each, in file order (nearly, not exactly, arrival order).
 
     ``columns``: read only these (and always ``arrival_s``); the others come back null. What a public file
     (``timestamp_s``, ``tenant``, ``adapter``, ``prompt_tokens``, ``output_tokens``) does not say is null, and its
-    arrivals count from 0 instead of 1970.
+    arrivals count from 0 instead of 1970. ``modified_after_s``: of a folder, leave out files of ours that were finished
+    before this Unix time, and so hold only rows of requests that ended before it.
     Raises NotFound when there is no trace file, InvalidInput naming the file when one is damaged or not a trace and
     naming the row (counted from 0) when its time or one of its token counts cannot be, Unavailable when a writer
     changes the folder faster than it can be listed.
@@ -48,7 +53,7 @@ def read_traces(
     if info.type == pafs.FileType.File:
         yield from _read_file(filesystem, resolved, wanted, batch_rows)
     elif info.type == pafs.FileType.Directory:
-        yield from _read_folder(TraceFolder(filesystem, resolved), wanted, batch_rows)
+        yield from _read_folder(TraceFolder(filesystem, resolved), wanted, batch_rows, modified_after_s)
     else:
         raise NotFound(f"no trace at {text}")
 
@@ -64,7 +69,9 @@ def _read_file(
         yield table
 
 
-def _read_folder(folder: TraceFolder, columns: Collection[str] | None, batch_rows: int) -> Iterator[pa.Table]:
+def _read_folder(
+    folder: TraceFolder, columns: Collection[str] | None, batch_rows: int, modified_after_s: float
+) -> Iterator[pa.Table]:
     snapshot = _snapshot(folder)
     if not snapshot.files and not snapshot.others:
         raise NotFound(f"no trace files in {folder.path}")
@@ -72,6 +79,8 @@ def _read_folder(folder: TraceFolder, columns: Collection[str] | None, batch_row
         yield from _read_file(folder.filesystem, folder.path_of(name), columns, batch_rows)
     for file in snapshot.files:
         path = folder.path_of(file.name)
+        if 0 < file.modified_s < modified_after_s:
+            continue
         if file.is_part:
             yield to_trace_schema(snapshot.parts[file.name], where=f"trace file {path}")
             continue

@@ -48,7 +48,7 @@ from loraplex.core.control import ReplicaRoute
 from loraplex.core.errors import LoraplexError, Unavailable
 from loraplex.core.fleet import Actuator, NodeStatus, RunningReplica
 from loraplex.core.ids import BaseModelId, ReplicaId
-from loraplex.core.plan import AdapterShare, Plan
+from loraplex.core.plan import AdapterShare, Plan, Shape
 from loraplex.core.rollout import DecisionKind, FleetStatus
 
 logger = logging.getLogger(__name__)
@@ -104,8 +104,9 @@ class FleetManager:
             store, self._desired, self._nodes, clock, may_grow=config.autoscale, changed=self._plan_changed
         )
         self._loop: asyncio.Task[None] | None = None
-        self.on_settled: Callable[[int], None] = lambda number: None
-        """Told the number of the decision, when a plan has been reached."""
+        self.on_settled: Callable[[tuple[int, ...]], None] = lambda numbers: None
+        """Told the numbers of its decisions, when a plan has been reached."""
+        self._failed_kinds: set[Kind] = set()
 
     async def recover(self) -> None:
         """Reads what the last controller left, and routes what it routed. Raises Unavailable, StorageFull."""
@@ -132,6 +133,9 @@ class FleetManager:
                 if self._problem != error.message:
                     logger.warning("the fleet stays as it is for now: %s", error.message)
                 self._problem = error.message
+            except Exception:  # a bug must not leave the replicas without anybody
+                logger.exception("a turn of the fleet failed")
+                self._problem = "an internal error, see the controller's log"
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._wake.wait(), self._config.tick_s)
             self._wake.clear()
@@ -151,6 +155,11 @@ class FleetManager:
 
     def usable_nodes(self) -> tuple[NodeStatus, ...]:
         return self._nodes.usable(self._clock.monotonic_s())
+
+    @property
+    def failed_kinds(self) -> tuple[tuple[str, Shape, tuple[BaseModelId, ...]], ...]:
+        """(GPU type, shape, bases) of groups for which a plan was given up: nobody should plan them again."""
+        return tuple((kind.gpu, kind.shape, tuple(sorted(kind.bases))) for kind in self._failed_kinds)
 
     def failures(self) -> dict[ReplicaId, str]:
         """Of each kind of group that has a replica down, the last one and why."""
@@ -382,6 +391,7 @@ class FleetManager:
             kind = Kind.of(group)
             serves = index in decided.groups and decided.groups[index].serves
             if not serves and self._starts.count(kind) >= self._config.max_attempts:
+                self._failed_kinds.add(kind)
                 reason = f"group {group.name} cannot be started: {self._starts.reason(kind)}"
                 fallback = await self._store.fail(active.plan.version, reason)
                 logger.error("plan %d failed, plan %d is in force: %s", active.plan.version, fallback, reason)

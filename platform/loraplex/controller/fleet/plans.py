@@ -29,7 +29,7 @@ class PlanDesk:
         changed: Callable[[], None],
     ) -> None:
         """``changed``: another plan is in force, or something else should run."""
-        self._store, self._desired, self._nodes, self._clock = store, desired, nodes, clock
+        self.store, self._desired, self._nodes, self._clock = store, desired, nodes, clock
         self._may_grow, self._changed = may_grow, changed
         self.turn = asyncio.Lock()
         """Held while something is decided or changed."""
@@ -38,19 +38,19 @@ class PlanDesk:
         """Puts it in force. InvalidInput when it is not for this cluster; Conflict when a newer one has been there."""
         self.check(plan)
         async with self.turn:
-            record = await self._store.apply(plan, source=source, reason=reason, renumber=renumber)
+            record = await self.store.apply(plan, source=source, reason=reason, renumber=renumber)
             self._activate(record)
         return record
 
     async def propose(self, plan: Plan, *, source: str, reason: Reason) -> PlanRecord:
         self.check(plan)
-        return await self._store.propose(plan, source=source, reason=reason)
+        return await self.store.propose(plan, source=source, reason=reason)
 
     async def accept(self, version: int) -> PlanRecord:
         """Puts a proposal in force. NotFound, Conflict, InvalidInput."""
-        self.check((await self._store.plan(version)).plan)
+        self.check((await self.store.plan(version)).plan)
         async with self.turn:
-            record = await self._store.accept(version)
+            record = await self.store.accept(version)
             self._activate(record)
         return record
 
@@ -58,9 +58,9 @@ class PlanDesk:
         """To an older plan, by default the one before; it gets a new version. 0: the config's own."""
         active = self.active
         if version is None:
-            before = await self._store.before(active.plan.version)
+            before = await self.store.before(active.plan.version)
         else:
-            before = await self._store.plan(version) if version else None
+            before = await self.store.plan(version) if version else None
         if before is not None:
             source = f"rollback to {before.plan.version}"
             reason = Reason(text=f"rolled back from plan {active.plan.version}")
@@ -68,7 +68,7 @@ class PlanDesk:
         if active.plan.version == 0:
             raise InvalidInput("no plan was in force before the config's own", param="version")
         async with self.turn:
-            await self._store.use_config(f"rolled back from plan {active.plan.version}")
+            await self.store.use_config(f"rolled back from plan {active.plan.version}")
             self._activate(None)
         return self.active
 
@@ -79,9 +79,9 @@ class PlanDesk:
                 return None
             # The config's plan is no row that could be changed: moves within it are forgotten at a restart.
             made = (
-                await self._store.set_assigned(version, plan, reason)
+                await self.store.set_assigned(version, plan, reason)
                 if version
-                else await self._store.decide(DecisionKind.REASSIGNED, version, reason)
+                else await self.store.decide(DecisionKind.REASSIGNED, version, reason)
             )
             self._desired.assigned = plan
             self._changed()
@@ -91,7 +91,7 @@ class PlanDesk:
         """A base without a group in the plan gets a replica where GPUs are free, until nobody asks any more. NotFound
         for a base that the config does not have."""
         if self._desired.is_asked_for(base, self._clock.monotonic_s()):
-            await self._store.wake(base)
+            await self.store.wake(base)
             self._desired.wake(base, self._clock.monotonic_s())
             self._changed()
 
@@ -103,15 +103,15 @@ class PlanDesk:
         """None: the one in force, with its adapters where they are meant to be now. NotFound."""
         if version is None:
             return replace(self.active, plan=self.assigned)
-        return await self._store.plan(version)
+        return await self.store.plan(version)
 
     async def history(self, limit: int) -> tuple[PlanRecord, ...]:
         """Newest first."""
-        return await self._store.plans(limit)
+        return await self.store.plans(limit)
 
     async def decisions(self, limit: int) -> tuple[DecisionRecord, ...]:
         """Newest first."""
-        return await self._store.decisions(limit)
+        return await self.store.decisions(limit)
 
     @property
     def active(self) -> PlanRecord:

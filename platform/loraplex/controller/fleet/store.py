@@ -222,13 +222,21 @@ class FleetStore:
 
         await self._transactions.write_session(call)
 
-    async def settle(self, version: int, reason: str) -> int:
-        """Returns the number of its decision."""
+    async def settle(self, version: int, reason: str) -> tuple[int, ...]:
+        """Returns the numbers of the decisions that it comes from, and of its own: what comes now is their outcome."""
 
-        def call(session: Session) -> int:
-            if version:
-                self._rows.set_plan_state(session, version, PlanState.SETTLED)
-            return self._decide(session, DecisionKind.SETTLED, version, Reason(text=reason)).number
+        def call(session: Session) -> tuple[int, ...]:
+            self._rows.set_plan_state(session, version, PlanState.SETTLED)
+            made = self._decide(session, DecisionKind.SETTLED, version, Reason(text=reason))
+            causes = (DecisionKind.APPLIED, DecisionKind.ROLLED_BACK)
+            return (
+                *(
+                    one.number
+                    for one in self._rows.decisions(session, 1_000)
+                    if one.plan_version == version and one.kind in causes and one.attainment_after is None
+                ),
+                made.number,
+            )
 
         return await self._transactions.write_session(call)
 

@@ -1,0 +1,191 @@
+"""One run of the planner on recorded traffic, in a process of its own: ``python -m loraplex.controller.fleet.replan``.
+
+Takes a ``Task`` on its standard input and writes an ``Answer``, both msgpack. The search takes seconds to minutes of a
+CPU and imports a compiler; the controller's event loop has neither to spare.
+"""
+
+import asyncio
+import math
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import msgspec
+import numpy as np
+
+from loraplex.controller.fleet.config import PlanningConfig
+from loraplex.core.errors import LoraplexError, NotFound, Unavailable
+from loraplex.core.fleet import NodeStatus
+from loraplex.core.plan import Plan, Shape
+from loraplex.traces.arrivals import Arrivals
+
+_GRACE_S = 300.0
+"""For imports, the compiler's first run and the confirmation, beyond the search itself."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    trace_url: str
+    since_s: float
+    """Unix time from which on traffic counts."""
+    nodes: tuple[NodeStatus, ...]
+    current: Plan
+    config: PlanningConfig
+    bases: tuple[str, ...]
+    """Others in the traffic are not planned for."""
+    lora_ranks: Mapping[str, int]
+    """Of ``tenant/name``."""
+    not_these: tuple[tuple[str, Shape, tuple[str, ...]], ...] = ()
+    """Kinds of group (GPU, shape, bases) that could not be started."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    plan: Plan | None
+    """None: the current one stays."""
+    reason: str
+    attainment: float | None = None
+    """Simulated, of ``plan``; None: nothing was simulated."""
+    attainment_now: float | None = None
+    """Simulated, of the current plan."""
+
+    @property
+    def gain(self) -> float | None:
+        if self.attainment is None or self.attainment_now is None:
+            return None
+        return self.attainment - self.attainment_now
+
+
+async def replan(task: Task) -> Answer:
+    """Raises Unavailable when the process fails or takes too long. It ends with the call, also with one cancelled."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        "loraplex.controller.fleet.replan",
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    try:
+        answer, complaint = await asyncio.wait_for(
+            process.communicate(msgspec.msgpack.encode(task)), task.config.max_search_s + _GRACE_S
+        )
+    except TimeoutError:
+        raise Unavailable("the planner took too long") from None
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    if process.returncode != 0:
+        said = complaint.decode("utf-8", "replace").strip().splitlines()
+        raise Unavailable(f"the planner failed: {said[-1] if said else f'exit code {process.returncode}'}")
+    return msgspec.msgpack.decode(answer, type=Answer)
+
+
+def plan_for(task: Task) -> Answer:
+    """In this process. Imports the planner, and with it a compiler, which the controller does without."""
+    from loraplex.planner.fleet import AdapterRanks, Fleet, NodeConfig
+    from loraplex.planner.problem import Kind, Problem
+    from loraplex.planner.search import Search
+    from loraplex.simulator import fast
+    from loraplex.simulator.types import Slo
+    from loraplex.simulator.workload import Workload
+
+    try:
+        arrivals = recent_arrivals(task)
+    except NotFound:
+        return Answer(plan=None, reason="no traffic was recorded")
+    if len(arrivals) < task.config.min_requests:
+        return Answer(plan=None, reason=f"{len(arrivals)} requests in the window are too few to plan from")
+    nodes = tuple(NodeConfig(name=node.name, gpu=node.gpu, gpus=node.num_gpus) for node in task.nodes if node.num_gpus)
+    fleet = Fleet(
+        profiles=task.config.profiles,
+        nodes=nodes,
+        bases=task.config.profile_bases,
+        adapters=AdapterRanks(lora_rank=16, ranks=dict(task.lora_ranks)),
+    )
+    named = dict.fromkeys((*arrivals.base_models, *(a.base_model for a in arrivals.adapters if a.base_model)))
+    problem = Problem(
+        nodes=fleet.all_nodes(),
+        arrivals=arrivals,
+        adapters=fleet.sizes(arrivals.adapters),
+        costs=fleet.costs(named),
+        slo=Slo(ttft_s=task.config.ttft_s, tpot_s=task.config.tpot_s),
+        tenant_floor=task.config.tenant_floor,
+    )
+    current, now = _typed(task.current, nodes[0].gpu if nodes else ""), None
+    try:
+        now = fast.simulate(problem.simulation(current), Workload.of(arrivals, problem.adapters)).score.attainment
+    except LoraplexError as error:
+        current_reason = f"; the plan in force cannot be simulated: {error.message}"
+    else:
+        current_reason = ""
+    Search(problem).warm_up()
+    started_s = time.perf_counter()
+
+    def allowed(kind: Kind) -> bool:
+        return (kind.gpu, kind.shape, tuple(sorted(kind.bases))) not in task.not_these
+
+    def used() -> float:
+        return (time.perf_counter() - started_s) / task.config.max_search_s
+
+    found = Search(
+        problem,
+        evaluations=task.config.max_evaluations,
+        current=None if now is None else current,
+        out_of_time=lambda: used() > 1,
+        time_used=used,
+        only_kinds=allowed,
+    ).run()
+    answer = Answer(
+        plan=found.plan,
+        reason="; ".join(found.reasons) + current_reason,
+        attainment=found.attainment,
+        attainment_now=now,
+    )
+    if found.kept or (answer.gain is not None and answer.gain < task.config.min_gain):
+        return replace(answer, plan=None, reason="no other plan is better by more than its move costs")
+    return answer
+
+
+def recent_arrivals(task: Task) -> Arrivals:
+    """The recorded requests of our bases since ``since_s``, with token counts for all: a request that was refused has
+    the median output of the others. NotFound when there are none."""
+    from loraplex.planner.sample import taken
+    from loraplex.traces.arrivals import read_arrivals
+
+    read = read_arrivals(task.trace_url, sort=True, modified_after_s=task.since_s)
+    known = np.array([base in task.bases for base in read.base_models] + [False])
+    of_adapter = np.array([a.base_model in task.bases for a in read.adapters] + [False])
+    recent = read.origin_s + read.arrival_s >= task.since_s
+    ours = np.where(read.adapter >= 0, of_adapter[read.adapter], known[read.base_model])
+    rows = np.flatnonzero(recent & ours & (read.prompt_tokens > 0))
+    if not len(rows):
+        raise NotFound("no requests were recorded")
+    chosen = taken(read, rows, read.arrival_s[rows] - read.arrival_s[rows[0]])
+    served = chosen.output_tokens[chosen.output_tokens > 0]
+    typical = int(np.median(served)) if len(served) else 1
+    return replace(
+        chosen, output_tokens=np.where(chosen.output_tokens > 0, chosen.output_tokens, typical).astype(np.int32)
+    )
+
+
+def _typed(plan: Plan, gpu: str) -> Plan:
+    """Costs are by GPU type; a plan may leave it open where there is one."""
+    return replace(plan, groups=tuple(replace(group, gpu=group.gpu or gpu) for group in plan.groups))
+
+
+def main() -> None:
+    task = msgspec.msgpack.decode(sys.stdin.buffer.read(), type=Task)
+    try:
+        answer = plan_for(task)
+    except LoraplexError as error:
+        answer = Answer(plan=None, reason=f"no plan can be made: {error.message}")
+    if answer.attainment is not None and math.isnan(answer.attainment):
+        answer = replace(answer, attainment=None)
+    sys.stdout.buffer.write(msgspec.msgpack.encode(answer))
+
+
+if __name__ == "__main__":
+    main()
