@@ -6,16 +6,18 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from loraplex.core.adapter import AdapterManifest
 from loraplex.core.errors import BadAdapter, BadConfig, Conflict, ExecutorLost, NotFound
 from loraplex.core.ids import BaseModelId, Digest, ReplicaId
-from loraplex.core.request import SamplingParams
+from loraplex.core.request import EngineRequest, SamplingParams
 from loraplex.core.step import Row, RowStart, StepPlan
+from loraplex.core.wire import ReplicaFrame
 from loraplex.engine import EngineConfig
 from loraplex.model_runner import ExecutorBase, ExecutorConfig, build_executor
 from loraplex.model_runner.ranks.launcher import RankProcess, RankStart
@@ -23,7 +25,14 @@ from loraplex.model_runner.ranks.local import LocalLauncher
 from loraplex.replica.engine_loop import EngineLoop
 from loraplex.testing.steps import run_step
 
-from tests.model_runner.parallel_models import BASE, load_model_spec_of, write_adapters, write_model
+from tests.model_runner.parallel_models import (
+    BASE,
+    Adapter,
+    load_model_spec_of,
+    make_requests,
+    write_adapters,
+    write_model,
+)
 
 TIMEOUT_S = 3.0
 """Of tests that wait for it; others must not be ended by a machine that is busy."""
@@ -131,6 +140,58 @@ def test_a_replica_ends_when_its_group_is_lost_while_nobody_asks_anything() -> N
     assert ended.wait(5)
     with pytest.raises(ExecutorLost, match="rank 1"):
         loop.join()
+
+
+class Files:
+    """An ArtifactSource of files at hand."""
+
+    def __init__(self, adapters: Sequence[Adapter]) -> None:
+        self.adapters = {adapter.manifest.digest: adapter for adapter in adapters}
+
+    @contextmanager
+    def open(self, digest: Digest) -> Iterator[tuple[AdapterManifest, str]]:
+        adapter = self.adapters[digest]
+        yield adapter.manifest, adapter.path
+
+
+def serve(executor: ExecutorBase, adapters: Sequence[Adapter], requests: tuple[EngineRequest, ...]) -> dict[str, Any]:
+    """Tokens of each request, through the engine loop of a replica."""
+    loop = EngineLoop(
+        replica_id=ReplicaId("r"), executor=executor, engine_config=EngineConfig(max_running=4), source=Files(adapters)
+    )
+    tokens: dict[str, list[int]] = {request.request_id: [] for request in requests}
+    running = set(tokens)
+    ended = threading.Event()
+
+    def deliver(frames: dict[int, ReplicaFrame]) -> None:
+        for output in (output for frame in frames.values() for output in frame.outputs):
+            assert output.error is None
+            tokens[output.request_id] += [token.token_id for token in output.tokens]
+            if output.finish_reason is not None:
+                running.discard(output.request_id)
+        if not running:
+            ended.set()
+
+    loop.connect(deliver, on_end=ended.set)
+    loop.start()
+    loop.open_session(1)
+    loop.submit(1, requests)
+    assert ended.wait(120)
+    loop.stop()
+    loop.join()
+    return tokens
+
+
+def test_a_replica_serves_from_a_group_what_it_serves_from_one_rank(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "model", "qwen3")
+    adapters = write_adapters(tmp_path, load_model_spec_of(tmp_path / "model"))
+    requests = tuple(make_requests(adapters, count=6, output_tokens=6))
+    served = []
+    for tp, pp in ((1, 1), (2, 1)):
+        config = ExecutorConfig(tp=tp, pp=pp, num_pages=300, page_size=4, num_threads=1)
+        served.append(serve(build_executor(config, model=model, base_model_id=BASE), adapters, requests))
+    assert served[0] == served[1]
+    assert all(len(tokens) == 6 for tokens in served[0].values())
 
 
 def test_what_a_rank_cannot_load_is_told_as_it_is_on_one_rank(tmp_path: Path) -> None:

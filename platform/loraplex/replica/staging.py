@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager
 from typing import Protocol
 
 from loraplex.core.adapter import AdapterManifest
-from loraplex.core.errors import BadAdapter, LoraplexError
+from loraplex.core.errors import BadAdapter, ExecutorLost, LoraplexError
 from loraplex.core.ids import Digest
 from loraplex.core.step import Executor
 from loraplex.replica.failures import request_failure
@@ -79,6 +79,9 @@ class AdapterStager:
                     raise BadAdapter(f"the adapter is of base {manifest.base_model_id}, this replica serves {expected}")
                 self._stage_file(manifest, path)
             num_pages = self._executor.adapter_pages(manifest)
+        except ExecutorLost:
+            # The engine loop notices as well, and ends: its requests go on elsewhere and must not fail here.
+            _log.warning("staging adapter %s ended with the executor", digest)
         except Exception as error:
             _log.warning("staging adapter %s failed: %s", digest, error, exc_info=not isinstance(error, LoraplexError))
             with self._lock:
