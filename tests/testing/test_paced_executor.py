@@ -145,7 +145,7 @@ def test_tokens_depend_on_seed_unless_greedy_and_never_end_a_sequence() -> None:
 
 def test_a_step_waits_for_its_adapter_and_for_the_step_before(tmp_path: Path) -> None:
     paced = executor(factor=20)
-    cost = paced_cost(PacedConfig(factor=20), EngineConfig())
+    cost = paced_cost(PacedConfig(factor=20), EngineConfig(), BaseModelId("fake-base"))
     path = tmp_path / "file"
     path.write_bytes(b"")
     start_s = time.monotonic()

@@ -36,6 +36,6 @@ class PlanTime:
             float(np.count_nonzero(~prefill)),
             float((start + tokens).sum()),
             float(num_adapters),
-            adapter_bytes,
+            float(adapter_bytes),
             float(sum(len(row.token_ids) for row in plan.rows if row.adapter is not None)),
         )

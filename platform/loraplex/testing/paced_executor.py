@@ -29,15 +29,17 @@ from loraplex.simulator.types import CostKey, ReplicaCost
 from loraplex.testing.paced_config import PacedConfig
 
 
-def paced_cost(config: PacedConfig, engine: EngineConfig) -> ReplicaCost:
-    """What the executor of ``config`` costs, for a simulation of it. BadConfig: what the profile does not know."""
-    profile = CostProfile.load(config.profile).slowed(config.factor)
+def paced_cost(config: PacedConfig, engine: EngineConfig, base_model_id: BaseModelId) -> ReplicaCost:
+    """What the executor of ``config`` costs, for a simulation of it in which the base has this id.
+
+    BadConfig naming what the profile does not know.
+    """
+    profile = CostProfile.load(config.profile).slowed(config.factor).renamed(config.base, base_model_id)
     gpus = [gpu.name for gpu in profile.gpus]
     if config.gpu is None and len(gpus) != 1:
         raise BadConfig(f"profile {config.profile} has several GPUs ({', '.join(gpus)}): name one", param="gpu")
-    key = CostKey(
-        gpu=config.gpu or gpus[0], base_model_id=BaseModelId(config.base), shape=Shape(tp=config.tp, pp=config.pp)
-    )
+    shape = Shape(tp=config.tp, pp=config.pp)
+    key = CostKey(gpu=config.gpu or gpus[0], base_model_id=base_model_id, shape=shape)
     return ReplicaCost.of(profile, key, engine)
 
 
@@ -48,7 +50,7 @@ def build_paced_executor(
 
     BadConfig naming what the profile does not know, or the base that does not fit.
     """
-    cost = paced_cost(config, engine)
+    cost = paced_cost(config, engine, model.base_model_id)
     if num_pages is None:
         num_pages = cost.memory.num_pages
         if num_pages < 1:
