@@ -45,7 +45,7 @@ def remove_all_replicas(cluster_secret: str | None = None) -> None:
     epochs are forgotten as well. Blocking."""
     for name in replica_names():
         kill_replica(name)
-    for group in reserved_groups(Nodes({})):
+    for group in reserved_groups():
         release(group)
     if cluster_secret is not None:
         EpochRegister(cluster_secret).forget()
@@ -67,6 +67,8 @@ class RayActuator:
         self._epochs = EpochRegister(cluster_secret)
         self._pending: set[ReplicaName] = set()
         """Replicas that wait for room."""
+        self._silent: set[str] = set()
+        """Ray's ids of nodes that do not answer. Ray itself takes many seconds to notice."""
         self._reserving = asyncio.Lock()
         """The bases of a group reserve it once."""
         self._addresses: dict[ReplicaId, str] = {}
@@ -78,6 +80,7 @@ class RayActuator:
         """Besides: frees the GPUs of groups without a replica, which a controller leaves that dies between the two."""
         groups = await self._release_abandoned()
         names = await asyncio.to_thread(replica_names)
+        known = await self._nodes()
         return tuple(
             RunningReplica(
                 replica_id=name.replica_id,
@@ -85,7 +88,7 @@ class RayActuator:
                 base_model_id=name.base_model_id,
                 shape=name.shape,
                 gpu=name.gpu,
-                nodes=groups.get(name.group, ()),
+                nodes=tuple(filter(None, map(known.name, groups.get(name.group, ())))),
             )
             for name in names
         )
@@ -135,8 +138,10 @@ class RayActuator:
                 await found[1].wait_stopped.remote()
                 return "its engine has ended"
             except ActorUnavailableError:
-                # Ray takes a dead node for alive for many seconds; a broken connection may also heal.
-                if not await self._listens(replica_id):
+                # It may be dead, which Ray takes many seconds to notice, or a broken connection that heals.
+                if not await _listens(self._addresses.get(replica_id, "")):
+                    groups = await asyncio.to_thread(reserved_groups)
+                    self._silent.update(groups.get(found[0].group, ()))
                     return "its node does not answer"
             except RayError as error:
                 return reason_of(error)
@@ -164,7 +169,13 @@ class RayActuator:
         await self._release_abandoned()
 
     async def _nodes(self) -> Nodes:
-        return await asyncio.to_thread(Nodes, self._config.ray.gpu_types)
+        nodes = await asyncio.to_thread(Nodes, self._config.ray.gpu_types)
+        self._silent &= nodes.node_ids
+        for node_id in tuple(self._silent):
+            if await _listens(nodes.daemon(node_id)):
+                self._silent.discard(node_id)
+        nodes.leave_out(self._silent)
+        return nodes
 
     def _checked_base(self, target: ReplicaTarget) -> BaseModelConfig:
         base = self._bases.get(target.base_model_id)
@@ -182,12 +193,17 @@ class RayActuator:
         name = ReplicaName.of(target)
         self._pending.add(name)
         try:
+            known = await self._nodes()
             async with self._reserving:
-                group = await asyncio.to_thread(self._reserve, target, base, await self._nodes())
+                group = await asyncio.to_thread(self._reserve, target, base, known)
             while not await asyncio.to_thread(is_reserved, group):
                 await asyncio.sleep(_POLL_S)
                 if name not in self._pending:
                     raise Unavailable("the replica was stopped while it waited for room")
+                for node in target.nodes:
+                    # A node that dies, and may come back as another one, has no room for ever.
+                    if (await self._nodes()).selector(node) != known.selector(node):
+                        raise Unavailable(f"node {node} was lost before it had room")
             return await asyncio.to_thread(self._create_actor, name, group, target, base, epoch)
         finally:
             self._pending.discard(name)
@@ -218,8 +234,8 @@ class RayActuator:
         ).remote(target, base, self._config, self._cluster_secret, epoch)
 
     async def _release_abandoned(self) -> dict[str, tuple[str, ...]]:
-        """Frees the GPUs of groups that no replica has or waits for; node of each rank of the others."""
-        groups = await asyncio.to_thread(reserved_groups, await self._nodes())
+        """Frees the GPUs of groups that no replica has or waits for; Ray's id of each rank's node of the others."""
+        groups = await asyncio.to_thread(reserved_groups)
         # Read after them: a group that is reserved later is not in question.
         used = {name.group for name in (*await asyncio.to_thread(replica_names), *self._pending)}
         for group in groups.keys() - used:
@@ -237,14 +253,16 @@ class RayActuator:
         shares = sorted(target.adapters, key=lambda share: -share.weight)
         return tuple(digest for share in shares for digest in found.get((share.tenant, share.name), ()))
 
-    async def _listens(self, replica_id: ReplicaId) -> bool:
-        host, _, port = self._addresses.get(replica_id, "").rpartition(":")
-        if not host:
-            return False
-        try:
-            async with asyncio.timeout(_CONNECT_TIMEOUT_S):
-                _, writer = await asyncio.open_connection(host, int(port))
-        except OSError:  # TimeoutError is one
-            return False
-        writer.close()
-        return True
+
+async def _listens(address: str) -> bool:
+    """``address``: host:port; empty: nobody."""
+    host, _, port = address.rpartition(":")
+    if not host:
+        return False
+    try:
+        async with asyncio.timeout(_CONNECT_TIMEOUT_S):
+            _, writer = await asyncio.open_connection(host, int(port))
+    except OSError:  # TimeoutError is one
+        return False
+    writer.close()
+    return True

@@ -35,7 +35,7 @@ from loraplex_deployments.replica_handles import find_replica, replica_names
 
 BASE = BaseModelId("bench")
 TENANT = TenantName("bench")
-_MODEL = "random:tiny-llama"
+MODEL = "random:tiny-llama"
 _LORA_RANK = 16
 _HEAD_ONLY = {"node:__internal_head__": 0.001}
 _NUM_PAGES = 512
@@ -62,6 +62,13 @@ class ClusterSetup(msgspec.Struct, frozen=True, kw_only=True):
     proxy: str = "haproxy"
     paced: PacedSetup | None = None
     """None: the replicas compute, a tiny model with random weights."""
+
+    @property
+    def executor(self) -> str:
+        """What the replicas run, in words."""
+        if self.paced is None:
+            return "a tiny model with random weights on the CPU"
+        return f"paced: {self.paced.base} on {self.paced.profile}, {self.paced.factor:g} times slower"
 
 
 class BenchCluster:
@@ -153,7 +160,7 @@ def platform_config(setup: ClusterSetup, address: str, folder: Path) -> Platform
     http_port, grpc_port = free_ports(2)
     base: dict[str, Any] = {
         "id": BASE,
-        "model": _MODEL,
+        "model": MODEL,
         "num_cpus": 0.5,
         "num_gpus": 1,
         "replicas": setup.replicas,
@@ -174,7 +181,7 @@ def platform_config(setup: ClusterSetup, address: str, folder: Path) -> Platform
 
 
 def _register_adapters(platform: RunningPlatform, setup: ClusterSetup, folder: Path) -> None:
-    spec = load_model_spec(_MODEL, BASE)
+    spec = load_model_spec(MODEL, BASE)
     for index, manifest in enumerate(random_manifests(spec, count=setup.adapters, lora_ranks=(_LORA_RANK,))):
         directory = folder / "new-adapter"
         write_random_peft(directory, manifest, spec, seed=index)

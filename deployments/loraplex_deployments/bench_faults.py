@@ -15,7 +15,7 @@ import msgspec
 import psutil
 from loraplex.model_runner.build import load_model_spec
 
-from loraplex_deployments.bench_cluster import BASE, BenchCluster, ClusterSetup, bench_cluster, node_name
+from loraplex_deployments.bench_cluster import BASE, MODEL, BenchCluster, ClusterSetup, bench_cluster, node_name
 from loraplex_deployments.bench_streams import StreamWatch, WatchedStream, same_request
 
 _PROMPT_TOKENS = 24
@@ -79,10 +79,13 @@ class FaultBenchResult(msgspec.Struct, frozen=True, kw_only=True):
 def run_fault_bench(options: FaultOptions, say: Callable[[str], None] = lambda _line: None) -> FaultBenchResult:
     """Raises what ``start_platform`` raises."""
     with bench_cluster(options.cluster, say) as bench:
-        return asyncio.run(_measure(bench, options, say))
+        return asyncio.run(measure_faults(bench, options, say))
 
 
-async def _measure(bench: BenchCluster, options: FaultOptions, say: Callable[[str], None]) -> FaultBenchResult:
+async def measure_faults(
+    bench: BenchCluster, options: FaultOptions, say: Callable[[str], None] = lambda _line: None
+) -> FaultBenchResult:
+    """``options.cluster`` is what ``bench`` was started with. AssertionError when undisturbed streams break."""
     requests = _requests(bench, options)
     warm = _Run(bench, options, requests)
     await warm.undisturbed()
@@ -98,22 +101,17 @@ async def _measure(bench: BenchCluster, options: FaultOptions, say: Callable[[st
         cpu.append(run.cpu)
         say(f"{fault}: {result.broken} of {result.streams} broken, silent for {result.silence_s:.2f} s")
         results.append(result)
-    paced = options.cluster.paced
     return FaultBenchResult(
         options=options,
         cores=os.cpu_count() or 1,
         cpu=sum(cpu) / len(cpu),
-        executor=(
-            "a tiny model with random weights on the CPU"
-            if paced is None
-            else f"paced: {paced.base} on {paced.profile}, {paced.factor:g} times slower"
-        ),
+        executor=options.cluster.executor,
         results=tuple(results),
     )
 
 
 def _requests(bench: BenchCluster, options: FaultOptions) -> list[WatchedStream]:
-    spec = load_model_spec("random:tiny-llama", BASE)
+    spec = load_model_spec(MODEL, BASE)
     numbers = random.Random(options.seed)
     models = itertools.cycle(bench.models)
     return [
@@ -161,7 +159,8 @@ class _Run:
             await watch.close()
         retried = await self._retry(texts) if fault is Fault.GATEWAY else 0
         if fault is Fault.NODE:
-            await asyncio.to_thread(self._bench.add_node, 0)
+            # Ray starts nodes from the main thread alone; no stream is open now.
+            self._bench.add_node(0)
         await asyncio.to_thread(self._bench.wait_settled)
         return self._result(fault, texts, unfinished, killed_s, retried)
 

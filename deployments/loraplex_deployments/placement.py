@@ -6,7 +6,7 @@ Ray finds by itself and shows as the resource ``accelerator_type:H100``. Blockin
 """
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,11 +45,27 @@ class Nodes:
         self._accelerators = {ours: rays for rays, ours in gpu_types.items()}
         self._gpu_types = gpu_types
         self._alive: dict[str, dict[str, Any]] = {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
+        self._silent: frozenset[str] = frozenset()
+
+    @property
+    def node_ids(self) -> frozenset[str]:
+        """Those of Ray, of all that it takes for alive."""
+        return frozenset(self._alive)
+
+    def leave_out(self, node_ids: Collection[str]) -> None:
+        """These are dead, whatever Ray says."""
+        self._silent = frozenset(node_ids)
+
+    def daemon(self, node_id: str) -> str:
+        """host:port of Ray's daemon there."""
+        node = self._alive[node_id]
+        return f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}"
 
     def status(self) -> tuple[NodeStatus, ...]:
         return tuple(
             NodeStatus(name=node["NodeName"], gpu=self._gpu(node), num_gpus=int(node["Resources"].get("GPU", 0)))
-            for node in sorted(self._alive.values(), key=lambda node: str(node["NodeName"]))
+            for node_id, node in sorted(self._alive.items(), key=lambda item: str(item[1]["NodeName"]))
+            if node_id not in self._silent
         )
 
     def name(self, node_id: str) -> str:
@@ -58,7 +74,8 @@ class Nodes:
 
     def selector(self, name: str) -> dict[str, str]:
         """For a bundle that shall lie there. Unavailable when no such node is alive."""
-        found = [node_id for node_id, node in self._alive.items() if node["NodeName"] == name]
+        up = self._alive.keys() - self._silent
+        found = [node_id for node_id in up if self._alive[node_id]["NodeName"] == name]
         if not found:
             raise Unavailable(f"node {name} is not up")
         return {_NODE_ID: found[0]}
@@ -117,11 +134,11 @@ def release(group: str) -> None:
         remove_placement_group(get_placement_group(_PREFIX + group))
 
 
-def reserved_groups(known: Nodes) -> dict[str, tuple[str, ...]]:
-    """Group -> node of each rank, empty while it waits for room."""
+def reserved_groups() -> dict[str, tuple[str, ...]]:
+    """Group -> Ray's id of the node of each rank, empty while it waits for room."""
     found = {}
     for entry in placement_group_table().values():
         if entry["name"].startswith(_PREFIX) and entry["state"] != "REMOVED":
             node_ids = [entry["bundles_to_node_id"][rank] for rank in sorted(entry["bundles_to_node_id"])]
-            found[entry["name"].removeprefix(_PREFIX)] = tuple(known.name(node) for node in node_ids if node)
+            found[entry["name"].removeprefix(_PREFIX)] = tuple(node_ids) if all(node_ids) else ()
     return found

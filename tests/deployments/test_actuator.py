@@ -99,7 +99,9 @@ def run(check: Callable[[RayActuator], Awaitable[None]]) -> None:
 
 
 def gpus_in_use() -> dict[str, tuple[str, ...]]:
-    return reserved_groups(Nodes({}))
+    """Group -> nodes."""
+    known = Nodes({})
+    return {group: tuple(map(known.name, node_ids)) for group, node_ids in reserved_groups().items()}
 
 
 def pid_of(replica_id: str) -> int:
@@ -184,6 +186,7 @@ async def die(machines: RayActuator) -> None:
     assert not deaths[1].done()
     await asyncio.to_thread(World.cluster.kill_node, "fragile")
     await told(deaths[1], within_s=3)
+    assert "fragile" not in {node.name for node in await machines.nodes()}, "Ray notices only much later"
     for name in "ab":
         await machines.stop(ReplicaId(name), epoch=1)
     assert gpus_in_use() == {}, "others may have them now"

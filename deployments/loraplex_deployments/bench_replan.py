@@ -1,0 +1,235 @@
+"""Plan changes under load: adapters move, replicas come and go, groups change their shape; requests see nothing of it.
+
+Open-loop load all the time, one change after the other with calm between them. Called by ``loraplex bench replan`` and
+by the test of plan changes.
+"""
+
+import asyncio
+import os
+import random
+import time
+from collections.abc import Callable
+from enum import StrEnum
+
+import msgspec
+import numpy as np
+import psutil
+from loraplex.core.plan import AdapterShare, BasePlacement, GroupPlan, Plan, Shape
+from loraplex.core.rollout import PlanRecord, PlanState
+from loraplex.loadgen.completion import CompletionClient, Sample
+from loraplex.loadgen.config import RequestConfig
+from loraplex.loadgen.http_client import HttpClient
+from loraplex.loadgen.prompts import RandomTokens
+from loraplex.model_runner.build import load_model_spec
+
+from loraplex_deployments.bench_cluster import BASE, MODEL, TENANT, BenchCluster, ClusterSetup, bench_cluster
+
+_POLL_S = 0.2
+_SETTLE_TIMEOUT_S = 180.0
+
+
+class Change(StrEnum):
+    ADAPTERS = "adapters move"
+    MORE = "a replica more"
+    REGROUP = "two groups become one"
+    FEWER = "back to the first groups"
+
+
+class ReplanOptions(msgspec.Struct, frozen=True, kw_only=True):
+    cluster: ClusterSetup
+    changes: int = 20
+    requests_per_s: float = 6.0
+    prompt_tokens: int = 64
+    output_tokens: int = 48
+    calm_s: float = 5.0
+    """Before each change: what the times during it are compared with."""
+    tp: int = 2
+    """Shards of the group that two others become."""
+    seed: int = 0
+
+
+class ChangeResult(msgspec.Struct, frozen=True, kw_only=True):
+    change: Change
+    seconds: float
+    """Until the machines were as the plan says."""
+    requests: int
+    """That were sent meanwhile."""
+    failed: int
+    ttft_max_s: float
+
+
+class ReplanBenchResult(msgspec.Struct, frozen=True, kw_only=True):
+    options: ReplanOptions
+    executor: str
+    cores: int
+    cpu: float
+    """Share of all cores that the whole machine used, between 0 and 1."""
+    requests: int
+    failed: int
+    errors: dict[str, str]
+    """Kind of failure -> its first message."""
+    ttft_p99_calm_s: float
+    """Over the requests sent before changes."""
+    ttft_p99_change_s: float
+    """Over those sent during changes."""
+    ttft_p99_ratio: float
+    changes: tuple[ChangeResult, ...]
+
+
+def run_replan_bench(options: ReplanOptions, say: Callable[[str], None] = lambda _line: None) -> ReplanBenchResult:
+    """Raises what ``start_platform`` raises."""
+    with bench_cluster(options.cluster, say) as bench:
+        return asyncio.run(measure_changes(bench, options, say))
+
+
+def plan_of(number: int, options: ReplanOptions) -> tuple[Change, Plan]:
+    """The ``number``-th change and the plan that it makes. Every adapter is on two replicas, shifted at each change."""
+    change = tuple(Change)[number % len(Change)]
+    shapes = [Shape()] * options.cluster.replicas
+    if change is Change.MORE:
+        shapes.append(Shape())
+    elif change is Change.REGROUP:
+        shapes = [*shapes[2:], Shape(tp=options.tp)]
+    groups = tuple(
+        GroupPlan(
+            name=f"group-{index}",
+            shape=shape,
+            bases=(BasePlacement(base_model_id=BASE, adapters=_adapters(index + number, len(shapes), options)),),
+        )
+        for index, shape in enumerate(shapes)
+    )
+    return change, Plan(version=number + 1, groups=groups)
+
+
+def _adapters(place: int, num_groups: int, options: ReplanOptions) -> tuple[AdapterShare, ...]:
+    return tuple(
+        AdapterShare(tenant=str(TENANT), name=f"adapter-{index}")
+        for index in range(options.cluster.adapters)
+        if (index - place) % num_groups in (0, 1)
+    )
+
+
+async def measure_changes(
+    bench: BenchCluster, options: ReplanOptions, say: Callable[[str], None] = lambda _line: None
+) -> ReplanBenchResult:
+    """``options.cluster`` is what ``bench`` was started with. AssertionError when a plan fails."""
+    load = _Load(bench, options)
+    spans: list[tuple[Change, float, float]] = []
+    await load.warm_up()
+    psutil.cpu_percent()
+    running = asyncio.create_task(load.run())
+    try:
+        for number in range(options.changes):
+            await asyncio.sleep(options.calm_s)
+            change, plan = plan_of(number, options)
+            begun_s = load.now_s()
+            record: PlanRecord = await asyncio.to_thread(bench.platform.call, "apply_plan", plan, renumber=True)
+            await settled(bench, record.plan.version)
+            spans.append((change, begun_s, load.now_s()))
+            say(f"{number + 1}: {change}, {load.now_s() - begun_s:.1f} s")
+        cpu = psutil.cpu_percent() / 100
+    finally:
+        await load.end(running)
+    return _result(options, load.samples, spans, cpu)
+
+
+async def settled(bench: BenchCluster, version: int) -> None:
+    """Returns when plan ``version`` has been reached. AssertionError when another is in force, TimeoutError."""
+    async with asyncio.timeout(_SETTLE_TIMEOUT_S):
+        while True:
+            active = (await asyncio.to_thread(bench.status)).active
+            if active.plan.version == version and active.state is PlanState.SETTLED:
+                return
+            assert active.plan.version == version, f"plan {version} failed: {active}"
+            await asyncio.sleep(_POLL_S)
+
+
+class _Load:
+    """Poisson arrivals until it is ended, adapters in turn."""
+
+    def __init__(self, bench: BenchCluster, options: ReplanOptions) -> None:
+        self._options = options
+        self._targets = bench.targets
+        self._http = HttpClient(bench.url, connect_timeout_s=10)
+        self._client = CompletionClient(self._http, RequestConfig(timeout_s=120))
+        self._prompts = RandomTokens(load_model_spec(MODEL, BASE).vocab_size, seed=options.seed)
+        self._numbers = random.Random(options.seed)
+        self._origin_s = time.perf_counter()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._index = 0
+        self.samples: list[Sample] = []
+
+    def now_s(self) -> float:
+        return time.perf_counter() - self._origin_s
+
+    async def warm_up(self) -> None:
+        """Each adapter once; not counted."""
+        await asyncio.gather(*(self._send(self.now_s()) for _ in self._targets))
+        self.samples.clear()
+
+    async def run(self) -> None:
+        at_s = self.now_s()
+        while True:
+            at_s += self._numbers.expovariate(self._options.requests_per_s)
+            await asyncio.sleep(max(0.0, at_s - self.now_s()))
+            task = asyncio.create_task(self._send(at_s))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def end(self, running: "asyncio.Task[None]") -> None:
+        """Nothing more is sent; what was sent is awaited."""
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+        await asyncio.gather(*self._tasks)
+        self._http.close()
+
+    async def _send(self, at_s: float) -> None:
+        index, options = self._index, self._options
+        self._index += 1
+        target = self._targets[index % len(self._targets)]
+        data = self._client.encode(target, self._prompts.make(index, options.prompt_tokens), options.output_tokens)
+        sample = await self._client.run(
+            data, target=target, origin_s=self._origin_s, scheduled_s=at_s, prompt_tokens=options.prompt_tokens
+        )
+        self.samples.append(sample)
+
+
+def _result(
+    options: ReplanOptions, samples: list[Sample], spans: list[tuple[Change, float, float]], cpu: float
+) -> ReplanBenchResult:
+    during = [[s for s in samples if begun_s <= s.scheduled_s <= end_s] for _, begun_s, end_s in spans]
+    calm = [s for s in samples if any(begun_s - options.calm_s <= s.scheduled_s < begun_s for _, begun_s, _ in spans)]
+    calm_s = _p99(calm)
+    change_s = _p99([sample for part in during for sample in part])
+    failed = [sample for sample in samples if sample.error is not None]
+    return ReplanBenchResult(
+        options=options,
+        executor=options.cluster.executor,
+        cores=os.cpu_count() or 1,
+        cpu=cpu,
+        requests=len(samples),
+        failed=len(failed),
+        errors={str(sample.error): sample.message for sample in reversed(failed)},
+        ttft_p99_calm_s=calm_s,
+        ttft_p99_change_s=change_s,
+        ttft_p99_ratio=change_s / calm_s,
+        changes=tuple(
+            ChangeResult(
+                change=change,
+                seconds=end_s - begun_s,
+                requests=len(part),
+                failed=sum(sample.error is not None for sample in part),
+                ttft_max_s=max(map(_ttft_s, part), default=0.0),
+            )
+            for (change, begun_s, end_s), part in zip(spans, during, strict=True)
+        ),
+    )
+
+
+def _ttft_s(sample: Sample) -> float:
+    """Infinite without a token."""
+    return float("inf") if sample.first_token_s is None else sample.first_token_s - sample.scheduled_s
+
+
+def _p99(samples: list[Sample]) -> float:
+    return float(np.percentile([_ttft_s(sample) for sample in samples], 99)) if samples else 0.0
