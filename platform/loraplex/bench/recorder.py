@@ -83,6 +83,8 @@ class RecordingEngine(Engine):
     def clear(self) -> None:
         """Forgets what was recorded."""
         self._steps: list[tuple[StepPlan, float]] = []
+        self._latencies: list[float] = []
+        self._overlapped: list[bool] = []
         self._last_end_s = 0.0
         self.num_loads = 0
 
@@ -98,6 +100,8 @@ class RecordingEngine(Engine):
         ended_s = time.perf_counter()
         plan, planned_s = self._planned.pop(result.step_id)
         self._steps.append((plan, ended_s - max(planned_s, self._last_end_s)))
+        self._latencies.append(ended_s - planned_s)
+        self._overlapped.append(planned_s < self._last_end_s)
         self._last_end_s = ended_s
         return super().complete(result, now_s)
 
@@ -108,6 +112,14 @@ class RecordingEngine(Engine):
     def step_seconds(self) -> FloatArray:
         """(S,) of the recorded steps."""
         return np.array([seconds for _, seconds in self._steps])
+
+    def step_latencies(self) -> FloatArray:
+        """(S,) seconds from the planning of each recorded step to its end."""
+        return np.array(self._latencies)
+
+    def overlapped(self) -> BoolArray:
+        """(S,) whether the step was planned while the one before it was under way."""
+        return np.array(self._overlapped, dtype=bool)
 
     def work(self, manifests: Sequence[AdapterManifest]) -> StepWork:
         """Of the recorded steps; ``manifests`` holds every adapter that they used."""

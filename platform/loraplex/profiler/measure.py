@@ -19,7 +19,6 @@ from loraplex.bench.session import BenchSession
 from loraplex.bench.single_ttft import measure_single_ttft
 from loraplex.core.errors import BadConfig
 from loraplex.core.ids import BaseModelId
-from loraplex.core.plan import Shape
 from loraplex.cost.analytic import assumed_loads
 from loraplex.cost.ceilings import ceilings_of_device
 from loraplex.cost.memory import DEFAULT_MEMORY_FRACTION, memory_model, whole_adapter_bytes
@@ -64,6 +63,7 @@ def _measure(session: BenchSession, options: ProfileOptions, *, say: Callable[[s
     load_s = _cold_load_s(session)
     fitted: list[Samples] = []
     judged: list[Samples] = []
+    latency: list[Samples] = []
     cases = _plan(limits, options.seed)
     # What compiles or allocates at its first use does so here.
     _run(session, cases[0][1], options)
@@ -71,23 +71,27 @@ def _measure(session: BenchSession, options: ProfileOptions, *, say: Callable[[s
         if options.budget_s is not None and time.monotonic() - started_s > options.budget_s:
             say(f"the budget is spent: {len(cases) - number + 1} of {len(cases)} cases left out")
             break
-        samples = _run(session, case, options)
+        samples, through = _run(session, case, options)
         (judged if judges else fitted).append(samples)
+        if not judges:
+            latency.append(through)
         say(_line(number, len(cases), case, samples, judges=judges))
     if not fitted or not judged:
         raise BadConfig("the budget ended before a case of the grid and one to judge by had run", param="budget_s")
     return Measurement(
         base=BaseProfile(model=model, itemsize=session.itemsize),
         gpu=_gpu(session, options, load_s),
-        shape=Shape(),
+        shape=session.setup.shape,
         note=f"{session.machine.device_name}, torch {session.machine.torch_version}, {options.setup.model}",
         fitted=_joined(fitted),
         held_out=_joined(judged),
+        latency=_joined(latency) if session.setup.pp > 1 else None,
     )
 
 
-def _run(session: BenchSession, case: ProfileCase, options: ProfileOptions) -> Samples:
-    """With a fresh engine; the case's adapters are on the accelerator."""
+def _run(session: BenchSession, case: ProfileCase, options: ProfileOptions) -> tuple[Samples, Samples]:
+    """Times of the steps by their pace, and each from its planning to its end. With a fresh engine; the case's adapters
+    are on the accelerator."""
     load = EngineLoad(
         requests=case.concurrency,
         adapters=max(case.adapters) + 1,
@@ -106,7 +110,13 @@ def _run(session: BenchSession, case: ProfileCase, options: ProfileOptions) -> S
     gc.collect()
     session.engine.clear()
     session.drive(requests, concurrency=case.concurrency)
-    return Samples.of(session.engine.composition(manifests), session.engine.step_seconds())
+    engine, steps = session.engine, session.engine.composition(manifests)
+    # A pipeline has a pace only while several steps are in it.
+    paced = engine.overlapped() if session.setup.pp > 1 else np.ones(len(steps), dtype=bool)
+    return (
+        Samples.of(steps.chosen(paced), engine.step_seconds()[paced]),
+        Samples.of(steps, engine.step_latencies()),
+    )
 
 
 def _limits(session: BenchSession, options: ProfileOptions) -> Limits:
@@ -142,7 +152,7 @@ def _gpu(session: BenchSession, options: ProfileOptions, load_s: float) -> GpuPr
         memory_bytes = int(torch.cuda.get_device_properties(options.setup.device).total_memory)
     else:
         # The CPU's arena is what was asked for: as much memory as gives this arena.
-        held = memory_model(model, Shape(), gpu_bytes=0, itemsize=session.itemsize)
+        held = memory_model(model, session.setup.shape, gpu_bytes=0, itemsize=session.itemsize)
         memory_bytes = math.ceil(
             (arena.num_pages * arena.page_bytes + held.weight_bytes + held.activation_bytes) / DEFAULT_MEMORY_FRACTION
         )

@@ -44,6 +44,9 @@ class Measurement(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     fitted: Samples
     held_out: Samples
     """Of loads that are not among the fitted ones."""
+    latency: Samples | None = None
+    """Of a pipeline: steps from their planning to their end; the two above are then its pace, from the end of one step
+    to the end of the next that was under way meanwhile. None: the same."""
 
     @classmethod
     def load(cls, path: Path) -> Self:
@@ -58,13 +61,14 @@ class Measurement(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     def profile(self) -> CostProfile:
         """Fits the one set of steps, judges by the other. BadConfig when there are too few steps."""
         coefficients = fit_coefficients(*self.fitted.arrays())
+        latency = coefficients if self.latency is None else fit_coefficients(*self.latency.arrays())
         step = StepProfile(
             base=self.base.name,
             gpu=self.gpu.name,
             shape=self.shape,
             source="measured",
             note=self.note,
-            cost=StepCost(interval=coefficients, latency=coefficients),
+            cost=StepCost(interval=coefficients, latency=latency),
             held_out=held_out_error(coefficients, *self.held_out.arrays()),
         )
         return CostProfile(gpus=(self.gpu,), bases=(self.base,), steps=(step,))
