@@ -15,6 +15,7 @@ import msgspec
 import ray
 from loraplex.config.platform import PlatformConfig
 from loraplex.core.errors import Conflict, Unavailable
+from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 from ray.exceptions import GetTimeoutError, RayError
 from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _internal_kv_put
 
@@ -135,8 +136,10 @@ def find_deployment() -> Deployment | None:
 
 @contextlib.contextmanager
 def joined(address: str) -> Iterator[None]:
-    """This process is a driver of the cluster. Raises Unavailable when there is none, or it does not let us in."""
+    """This process is a driver of the cluster; a token in ``~/.ray`` is shown to it, which Ray by itself does for
+    ``auto`` only. Raises Unavailable when there is none, or it does not let us in."""
     _check_reachable(address)
+    maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
     try:
         ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level="error")
     except (ConnectionError, RuntimeError, ValueError, RayError) as error:
