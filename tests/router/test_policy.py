@@ -27,6 +27,7 @@ def view(
         prompt_tokens=256.0 * rows,
         credits=credits,
         resident={ADAPTER} if resident else (),
+        absence_s=lambda digest: LOAD_S,
     )
 
 
@@ -43,7 +44,6 @@ def demand(
         prompt_tokens=prompt,
         output_tokens=128.0,
         digest=None if plain else ADAPTER,
-        absence_s=lambda view: LOAD_S,
         saved_tokens=saved or {},
         weights=weights,
     )

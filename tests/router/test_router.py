@@ -9,13 +9,14 @@ from collections.abc import AsyncIterator, Callable
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from loraplex.core.adapter import AdapterRef
 from loraplex.core.control import ReplicaRoute
-from loraplex.core.errors import ReplicaLost, Unavailable
-from loraplex.core.ids import BaseModelId, GatewayId, ReplicaId, RequestId, TenantName
+from loraplex.core.errors import Overloaded, ReplicaLost, Unavailable
+from loraplex.core.ids import BaseModelId, Digest, GatewayId, ReplicaId, RequestId, TenantName
 from loraplex.core.plan import AdapterShare
 from loraplex.core.request import EngineRequest, FinishReason, OutputToken, Priority, RequestOutput, SamplingParams
 from loraplex.core.wire import LoadReport, ReplicaFrame, ReplicaInfo, decode_replica_frame, encode
-from loraplex.router import router as router_module
+from loraplex.router import pool as pool_module
 from loraplex.router.client import ReplicaListener
 from loraplex.router.config import RouterConfig
 from loraplex.router.router import Router
@@ -95,13 +96,24 @@ def route(name: str) -> ReplicaRoute:
     return ReplicaRoute(replica_id=ReplicaId(name), base_model_id=BASE, address="nowhere:1")
 
 
-def make(name: str | None = None, *, tenant: str = "t", offline: bool = False, max_tokens: int = 100) -> EngineRequest:
+def make(
+    name: str | None = None,
+    *,
+    tenant: str = "t",
+    offline: bool = False,
+    max_tokens: int = 100,
+    adapter: str | None = None,
+    prompt: tuple[int, ...] = (1, 2, 3),
+) -> EngineRequest:
+    ref = None
+    if adapter is not None:
+        ref = AdapterRef(tenant=TenantName(tenant), name=adapter, version=1, digest=Digest(adapter * 64))
     return EngineRequest(
         request_id=RequestId(name or f"q{next(_ids)}"),
         tenant=TenantName(tenant),
         base_model_id=BASE,
-        adapter=None,
-        prompt_token_ids=(1, 2, 3),
+        adapter=ref,
+        prompt_token_ids=prompt,
         sampling=SamplingParams(max_tokens=max_tokens, seed=0),
         arrival_s=0.0,
         cache_salt=tenant,
@@ -171,19 +183,114 @@ async def test_a_new_stream_counts_from_nothing(world: World) -> None:
     assert len(replica.submitted) == 6
 
 
-async def test_the_queue_is_online_first_then_the_tenant_with_least() -> None:
+async def test_the_queue_is_online_first_and_gives_tenants_turns() -> None:
     world = World("a")
     replica = world.replicas["a"]
     replica.up(credits=2)
     for name in ("run0", "run1"):
         world.router.dispatch((make(name, tenant="big"),))
     world.router.dispatch((make("off", tenant="small", offline=True),))
-    world.router.dispatch((make("big", tenant="big"),))
-    world.router.dispatch((make("small0", tenant="small"),))
-    world.router.dispatch((make("small1", tenant="small"),))
-    for _ in range(4):
+    for i in range(3):
+        world.router.dispatch((make(f"big{i}", tenant="big"),))
+    for i in range(2):
+        world.router.dispatch((make(f"small{i}", tenant="small"),))
+    for _ in range(6):
         replica.report(credits=1)
-    assert list(replica.submitted)[2:] == ["small0", "small1", "big", "off"]
+        world.router.validate()
+    order = list(replica.submitted)[2:]
+    assert order[:2] == ["big0", "small0"]
+    assert set(order[2:4]) == {"big1", "small1"}
+    assert order[4:] == ["big2", "off"]
+    await world.router.close()
+
+
+async def test_a_request_that_cannot_be_served_in_time_is_refused_at_once_with_the_time_to_come_back() -> None:
+    world = World("a", ttft_slo_s=1.0, ttft_patience=2.0, expected_output_tokens=100.0)
+    replica = world.replicas["a"]
+    info = ReplicaInfo(
+        replica_id=replica.route.replica_id,
+        base_model_id=BASE,
+        max_context_tokens=100,
+        num_pages=1000,
+        page_size=4,
+        max_running=4,
+    )
+
+    def report(running: int, waiting: int, steps: int) -> None:
+        load = LoadReport(
+            credits=100, num_running=running, num_waiting=waiting, steps=steps, busy_s=0.05 * steps, num_free_pages=1000
+        )
+        replica.listener.on_frame(ReplicaFrame(replica=info, load=load))
+
+    # A life of 100 tokens at 50 ms is 5 s; one of four places is free every 1.25 s.
+    report(running=4, waiting=0, steps=10)
+    world.router.dispatch((make("x"),))
+    report(running=4, waiting=1, steps=20)
+    with pytest.raises(Overloaded) as refused:
+        world.router.dispatch((make("y"),))
+    assert 1.0 <= refused.value.retry_after_s < 2.0
+    report(running=4, waiting=5, steps=30)
+    with pytest.raises(Overloaded) as refused:
+        world.router.dispatch((make("y"),))
+    assert 5.0 < refused.value.retry_after_s < 7.0
+    world.router.dispatch((make("off", offline=True),))
+    patient = dataclasses.replace(make("patient"), deadline_s=time.time() + 10.0)
+    world.router.dispatch((patient,))
+    assert list(replica.submitted) == ["x", "off", "patient"]
+    world.router.validate()
+    await world.router.close()
+
+
+async def test_who_waits_in_the_router_goes_by_deadline_and_no_longer_than_it_has_patience() -> None:
+    world = World("a", ttft_slo_s=0.05, ttft_patience=2.0)
+    replica = world.replicas["a"]
+    replica.up(credits=0)
+    late = world.router.dispatch((make("late"),))
+    soon = dataclasses.replace(make("soon"), deadline_s=time.time() + 0.04)
+    world.router.dispatch((soon,))
+    calm = world.router.dispatch((dataclasses.replace(make("calm"), deadline_s=time.time() + 10.0),))
+    replica.report(credits=1)
+    assert list(replica.submitted) == ["soon"]
+    with pytest.raises(Overloaded):
+        await asyncio.wait_for(late.next_outputs(), 1)
+    replica.report(credits=1)
+    assert list(replica.submitted) == ["soon", "calm"]
+    assert calm.replica_id == "a"
+    world.router.validate()
+    await world.router.close()
+
+
+async def test_an_adapter_that_the_plan_places_runs_there_alone_and_by_its_weights() -> None:
+    world = World("a", "b", "c")
+    light, heavy = AdapterShare(tenant="t", name="n", weight=1.0), AdapterShare(tenant="t", name="n", weight=3.0)
+    routes = [
+        dataclasses.replace(route("a"), adapters=(light,)),
+        dataclasses.replace(route("b"), adapters=(heavy,)),
+        route("c"),
+    ]
+    world.router.update(tuple(routes), "secret")
+    for replica in world.replicas.values():
+        replica.up(credits=100_000)
+        load = LoadReport(credits=100_000, resident_adapters=(Digest("n" * 64),))
+        replica.listener.on_frame(ReplicaFrame(load=load))
+    for i in range(400):
+        stream = world.router.dispatch((make(adapter="n", prompt=(i, 2)),))
+        replica = world.replicas[stream.replica_id or ""]
+        replica.answer(*stream.generations, end=True)
+        replica.report(credits=100_000)
+    counts = {name: len(replica.submitted) for name, replica in world.replicas.items()}
+    assert counts["c"] == 0
+    assert 0.65 < counts["b"] / 400 < 0.85
+    # Without credits at home it waits, though others have some; and what others can take passes it.
+    for name in "ab":
+        world.replicas[name].report(credits=0)
+    waiting = world.router.dispatch((make("waiting", adapter="n"),))
+    assert waiting.replica_id is None
+    assert world.router.dispatch((make("other", adapter="m"),)).replica_id == "c"
+    # Its homes are gone: any replica will do.
+    world.router.update((route("c"),), "secret")
+    assert waiting.replica_id == "c"
+    world.router.validate()
     await world.router.close()
 
 
@@ -240,7 +347,7 @@ async def test_what_waits_for_a_base_without_a_route_is_refused_if_nothing_is_to
 async def test_a_base_without_a_replica_is_told_of_once_a_second_and_its_requests_wait(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(router_module, "_REMIND_S", 0.05)
+    monkeypatch.setattr(pool_module, "_REMIND_S", 0.05)
     told: list[str] = []
     world = World(on_unserved=told.append)
     streams = [world.router.dispatch((make(f"x{i}"),)) for i in range(3)]
@@ -364,7 +471,7 @@ async def test_a_replica_that_refuses_for_lack_of_room_is_not_the_last_word() ->
     outputs = await stream.next_outputs()
     assert [(o.request_id, o.error_code) for o in outputs] == [("y", None), ("x", "overloaded")]
     assert await stream.next_outputs() == ()
-    assert world.router._queue._placed == {}
+    world.router.validate()
     await world.router.close()
 
 
@@ -429,6 +536,7 @@ async def _break_things(events: list[tuple[str, int]]) -> None:
             routes = (dataclasses.replace(route(name), draining=name in draining) for name in sorted(routed))
             world.router.update(tuple(routes), "secret")
             await asyncio.sleep(0)
+        world.router.validate()
     world.router.update(tuple(map(route, names)), "secret")
     for _ in range(40):
         for name in names:
@@ -442,12 +550,12 @@ async def _break_things(events: list[tuple[str, int]]) -> None:
                 got.setdefault(output.request_id, []).extend(token.token_id for token in output.tokens)
         assert got == {name: list(range(10)) for name in got}
         assert len(got) == 2
-    assert world.router._queue._placed == {}
+    world.router.validate()
     await world.router.close()
 
 
 def _all_replicas(world: World) -> list[ScriptedReplica]:
-    links = (*world.router._links.values(), *world.router._leaving)
+    links = (link for pool in world.router._pools.values() for link in pool.links)
     return [link.client for link in links if isinstance(link.client, ScriptedReplica)]
 
 

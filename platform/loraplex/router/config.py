@@ -26,6 +26,11 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     max_losses: Annotated[int, msgspec.Meta(ge=1)] = 3
     """A request that loses this many replicas in a row without a token in between is given up: it may be what breaks
     them."""
+    ttft_slo_s: _Positive | None = None
+    """From arrival to the first token, for requests that do not say when it is due; None: no target."""
+    ttft_patience: Annotated[float, msgspec.Meta(ge=1)] = 2.0
+    """An online request whose first token is predicted to come after this many times its target is refused at once,
+    with the time after which to try again."""
     profiles: tuple[str, ...] = ()
     """Cost profiles, shipped ones by name or files, from which the time of a request on a replica is predicted; of a
     replica whose GPU type, base and shape none of them knows it is measured."""
@@ -35,6 +40,9 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """From host memory to the accelerator, where no profile tells."""
     adapter_fetch_s: Annotated[float, msgspec.Meta(ge=0)] = 0.05
     """Into the host memory of a replica that has not had it yet; likewise."""
+    max_prefixes: Annotated[int, msgspec.Meta(ge=0)] = 16384
+    """Beginnings of prompts, of each base, of which the router remembers where they went; 0: prompts go where the work
+    is least, whatever they begin with."""
     decode_weight: Annotated[float, msgspec.Meta(ge=0)] = 0.1
     """What a second of the tokens after the first counts beside one until the first, when replicas are compared."""
     alike_s: Annotated[float, msgspec.Meta(ge=0)] = 0.001

@@ -57,6 +57,7 @@ class Link:
         self._hosted: set[Digest] = set()
         self._sent_adapters: Counter[Digest] = Counter()
         self.view.sent = self._sent_adapters
+        self.view.absence_s = self._absence_s
         self._load_s, self._fetch_s = rates.load_s(route)
         self._placed_tokens = 0
         """Of all ``generations`` together."""
@@ -77,10 +78,6 @@ class Link:
         """Another route of the same replica."""
         self.route = route
         self._tell_rates()
-
-    def absence_s(self, digest: Digest) -> float:
-        """Until an adapter that is not resident would be. What was ever there is taken to be in host memory."""
-        return self._load_s if digest in self._hosted else self._load_s + self._fetch_s
 
     def place(self, generations: Iterable[Generation]) -> None:
         """Sends generations of one stream that run nowhere."""
@@ -175,6 +172,10 @@ class Link:
         if report.resident_adapters is not None:
             self._resident = self.view.resident = frozenset(report.resident_adapters)
             self._hosted |= self._resident
+
+    def _absence_s(self, digest: Digest) -> float:
+        """Until an adapter that is not resident would be. What was ever there is taken to be in host memory."""
+        return self._load_s if digest in self._hosted else self._load_s + self._fetch_s
 
     def _tell_rates(self) -> None:
         self.view.rates = self._rates.rates(self.route, self._info)

@@ -12,7 +12,7 @@ weights divide the keys in proportion (Schindelhauer and Schomaker, 2005).
 
 import hashlib
 from array import array
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from math import inf, log
@@ -44,10 +44,12 @@ class ReplicaView:
     """Of all requests there."""
     room_tokens: float = inf
     """For which it has pages, free or reclaimable."""
-    resident: Container[Digest] = frozenset()
+    resident: Collection[Digest] = frozenset()
     """Adapters on its accelerator."""
-    sent: Container[Digest] = frozenset()
+    sent: Collection[Digest] = frozenset()
     """Adapters of requests that were sent there and have not ended: resident, or soon."""
+    absence_s: Callable[[Digest], float] = field(default=lambda digest: 0.0)
+    """Seconds to make an adapter resident there that is not."""
 
     def __post_init__(self) -> None:
         self.key = hash64(self.replica_id.encode())
@@ -76,15 +78,13 @@ class Demand:
     """That it and others are expected to generate."""
     digest: Digest | None = None
     """Of its adapter; None: the plain base, at home everywhere."""
-    absence_s: Callable[[ReplicaView], float] | None = None
-    """Seconds to make the adapter resident there; must be given with ``digest``."""
     saved_tokens: Mapping[ReplicaId, int] = field(default_factory=dict)
     """Prompt tokens whose pages are expected there."""
     weights: Mapping[ReplicaId, float] | None = None
     """Greater than 0: the parts of replicas that are alike; None: equal ones."""
 
     def weight(self, view: ReplicaView) -> float:
-        return 1.0 if self.weights is None else self.weights[view.replica_id]
+        return 1.0 if self.weights is None else self.weights.get(view.replica_id, 1.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,12 +107,14 @@ def choose_replica(views: Sequence[ReplicaView], demand: Demand, config: RouterC
         score = first_s + pace_weight * decode_s
         if digest is None or digest in view.resident or digest in view.sent:
             homes.append((score, first_s, view))
-            least_home = min(least_home, score)
+            if score < least_home:
+                least_home = score
         else:
-            assert demand.absence_s is not None, "an adapter came without the cost of its load"
-            absence_s = demand.absence_s(view)
-            others.append((score + absence_s, first_s + absence_s, view))
-            least_other = min(least_other, score + absence_s)
+            absence_s = view.absence_s(digest)
+            score += absence_s
+            others.append((score, first_s + absence_s, view))
+            if score < least_other:
+                least_other = score
     if not homes and not others:
         return None
     pool, least = (homes, least_home) if least_home <= least_other + config.alike_s else (others, least_other)
@@ -147,6 +149,17 @@ def predict(view: ReplicaView, demand: Demand) -> tuple[float, float]:
         output,
     )
     return first_s, decode_s
+
+
+def wait_in_queue_s(views: Sequence[ReplicaView], demand: Demand, num_ahead: int) -> float:
+    """Predicted time to the first token while none of ``views`` has a credit: one goes whenever a request ends
+    there, after ``num_ahead`` others. 0 without views."""
+    if not views:
+        return 0.0
+    output = demand.output_tokens
+    ends_per_s = sum(min(view.rows, view.rates.max_running) / (output * view.decode_s(output)) for view in views)
+    soonest_s = min(predict(view, demand)[0] for view in views)
+    return soonest_s + num_ahead / ends_per_s if ends_per_s > 0 else soonest_s
 
 
 def prefix_key(request: EngineRequest) -> int:

@@ -11,7 +11,6 @@ from typing import Self
 
 import numpy as np
 
-from loraplex.core.ids import BaseModelId
 from loraplex.core.plan import Shape
 from loraplex.cost.step_cost import StepCoefficients, StepComposition, StepCost
 
@@ -85,40 +84,42 @@ def first_token_s(
     computed before its own ``new_tokens``; the pages that are free or reclaimable hold ``room_tokens``; a request
     generates ``output_tokens`` on average.
     """
+    # A gateway calls this for each replica: comparisons are cheaper there than ``min`` and ``max``.
     tokens = queued_tokens + new_tokens
-    running = min(rows, max_running)
-    steps = max(1.0, tokens / max(1.0, max_step_tokens - running))
-    seconds = steps * (decode_s + prefill_s) + token_s * max(0.0, tokens + steps * (running - free_tokens))
+    running = rows if rows < max_running else max_running
+    steps = tokens / (max_step_tokens - running) if running < max_step_tokens else tokens
+    if steps < 1.0:
+        steps = 1.0
+    seconds = steps * (decode_s + prefill_s)
+    beyond = tokens + steps * (running - free_tokens)
+    if beyond > 0.0:
+        seconds += token_s * beyond
     if rows > 0.0:
         # The step under way.
         seconds += 0.5 * decode_s
-    life_s = output_tokens * decode_s
     waiting_s = 0.0
     if rows >= max_running:
         # A place is free whenever one of the running ends.
-        waiting_s = (rows + 1.0 - max_running) * life_s / max_running
+        waiting_s = (rows + 1.0 - max_running) * output_tokens * decode_s / max_running
     missing = tokens - room_tokens
     if missing > 0.0 and context_tokens > 0.0:
         # They give back their contexts within a life.
-        waiting_s = max(waiting_s, missing * life_s / context_tokens)
+        missing_s = missing * output_tokens * decode_s / context_tokens
+        if missing_s > waiting_s:
+            waiting_s = missing_s
     return seconds + waiting_s
 
 
-class OutputLengths:
-    """How many tokens a generation of each base is expected to have: a running mean of those that ended."""
+class OutputLength:
+    """How many tokens a generation is expected to have: a running mean of those that ended."""
 
     def __init__(self, expected_tokens: float) -> None:
         """``expected_tokens``: until some have ended."""
-        self._first = expected_tokens
-        self._means: dict[BaseModelId, float] = {}
+        self.expected = expected_tokens
 
-    def expected(self, base_model_id: BaseModelId) -> float:
-        return self._means.get(base_model_id, self._first)
-
-    def ended(self, base_model_id: BaseModelId, num_tokens: int) -> None:
+    def ended(self, num_tokens: int) -> None:
         """A generation ended after so many tokens. Changes state."""
-        mean = self.expected(base_model_id)
-        self._means[base_model_id] = mean + OUTPUT_SHARE * (num_tokens - mean)
+        self.expected += OUTPUT_SHARE * (num_tokens - self.expected)
 
 
 def _prefill_s(coefficients: StepCoefficients, tokens: float) -> float:

@@ -1,54 +1,115 @@
-"""What waits in the router for a credit, per base: who is next, and how long the queue is.
+"""What waits in the router for one base, and who is next. Mutable; called by ``router`` and by the exact simulator.
 
-Resumed first, then online before offline, then the tenant with the fewest generations on replicas, then order of
-arrival. Called by ``router``; knows no replicas.
+First what was on a replica before; online before offline; then the tenant that has had least of the base; of its
+requests the one that is due first. A replica that takes a request is chosen when its turn has come, not before.
 """
 
-from collections import Counter
+from bisect import insort
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Generic, TypeVar
 
-from loraplex.core.ids import BaseModelId, TenantName
-from loraplex.core.request import Priority
-from loraplex.router.stream import RoutedStream
+from loraplex.core.ids import TenantName
+from loraplex.router.fairness import ServiceCounters
+
+Item = TypeVar("Item", bound=Hashable)
 
 
-class RouterQueue:
-    def __init__(self) -> None:
-        self._streams: dict[BaseModelId, dict[int, RoutedStream]] = {}
-        self._placed: Counter[TenantName] = Counter()
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ticket:
+    """Where a request stands among those that wait."""
 
-    def num_generations(self, base_model_id: BaseModelId) -> int:
-        return sum(len(stream.pending) for stream in self._streams.get(base_model_id, {}).values())
+    tenant: TenantName
+    order: int
+    """Of arrival; distinct."""
+    due_s: float = 0.0
+    """When its first token should be there; the same clock for all."""
+    resumed: bool = False
+    offline: bool = False
+    only: Hashable = None
+    """Names the set of replicas that may take it; None: all of the base."""
 
-    def bases(self) -> tuple[BaseModelId, ...]:
-        return tuple(self._streams)
 
-    def push(self, stream: RoutedStream) -> None:
-        self._streams.setdefault(stream.first.base_model_id, {})[stream.order] = stream
+_Group = tuple[bool, bool, TenantName, Hashable]
 
-    def remove(self, stream: RoutedStream) -> None:
-        """Ignored when it does not wait here."""
-        base_model_id = stream.first.base_model_id
-        waiting = self._streams.get(base_model_id)
-        if waiting is not None and waiting.pop(stream.order, None) is not None and not waiting:
-            del self._streams[base_model_id]
 
-    def next(self, base_model_id: BaseModelId) -> RoutedStream | None:
-        """Who goes next; stays in the queue until removed."""
-        waiting = self._streams.get(base_model_id)
-        return min(waiting.values(), key=self._rank) if waiting else None
+class WaitingQueue(Generic[Item]):
+    def __init__(self, counters: ServiceCounters) -> None:
+        """``counters``: every tenant that has something here is active in them."""
+        self._counters = counters
+        self._tickets: dict[Item, Ticket] = {}
+        self._groups: dict[_Group, list[tuple[float, int, Item]]] = {}
+        """Each in the order of (due_s, order)."""
+        self._num_of_tenant: dict[TenantName, int] = {}
 
-    def placed(self, tenant: TenantName, count: int) -> None:
-        """``count`` generations of the tenant went to a replica (or, negative, left it)."""
-        self._placed[tenant] += count
-        if self._placed[tenant] <= 0:
-            del self._placed[tenant]
+    def __len__(self) -> int:
+        return len(self._tickets)
 
-    def waiting(self, base_model_id: BaseModelId) -> list[RoutedStream]:
-        return list(self._streams.get(base_model_id, {}).values())
+    def __contains__(self, item: Item) -> bool:
+        return item in self._tickets
 
-    def all(self) -> list[RoutedStream]:
-        return [stream for waiting in self._streams.values() for stream in waiting.values()]
+    def push(self, item: Item, ticket: Ticket) -> None:
+        """Changes state."""
+        assert item not in self._tickets, "it waits already"
+        self._tickets[item] = ticket
+        insort(self._groups.setdefault(_group(ticket), []), (ticket.due_s, ticket.order, item), key=_rank)
+        self._num_of_tenant[ticket.tenant] = self._num_of_tenant.get(ticket.tenant, 0) + 1
 
-    def _rank(self, stream: RoutedStream) -> tuple[bool, bool, int, int]:
-        first = stream.first
-        return not stream.resumed, first.priority is Priority.OFFLINE, self._placed[first.tenant], stream.order
+    def remove(self, item: Item) -> bool:
+        """False when it does not wait here. Changes state."""
+        ticket = self._tickets.pop(item, None)
+        if ticket is None:
+            return False
+        key = _group(ticket)
+        self._groups[key].remove((ticket.due_s, ticket.order, item))
+        if not self._groups[key]:
+            del self._groups[key]
+        self._num_of_tenant[ticket.tenant] -= 1
+        if not self._num_of_tenant[ticket.tenant]:
+            del self._num_of_tenant[ticket.tenant]
+        return True
+
+    def next(self, may: Callable[[Hashable], bool]) -> Item | None:
+        """Who goes next, of those whose ``only`` may; stays until removed."""
+        best: Item | None = None
+        best_rank: tuple[bool, bool, float, float, int] | None = None
+        for (fresh, offline, tenant, only), entries in self._groups.items():
+            due_s, order, item = entries[0]
+            rank = (fresh, offline, self._counters.value(tenant), due_s, order)
+            if (best_rank is None or rank < best_rank) and may(only):
+                best, best_rank = item, rank
+        return best
+
+    def num_ahead(self, tenant: TenantName) -> int:
+        """How many go before a new request of the tenant, if all tenants take turns."""
+        turns = self._num_of_tenant.get(tenant, 0) + 1
+        others = len(self._num_of_tenant) - (tenant in self._num_of_tenant)
+        return min(len(self._tickets), turns - 1 + turns * others)
+
+    def makes_way(self, tenant: TenantName) -> Item | None:
+        """Who is to go so that a new request of the tenant finds room in a full queue: the last of those of the tenant
+        that has most here. None when no other tenant has more than this one would have. Resumed ones stay."""
+        greatest = max(self._num_of_tenant, key=lambda other: self._num_of_tenant[other], default=None)
+        if greatest is None or self._num_of_tenant[greatest] <= self._num_of_tenant.get(tenant, 0) + 1:
+            return None
+        lasts = [entries[-1] for (fresh, _, owner, _), entries in self._groups.items() if fresh and owner == greatest]
+        return max(lasts, key=_rank)[2] if lasts else None
+
+    def items(self) -> tuple[Item, ...]:
+        return tuple(self._tickets)
+
+    def validate(self) -> None:
+        """Raises AssertionError on a broken invariant."""
+        assert sum(map(len, self._groups.values())) == len(self._tickets) == sum(self._num_of_tenant.values())
+        for key, entries in self._groups.items():
+            assert entries, "an empty group stayed"
+            assert entries == sorted(entries, key=_rank), "a group is out of order"
+            assert all(_group(self._tickets[item]) == key for _, _, item in entries), "in the wrong group"
+
+
+def _group(ticket: Ticket) -> _Group:
+    return not ticket.resumed, ticket.offline, ticket.tenant, ticket.only
+
+
+def _rank(entry: tuple[float, int, object]) -> tuple[float, int]:
+    return entry[0], entry[1]

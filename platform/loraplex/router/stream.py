@@ -6,18 +6,31 @@ Owns what each generation has got so far, and where it runs. Knows no replicas; 
 import asyncio
 from collections.abc import Callable
 from dataclasses import replace
+from math import inf
 
 import msgspec
 
 from loraplex.core.errors import LoraplexError
 from loraplex.core.ids import ReplicaId, RequestId
 from loraplex.core.request import EngineRequest, RequestOutput
+from loraplex.router.prefixes import prefixes_of
 
 
 class Generation:
     """One unfinished generation."""
 
-    __slots__ = ("_num_moves", "emitted", "placed_tokens", "replica_id", "request", "stream", "token_ids", "wire_id")
+    __slots__ = (
+        "_num_moves",
+        "emitted",
+        "placed_tokens",
+        "predicted_tokens",
+        "replica_id",
+        "request",
+        "stream",
+        "token_ids",
+        "token_service_s",
+        "wire_id",
+    )
 
     def __init__(self, request: EngineRequest, stream: "RoutedStream") -> None:
         self.request = request
@@ -30,6 +43,10 @@ class Generation:
         """Under which a replica knows it."""
         self.placed_tokens = 0
         """Prompt and generated, when it was placed last."""
+        self.predicted_tokens = 0.0
+        """That its tenant has paid for, beyond ``placed_tokens``."""
+        self.token_service_s = 0.0
+        """Of GPU time, that each of them costs."""
         self._num_moves = 0
 
     @property
@@ -84,6 +101,11 @@ class RoutedStream:
         """Replicas that were lost under it since its last output."""
         self.refused_by: frozenset[ReplicaId] = frozenset()
         """Replicas that had no room for it though they had given a credit."""
+        self.due_s = inf
+        """Event loop's time at which its first token is due."""
+        self.prefixes = prefixes_of(self.first)
+        self.num_waiting = 0
+        """Generations of it that the queue counts."""
         self.timer: asyncio.TimerHandle | None = None
         """Set while it waits in the router."""
         self._on_abort = on_abort

@@ -1,7 +1,7 @@
 """How functions are compiled: to machine code, without the GIL, kept on disk where it is called from Python.
 
 numba looks for changes only in the file of the cached function itself, though the functions that it calls are part of
-its code; so our cache key counts the sources of all packages whose functions call each other. Called by the modules
+its code; so our cache key counts all sources whose functions call each other. Called by the modules
 with inner loops.
 """
 
@@ -15,7 +15,7 @@ import numba
 from numba.core.caching import FunctionCache
 
 _Function = TypeVar("_Function", bound=Callable[..., object])
-_PACKAGES = ("core", "cost", "router", "simulator", "planner")
+_SOURCES = ("core", "cost", "router/prediction.py", "simulator", "planner")
 
 
 def compiled(function: _Function) -> _Function:
@@ -52,7 +52,8 @@ class _PackageCache(FunctionCache):  # type: ignore[misc]
 def _sources() -> str:
     """A hash over the sources, which are some hundred small files."""
     root = Path(__file__).parent.parent
-    files = sorted(path for package in _PACKAGES for path in (root / package).rglob("*.py"))
+    named = (root / source for source in _SOURCES)
+    files = sorted(path for source in named for path in (source.rglob("*.py") if source.is_dir() else (source,)))
     digest = hashlib.sha256()
     for path in files:
         digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes() + b"\0")

@@ -7,7 +7,9 @@ yardstick of ``fast``, and for a last look at a plan.
 
 import heapq
 from collections import deque
+from collections.abc import Callable, Hashable, Sequence
 from enum import IntEnum
+from math import inf
 
 import numpy as np
 
@@ -15,15 +17,19 @@ from loraplex.core.adapter import AdapterRef
 from loraplex.core.errors import InvalidInput
 from loraplex.core.ids import Digest, RequestId, TenantName
 from loraplex.core.request import EngineRequest, RequestOutput, SamplingParams
-from loraplex.router.policy import Demand, choose_replica, hash64
-from loraplex.router.prediction import OutputLengths
+from loraplex.router.config import RouterConfig
+from loraplex.router.fairness import ServiceCounters
+from loraplex.router.policy import Choice, Demand, ReplicaView, choose_replica, hash64, wait_in_queue_s
+from loraplex.router.prediction import OutputLength
+from loraplex.router.queue import Ticket, WaitingQueue
 from loraplex.simulator.cluster import Cluster
 from loraplex.simulator.exact_replica import Device, VirtualReplica
 from loraplex.simulator.results import Happened, result_of
 from loraplex.simulator.types import Outcome, Serving, SimulationInput, SimulationResult
 from loraplex.simulator.unbatched import simulate_unbatched_exact
-from loraplex.simulator.waiting_room import WaitingRoom
 from loraplex.simulator.workload import Workload
+
+RoutingPolicy = Callable[[Sequence[ReplicaView], Demand, RouterConfig], Choice | None]
 
 
 class _Kind(IntEnum):
@@ -34,8 +40,11 @@ class _Kind(IntEnum):
     EXPIRED = 2
 
 
-def simulate_exact(given: SimulationInput, workload: Workload | None = None) -> SimulationResult:
+def simulate_exact(
+    given: SimulationInput, workload: Workload | None = None, *, policy: RoutingPolicy = choose_replica
+) -> SimulationResult:
     """Runs the whole trace, to the last token. ``workload``: of ``given.arrivals``, to save making it again.
+    ``policy``: another one than the router's, to compare.
 
     InvalidInput as ``Workload.of`` and ``Cluster.of``.
     """
@@ -44,20 +53,24 @@ def simulate_exact(given: SimulationInput, workload: Workload | None = None) -> 
     if given.serving is Serving.UNBATCHED:
         happened = simulate_unbatched_exact(given, workload, cluster)
     else:
-        happened = _Run(given, workload, cluster).run()
+        happened = _Run(given, workload, cluster, policy).run()
     return result_of(given, workload, cluster, happened)
 
 
 class _Run:
-    def __init__(self, given: SimulationInput, workload: Workload, cluster: Cluster) -> None:
+    def __init__(self, given: SimulationInput, workload: Workload, cluster: Cluster, policy: RoutingPolicy) -> None:
         self._given, self._workload, self._cluster = given, workload, cluster
+        self._policy = policy
         self._arrivals = workload.arrivals
         self._devices = [Device() for _ in given.plan.groups]
         self._replicas = [
             VirtualReplica(given, workload, cluster, index, self._devices[replica.group])
             for index, replica in enumerate(cluster.replicas)
         ]
-        self._rooms = [WaitingRoom() for _ in cluster.bases]
+        self._counters = [ServiceCounters() for _ in cluster.bases]
+        self._rooms: list[WaitingQueue[int]] = [WaitingQueue(counters) for counters in self._counters]
+        self._paid: dict[int, tuple[float, float]] = {}
+        """Of the placed: output tokens that their tenants paid for, and what each of them costs."""
         self._events: list[tuple[float, _Kind, int, int]] = []
         self._order = 0
         count = len(workload)
@@ -66,7 +79,7 @@ class _Run:
         self._num_output = np.zeros(count, dtype=np.int32)
         self._outcome = np.full(count, Outcome.SERVED, dtype=np.int8)
         self._replica_of = np.full(count, -1, dtype=np.int32)
-        self._lengths = OutputLengths(given.router.expected_output_tokens)
+        self._lengths = [OutputLength(given.router.expected_output_tokens) for _ in cluster.bases]
         self._index_of = {replica.replica_id: index for index, replica in enumerate(self._replicas)}
         self._fetching: list[deque[Digest]] = [deque() for _ in self._replicas]
 
@@ -103,34 +116,50 @@ class _Run:
         if not len(self._candidates(row)):
             self._outcome[row] = Outcome.IMPOSSIBLE
             return
-        room = self._room(row)
-        if len(room) or not self._place(row, now_s):
-            if len(room) + 1 > self._given.router.max_queued_requests:
-                self._outcome[row] = Outcome.REFUSED
-            else:
-                room.push(row, self._tenant(row))
-                self._push(now_s + self._given.router.max_queue_wait_s, _Kind.EXPIRED, row)
+        room, router = self._room(row), self._given.router
+        patience_s = inf if router.ttft_slo_s is None else router.ttft_slo_s * router.ttft_patience
+        choice = self._choose(row)
+        first_s = choice.first_s if choice is not None else self._wait_s(row)
+        full = choice is None and len(room) + 1 > router.max_queued_requests
+        victim = room.makes_way(self._tenant(row)) if full else None
+        if first_s > patience_s or (full and victim is None):
+            self._outcome[row] = Outcome.REFUSED
+            return
+        if victim is not None:
+            self._expire(victim)
+        self._account(row).enter(self._tenant(row))
+        if choice is not None:
+            self._place(row, choice, now_s)
+        else:
+            room.push(row, Ticket(tenant=self._tenant(row), order=row, only=int(self._cluster.request_key[row])))
+            self._push(now_s + min(router.max_queue_wait_s, patience_s), _Kind.EXPIRED, row)
 
-    def _place(self, row: int, now_s: float) -> bool:
-        request = self._request(row, now_s)
-        candidates = self._candidates(row)
-        views = [self._replicas[index].view for index, _ in candidates]
-        choice = choose_replica(views, self._demand(row, candidates), self._given.router)
-        if choice is None:
-            return False
-        index = next(i for i, _ in candidates if self._replicas[i].view is choice.view)
-        replica = self._replicas[index]
+    def _choose(self, row: int) -> Choice | None:
+        views = [self._replicas[index].view for index, _ in self._candidates(row)]
+        return self._policy(views, self._demand(row), self._given.router)
+
+    def _wait_s(self, row: int) -> float:
+        """As ``router.pool`` predicts it while no candidate has a credit."""
+        views = [self._replicas[index].view for index, _ in self._candidates(row)]
+        return wait_in_queue_s(views, self._demand(row), self._room(row).num_ahead(self._tenant(row)))
+
+    def _place(self, row: int, choice: Choice, now_s: float) -> None:
+        index = self._index_of[choice.view.replica_id]
+        replica, view, output = self._replicas[index], choice.view, self._length(row).expected
         try:
-            replica.add(request, now_s)
+            replica.add(self._request(row, now_s), now_s)
         except InvalidInput:
             self._outcome[row] = Outcome.IMPOSSIBLE
-            return True
+            self._account(row).leave(self._tenant(row))
+            return
         self._replica_of[row] = index
-        self._room(row).placed(self._tenant(row), 1)
+        token_s = view.decode_s(output) / view.rows
+        self._paid[row] = output, token_s
+        service_s = view.rates.token_s * int(self._arrivals.prompt_tokens[row]) + output * token_s
+        self._account(row).charge(self._tenant(row), service_s)
         self._fetch(index, now_s)
         if replica.engine.num_in_flight == 0:
             self._plan(index, now_s)
-        return True
 
     def _fetch(self, index: int, now_s: float) -> None:
         for digest, ready_s in self._replicas[index].fetch(now_s):
@@ -163,45 +192,57 @@ class _Run:
                 self._first_s[row] = now_s
             self._num_output[row] += len(output.tokens)
             if output.finish_reason is not None:
-                base = self._cluster.bases[self._cluster.request_base[row]]
                 if output.error is not None:
                     self._outcome[row] = Outcome.IMPOSSIBLE
                 else:
                     self._end_s[row] = now_s
-                    self._lengths.ended(base, int(self._num_output[row]))
+                    self._length(row).ended(int(self._num_output[row]))
                 self._replicas[self._replica_of[row]].ended(self._digest(row), int(self._arrivals.prompt_tokens[row]))
-                self._room(row).placed(self._tenant(row), -1)
+                predicted, token_s = self._paid.pop(row)
+                account, tenant = self._account(row), self._tenant(row)
+                account.charge(tenant, (int(self._num_output[row]) - predicted) * token_s)
+                account.leave(tenant)
 
     def _pump(self, base: int, index: int, now_s: float) -> None:
         """A replica has news: those that wait and may run there try again, in order, until one finds no room."""
-        room = self._rooms[base]
-        if not len(room) or self._replicas[index].credits <= 0:
-            return
-        for row in room.in_order():
-            if any(i == index for i, _ in self._candidates(row)):
-                if not self._place(row, now_s):
-                    return
-                room.remove(row)
-                # Who is next depends on what runs.
-                self._pump(base, index, now_s)
+        room, view = self._rooms[base], self._replicas[index].view
+        while len(room) and view.credits > 0:
+            row = room.next(lambda key: self._may_run(key, index))
+            choice = None if row is None else self._choose(row)
+            if row is None or choice is None:
                 return
+            room.remove(row)
+            self._place(row, choice, now_s)
 
     def _expire(self, row: int) -> None:
         if self._room(row).remove(row):
             self._outcome[row] = Outcome.REFUSED
+            self._account(row).leave(self._tenant(row))
 
     def _push(self, at_s: float, kind: _Kind, subject: int) -> None:
         self._order += 1
         heapq.heappush(self._events, (at_s, kind, self._order, subject))
 
-    def _room(self, row: int) -> WaitingRoom:
+    def _room(self, row: int) -> WaitingQueue[int]:
         return self._rooms[int(self._cluster.request_base[row])]
 
-    def _tenant(self, row: int) -> int:
-        return int(self._arrivals.tenant[row])
+    def _account(self, row: int) -> ServiceCounters:
+        return self._counters[int(self._cluster.request_base[row])]
+
+    def _length(self, row: int) -> OutputLength:
+        return self._lengths[int(self._cluster.request_base[row])]
+
+    def _tenant(self, row: int) -> TenantName:
+        tenant = int(self._arrivals.tenant[row])
+        return TenantName(self._arrivals.tenants[tenant] if tenant >= 0 else "")
 
     def _candidates(self, row: int) -> list[tuple[int, float]]:
-        key = self._cluster.request_key[row]
+        return self._candidates_of(int(self._cluster.request_key[row]))
+
+    def _may_run(self, key: Hashable, index: int) -> bool:
+        return isinstance(key, int) and any(candidate == index for candidate, _ in self._candidates_of(key))
+
+    def _candidates_of(self, key: int) -> list[tuple[int, float]]:
         first, end = self._cluster.first_candidate[key : key + 2]
         return list(
             zip(self._cluster.candidates[first:end].tolist(), self._cluster.weights[first:end].tolist(), strict=True)
@@ -211,23 +252,21 @@ class _Run:
         adapter = int(self._arrivals.adapter[row])
         return None if adapter < 0 else Digest(self._workload.adapter_keys[adapter])
 
-    def _demand(self, row: int, candidates: list[tuple[int, float]]) -> Demand:
+    def _demand(self, row: int) -> Demand:
         """As the router sees it; no two prompts are alike, so each has a key of its own."""
         digest = self._digest(row)
         by_request = digest is None or self._cluster.is_listed[self._cluster.request_key[row]]
         return Demand(
             key=row if by_request or digest is None else hash64(digest.encode()),
             prompt_tokens=int(self._arrivals.prompt_tokens[row]),
-            output_tokens=self._lengths.expected(self._cluster.bases[self._cluster.request_base[row]]),
+            output_tokens=self._length(row).expected,
             digest=digest,
-            absence_s=lambda view: self._replicas[self._index_of[view.replica_id]].absence_s(digest or Digest("")),
-            weights={self._replicas[index].replica_id: weight for index, weight in candidates},
+            weights={self._replicas[index].replica_id: weight for index, weight in self._candidates(row)},
         )
 
     def _request(self, row: int, now_s: float) -> EngineRequest:
         arrivals = self._arrivals
-        tenant = int(arrivals.tenant[row])
-        name = TenantName(arrivals.tenants[tenant] if tenant >= 0 else "")
+        name = self._tenant(row)
         base = self._cluster.bases[self._cluster.request_base[row]]
         model = next(r.cost.model for r in self._cluster.replicas if r.base == self._cluster.request_base[row])
         digest, ref = self._digest(row), None

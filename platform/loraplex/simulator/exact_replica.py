@@ -71,6 +71,7 @@ class VirtualReplica:
         )
         self._sent: Counter[Digest] = Counter()
         self.view.sent = self._sent
+        self.view.absence_s = self._absence_s
         self.view.credits = self.credits
         self._asked: set[Digest] = set()
         self._seen_version = 0
@@ -84,12 +85,6 @@ class VirtualReplica:
     def credits(self) -> int:
         """What it will take, by the count of its one router."""
         return self._config.max_running + self._config.max_waiting - self.engine.num_unfinished
-
-    def absence_s(self, digest: Digest) -> float:
-        """Until an adapter that is not resident would be."""
-        size = self._size_of[digest]
-        fetch_s = 0.0 if digest in self._asked else float(self._table.fetch_s[size])
-        return fetch_s + float(self._table.load_s[size])
 
     def add(self, request: EngineRequest, now_s: float) -> None:
         """InvalidInput when it can never hold the request."""
@@ -157,6 +152,12 @@ class VirtualReplica:
             self._seen_version = self.engine.residency_version
             self.view.resident = frozenset(self.engine.resident_adapters())
         return outputs
+
+    def _absence_s(self, digest: Digest) -> float:
+        """Until an adapter that is not resident would be."""
+        size = self._size_of[digest]
+        fetch_s = 0.0 if digest in self._asked else float(self._table.fetch_s[size])
+        return fetch_s + float(self._table.load_s[size])
 
     def _count(self) -> None:
         self.view.rows = self.engine.num_unfinished

@@ -7,6 +7,7 @@ import numpy as np
 
 from loraplex.router.prediction import decode_step_s, first_token_s
 from loraplex.simulator.compiled import inlined, inner
+from loraplex.simulator.fast_accounts import begin_wait, end_wait, enter_account, leave_account, num_ahead, pay_account
 from loraplex.simulator.fast_memory import num_pages_for, pages_of_adapter
 from loraplex.simulator.fast_scheduler import enqueue
 from loraplex.simulator.fast_state import NONE, Knobs, State
@@ -30,7 +31,8 @@ def choose(state: State, knobs: Knobs, r: int) -> int:
         p = state.candidates[index].replica
         score = np.inf
         if state.load[p] < knobs.max_unfinished:
-            score = _score_s(state, knobs, p, request.prompt, output)
+            first_s, decode_s = _predict(state, p, request.prompt, output)
+            score = first_s + knobs.decode_weight * output * decode_s
             if _is_home(state, adapter, p):
                 least_home = min(least_home, score)
             else:
@@ -62,7 +64,8 @@ def _is_home(state: State, adapter: int, p: int) -> bool:
 
 
 @inlined
-def _score_s(state: State, knobs: Knobs, p: int, new_tokens: float, output: float) -> float:
+def _predict(state: State, p: int, new_tokens: float, output: float) -> tuple[float, float]:
+    """``router.policy.predict``: (seconds to the first token, seconds of each step after it)."""
     view, rows = state.views[p], float(state.load[p])
     context = view.prompts + 0.5 * output * rows
     decode_s = _decode_step_s(view.step_s, view.row_s, view.context_token_s, rows + 1.0, context + new_tokens)
@@ -80,7 +83,7 @@ def _score_s(state: State, knobs: Knobs, p: int, new_tokens: float, output: floa
         new_tokens,
         output,
     )
-    return float(first_s + knobs.decode_weight * output * decode_s)
+    return first_s, decode_s
 
 
 @inlined
@@ -111,32 +114,43 @@ def arrive(state: State, knobs: Knobs, r: int, now_s: float) -> None:
         request.outcome = _IMPOSSIBLE
         return
     _expire(state, knobs, base, now_s)
-    if state.queue_size[base] > 0 or not _place(state, knobs, r, now_s):
-        if state.queue_size[base] >= knobs.max_queued:
+    p = choose(state, knobs, r)
+    if knobs.patience_s < np.inf and _first_s(state, r, p) > knobs.patience_s:
+        request.outcome = _REFUSED
+        return
+    if p == NONE and state.queue_size[base] >= knobs.max_queued:
+        victim = _makes_way(state, base, request.tenant)
+        if victim == NONE:
             request.outcome = _REFUSED
-        else:
-            state.queue[base, state.queue_size[base]] = r
-            state.queue_size[base] += 1
+            return
+        other = state.queue[base, victim]
+        state.requests[other].outcome = _REFUSED
+        leave_account(state, base, state.requests[other].tenant)
+        _take_out(state, base, victim)
+    enter_account(state, base, request.tenant)
+    if p == NONE:
+        begin_wait(state, r)
+    else:
+        _place(state, knobs, r, p, now_s)
 
 
 @inner
 def pump(state: State, knobs: Knobs, p: int, now_s: float) -> None:
-    """A replica may have room: those that wait and may run there go, the tenant with the fewest requests on replicas
-    first."""
+    """A replica may have room: those that wait and may run there go, the tenant that had least of the base first."""
     base = state.replicas[p].base
     _expire(state, knobs, base, now_s)
     while state.queue_size[base] > 0 and state.load[p] < knobs.max_unfinished:
-        best = NONE
-        fewest = _FULL
+        best, least_s = NONE, np.inf
         for index in range(state.queue_size[base]):
             request = state.requests[state.queue[base, index]]
-            if state.placed[base, request.tenant] < fewest and _is_candidate(state, request.key, p):
-                best, fewest = index, state.placed[base, request.tenant]
-        if best == NONE or not _place(state, knobs, state.queue[base, best], now_s):
+            service_s = state.accounts[base, request.tenant].seconds
+            if service_s < least_s and _is_candidate(state, request.key, p):
+                best, least_s = index, service_s
+        if best == NONE:
             return
-        state.queue_size[base] -= 1
-        for index in range(best, state.queue_size[base]):
-            state.queue[base, index] = state.queue[base, index + 1]
+        r = state.queue[base, best]
+        _take_out(state, base, best)
+        _place(state, knobs, r, choose(state, knobs, r), now_s)
 
 
 @inner
@@ -144,26 +158,73 @@ def refuse_all(state: State) -> None:
     """Nothing will happen any more: who still waits, waits in vain."""
     for base in range(len(state.queue_size)):
         for index in range(state.queue_size[base]):
-            state.requests[state.queue[base, index]].outcome = _REFUSED
+            request = state.requests[state.queue[base, index]]
+            request.outcome = _REFUSED
+            leave_account(state, base, request.tenant)
         state.queue_size[base] = 0
 
 
 @inner
-def _place(state: State, knobs: Knobs, r: int, now_s: float) -> bool:
-    """Sends a request to the replica of the router's choice; False when none has a credit."""
-    p = choose(state, knobs, r)
-    if p == NONE:
-        return False
+def _place(state: State, knobs: Knobs, r: int, p: int, now_s: float) -> None:
+    """Sends a request to a replica."""
     replica, request = state.replicas[p], state.requests[r]
     request.output = min(request.output, replica.max_context - request.prompt)
     pages = pages_of_adapter(state, p, request.adapter) if request.adapter != NONE else 0
     needed = num_pages_for(request.prompt + request.output - 1) + pages
     if request.output < 1 or needed > replica.num_pages or pages > replica.max_adapter_pages:
         request.outcome = _IMPOSSIBLE
-        return True
-    state.placed[request.base, request.tenant] += 1
-    arrived(state, knobs, p, now_s, enqueue(state, knobs, p, r, now_s))
-    return True
+        leave_account(state, request.base, request.tenant)
+        return
+    ready_s = enqueue(state, knobs, p, r, now_s)
+    pay_account(state, p, r)
+    arrived(state, knobs, p, now_s, ready_s)
+
+
+@inner
+def _first_s(state: State, r: int, p: int) -> float:
+    """Predicted time to the first token of a request on its replica; NONE: no candidate has a credit."""
+    request = state.requests[r]
+    output = state.mean_output[request.base]
+    if p != NONE:
+        first_s, _ = _predict(state, p, request.prompt, output)
+        return float(
+            first_s if _is_home(state, request.adapter, p) else first_s + _absence_s(state, request.adapter, p)
+        )
+    soonest_s, ends_per_s = np.inf, 0.0
+    for index in range(state.first_candidate[request.key], state.first_candidate[request.key + 1]):
+        p = state.candidates[index].replica
+        first_s, _ = _predict(state, p, request.prompt, output)
+        soonest_s = min(soonest_s, first_s)
+        view, rows = state.views[p], float(state.load[p])
+        context = view.prompts + 0.5 * output * rows
+        decode_s = _decode_step_s(view.step_s, view.row_s, view.context_token_s, rows, context)
+        ends_per_s += min(rows, view.max_running) / (output * decode_s)
+    return float(soonest_s + num_ahead(state, request.base, request.tenant) / ends_per_s)
+
+
+@inner
+def _makes_way(state: State, base: int, tenant: int) -> int:
+    """``router.queue.makes_way``: the place in the queue."""
+    greatest, most = NONE, 0
+    for index in range(state.queue_size[base]):
+        owner = state.requests[state.queue[base, index]].tenant
+        if state.accounts[base, owner].num_waiting > most:
+            greatest, most = owner, state.accounts[base, owner].num_waiting
+    if most <= state.accounts[base, tenant].num_waiting + 1:
+        return NONE
+    index = state.queue_size[base] - 1
+    while state.requests[state.queue[base, index]].tenant != greatest:
+        index -= 1
+    return int(index)
+
+
+@inlined
+def _take_out(state: State, base: int, position: int) -> None:
+    """Of the queue."""
+    end_wait(state, state.queue[base, position])
+    state.queue_size[base] -= 1
+    for index in range(position, state.queue_size[base]):
+        state.queue[base, index] = state.queue[base, index + 1]
 
 
 @inlined
@@ -172,9 +233,11 @@ def _expire(state: State, knobs: Knobs, base: int, now_s: float) -> None:
     count = 0
     while count < state.queue_size[base]:
         request = state.requests[state.queue[base, count]]
-        if request.arrival_s + knobs.max_queue_wait_s > now_s:
+        if request.arrival_s + min(knobs.max_queue_wait_s, knobs.patience_s) > now_s:
             break
         request.outcome = _REFUSED
+        end_wait(state, state.queue[base, count])
+        leave_account(state, base, request.tenant)
         count += 1
     if count > 0:
         state.queue_size[base] -= count

@@ -10,6 +10,7 @@ import numpy as np
 from loraplex.router.prediction import OUTPUT_SHARE
 from loraplex.simulator.cluster import PAGE_SIZE
 from loraplex.simulator.compiled import inlined, inner
+from loraplex.simulator.fast_accounts import settle_account
 from loraplex.simulator.fast_ends import position_of_end, push_end, remove_end
 from loraplex.simulator.fast_memory import (
     end_idle,
@@ -126,7 +127,7 @@ def finish(state: State, knobs: Knobs, p: int, r: int, now_s: float) -> None:
     if request.adapter != NONE:
         state.pairs[request.adapter, p].sent -= 1
     state.mean_output[request.base] += OUTPUT_SHARE * (request.output - state.mean_output[request.base])
-    state.placed[request.base, request.tenant] -= 1
+    settle_account(state, r)
     _leave(state, p, request.tenant)
 
 

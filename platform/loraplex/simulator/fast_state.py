@@ -109,6 +109,8 @@ REQUEST = np.dtype(
         ("since_s", np.float64),
         ("first_s", np.float64),
         ("end_s", np.float64),
+        ("predicted", np.float64),  # Output tokens that its tenant paid for when it was sent.
+        ("token_service_s", np.float64),  # What each of them costs.
     ],
     align=True,
 )
@@ -140,6 +142,17 @@ TENANT = np.dtype(
     align=True,
 )
 """A tenant on a replica."""
+
+ACCOUNT = np.dtype(
+    [
+        ("seconds", np.float64),
+        ("num_active", np.int64),
+        ("num_waiting", np.int64),
+        ("position", np.int64),
+        ("active", np.int64),  # Not of this tenant, as in TENANT.
+    ]
+)
+"""A tenant of a base, in the router."""
 
 SLOT = np.dtype(
     [
@@ -207,6 +220,7 @@ class Knobs(NamedTuple):
     """Steps that are planned while another runs: 0 or 1."""
     decode_weight: float
     alike_s: float
+    patience_s: float
     max_queued: int
     max_queue_wait_s: float
     fetches: bool
@@ -260,8 +274,12 @@ class State(NamedTuple):
     """[B, most queued] requests that wait in the router, in order of arrival."""
     queue_size: npt.NDArray[np.int64]
     """[B]"""
-    placed: npt.NDArray[np.int64]
-    """[B, T] requests on replicas."""
+    num_tenants_waiting: npt.NDArray[np.int64]
+    """[B]"""
+    accounts: Records
+    """[B, T] of ACCOUNT."""
+    num_active: npt.NDArray[np.int64]
+    """[B] tenants with requests in the router or on replicas."""
 
 
 def knobs_of(given: SimulationInput, cluster: Cluster) -> Knobs:
@@ -278,6 +296,7 @@ def knobs_of(given: SimulationInput, cluster: Cluster) -> Knobs:
         ahead=given.max_in_flight - 1,
         decode_weight=float(router.decode_weight),
         alike_s=float(router.alike_s),
+        patience_s=np.inf if router.ttft_slo_s is None else float(router.ttft_slo_s * router.ttft_patience),
         max_queued=router.max_queued_requests,
         max_queue_wait_s=float(router.max_queue_wait_s),
         fetches=any(float(table.fetch_s.max(initial=0.0)) > 0 for table in cluster.tables),
@@ -322,7 +341,9 @@ def state_of(given: SimulationInput, workload: Workload, cluster: Cluster, knobs
         is_listed=cluster.is_listed,
         queue=np.zeros((num_bases, max(1, knobs.max_queued)), dtype=np.int32),
         queue_size=np.zeros(num_bases, dtype=np.int64),
-        placed=np.zeros((num_bases, num_tenants), dtype=np.int64),
+        num_tenants_waiting=np.zeros(num_bases, dtype=np.int64),
+        accounts=np.zeros((num_bases, num_tenants), dtype=ACCOUNT),
+        num_active=np.zeros(num_bases, dtype=np.int64),
     )
 
 
