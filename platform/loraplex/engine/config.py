@@ -12,7 +12,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """How much one engine runs at once, and how it orders what waits."""
 
     max_step_tokens: _Positive = 2048
-    """Tokens of one forward pass, decode rows and prefill chunks together. Not less than ``max_running``."""
+    """Tokens of one forward pass, decode rows and prefill chunks together; of a pipeline all its steps in flight. Not
+    less than ``max_running``."""
     max_running: _Positive = 256
     """Requests that hold a slot at the same time."""
     max_waiting: _Positive = 64

@@ -12,8 +12,8 @@ plan is empty, and the caller asks again when a step is done. A request that end
 it keeps slot, pages and adapter until that step is done.
 
 Of a pipeline with several stages each works at a step of its own: a request whose next token is pending waits for it,
-and a step takes no more than its share of the decoding requests, in the order of their adapters, so that the others
-make up the steps beside it.
+and a step takes no more than its share of the decoding requests, in the order of their adapters, and of
+``max_step_tokens``, so that the others make up the steps beside it.
 
 Knows nothing of tokens' values or outputs; called by ``engine``.
 """
@@ -51,6 +51,7 @@ class Scheduler:
         self._config = config
         self._memory = memory
         self._num_stages = num_stages
+        self._step_tokens = -(-config.max_step_tokens // num_stages)
         self._free_slots = list(range(config.max_running - 1, -1, -1))
         self._releases: list[int] = []
         self._shares: dict[Sequence, int] = {}
@@ -180,7 +181,7 @@ class Scheduler:
         """One token for everybody who has one, a pending one too. Answers with those who have several, by rank."""
         shares, page_size = self._shares, self._memory.page_size
         chunks: list[Sequence] = []
-        most = self._most_decodes()
+        most = self._most_decodes() if only is None else None
         for sequence in tuple(self._by_adapter):
             if only is not None and sequence not in only:
                 continue
@@ -195,7 +196,7 @@ class Scheduler:
                 and (position < len(sequence.pages) * page_size or self._has_room(sequence))
             ):
                 shares[sequence] = 1
-        self._budget = self._config.max_step_tokens - len(shares)
+        self._budget = self._step_tokens - len(shares)
         return sorted(chunks, key=_rank)
 
     def _most_decodes(self) -> int | None:
