@@ -141,6 +141,10 @@ class FakeActuator:
             if name in machine.nodes:
                 self.kill(replica_id, f"node {name} is gone")
 
+    def forget_epoch(self) -> None:
+        """As when a new control database counts from the beginning."""
+        self._epoch = 0
+
     def resident(self, replica_id: ReplicaId) -> tuple[AdapterShare, ...]:
         return self._machines[replica_id].target.adapters
 

@@ -182,13 +182,14 @@ def test_the_meter_forgets_and_leaves_out_what_clients_did_wrong() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # a first run compiles the simulator
 async def test_the_real_planner_on_recorded_traffic(tmp_path: Path) -> None:
     """In its process, from the files that the controller's writer makes."""
     now_s = SystemClock().wall_s()
     writer = TraceWriter(TraceConfig(write_interval_s=0.1), str(tmp_path))
     base = "llama3-8b"
     old = [_row(now_s - 5000 + i, adapter=f"old-{i}", base=base) for i in range(50)]
-    new = [_row(now_s - 50 + i * 0.02, adapter=f"a-{i % 7}", base=base) for i in range(2000)]
+    new = [_row(now_s - 50 + i * 0.004, adapter=f"a-{i % 7}", base=base) for i in range(4000)]
     stranger = [_row(now_s - 10, base="of-another-time")]
     writer.append(_batch([*old, *new, *stranger]))
     writer.close()
@@ -199,7 +200,13 @@ async def test_the_real_planner_on_recorded_traffic(tmp_path: Path) -> None:
         nodes=(NodeStatus(name="n1", gpu="h100-80gb", num_gpus=2),),
         current=Plan(version=3, groups=(one,)),
         config=PlanningConfig(
-            profiles=("h100-80gb",), min_requests=100, max_evaluations=10, ttft_s=0.05, tpot_s=0.02, window_s=100
+            profiles=("h100-80gb",),
+            min_requests=100,
+            max_evaluations=10,
+            max_search_s=10,
+            ttft_s=0.05,
+            tpot_s=0.02,
+            window_s=100,
         ),
         bases=(base,),
         lora_ranks={f"acme/a-{i}": 16 for i in range(7)},

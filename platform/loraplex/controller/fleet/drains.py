@@ -54,7 +54,8 @@ class Drains:
 
     async def _ask(self, replica_id: ReplicaId) -> int | None:
         try:
-            return await asyncio.wait_for(self._loads(replica_id), _ASK_TIMEOUT_S)
+            async with asyncio.timeout(_ASK_TIMEOUT_S):
+                return await self._loads(replica_id)
         except Exception as error:  # who does not answer is not known to be idle; the time limit ends the wait
             logger.debug("replica %s does not say what it runs: %s", replica_id, error)
             return None

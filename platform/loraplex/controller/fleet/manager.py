@@ -137,7 +137,8 @@ class FleetManager:
                 logger.exception("a turn of the fleet failed")
                 self._problem = "an internal error, see the controller's log"
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), self._config.tick_s)
+                async with asyncio.timeout(self._config.tick_s):
+                    await self._wake.wait()
             self._wake.clear()
         await self._crew.close()
         logger.error("a later controller has taken over: this one gives no more commands")
@@ -445,6 +446,7 @@ class FleetManager:
 
 async def _bounded(call: Awaitable[T]) -> T:
     try:
-        return await asyncio.wait_for(call, _CALL_TIMEOUT_S)
+        async with asyncio.timeout(_CALL_TIMEOUT_S):
+            return await call
     except TimeoutError:
         raise Unavailable("the machines do not answer") from None

@@ -10,9 +10,11 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 
 from loraplex.controller.fleet.config import PlanningConfig
 from loraplex.core.errors import LoraplexError, NotFound, Unavailable
@@ -20,6 +22,7 @@ from loraplex.core.fleet import NodeStatus
 from loraplex.core.plan import Plan, Shape
 from loraplex.traces.arrivals import Arrivals
 
+N = TypeVar("N")
 _GRACE_S = 300.0
 """For imports, the compiler's first run and the confirmation, beyond the search itself."""
 
@@ -68,9 +71,8 @@ async def replan(task: Task) -> Answer:
         stderr=asyncio.subprocess.PIPE,
     )
     try:
-        answer, complaint = await asyncio.wait_for(
-            process.communicate(msgspec.msgpack.encode(task)), task.config.max_search_s + _GRACE_S
-        )
+        async with asyncio.timeout(task.config.max_search_s + _GRACE_S):
+            answer, complaint = await process.communicate(msgspec.msgpack.encode(task))
     except TimeoutError:
         raise Unavailable("the planner took too long") from None
     finally:
@@ -166,9 +168,24 @@ def recent_arrivals(task: Task) -> Arrivals:
     chosen = taken(read, rows, read.arrival_s[rows] - read.arrival_s[rows[0]])
     served = chosen.output_tokens[chosen.output_tokens > 0]
     typical = int(np.median(served)) if len(served) else 1
+    adapter, adapters = _used(chosen.adapter, chosen.adapters)
+    base_model, base_models = _used(chosen.base_model, chosen.base_models)
     return replace(
-        chosen, output_tokens=np.where(chosen.output_tokens > 0, chosen.output_tokens, typical).astype(np.int32)
+        chosen,
+        adapter=adapter,
+        adapters=adapters,
+        base_model=base_model,
+        base_models=base_models,
+        output_tokens=np.where(chosen.output_tokens > 0, chosen.output_tokens, typical).astype(np.int32),
     )
+
+
+def _used(index: npt.NDArray[np.int32], names: tuple[N, ...]) -> tuple[npt.NDArray[np.int32], tuple[N, ...]]:
+    """``index`` into the names that it uses, and these; -1 stays."""
+    used = np.unique(index[index >= 0])
+    place = np.full(len(names) + 1, -1, dtype=np.int32)
+    place[used] = np.arange(len(used), dtype=np.int32)
+    return place[index], tuple(names[one] for one in used)
 
 
 def _typed(plan: Plan, gpu: str) -> Plan:
