@@ -13,7 +13,7 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 from tests.deployments.served import free_port
 from tests.deployments.ssh_hosts import LOCAL, WORKER, SshHosts, ended_with_us, missing
 
-_JOIN_TIMEOUT_S = 200.0
+_JOIN_TIMEOUT_S = 500.0
 _LORAPLEX = "~/loraplex-env/bin/loraplex"
 
 
