@@ -4,7 +4,7 @@ Pure. Called by ``report``, ``prediction`` and ``page``.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import numpy as np
@@ -52,6 +52,13 @@ class Outcomes:
 
     def __len__(self) -> int:
         return len(self.at_s)
+
+    def since(self, at_s: float) -> Self:
+        """Only the requests that were due at ``at_s`` or later."""
+        rows = self.at_s >= at_s
+        return replace(
+            self, at_s=self.at_s[rows], tenant=self.tenant[rows], ttft_s=self.ttft_s[rows], tpot_s=self.tpot_s[rows]
+        )
 
     @property
     def served(self) -> Mask:

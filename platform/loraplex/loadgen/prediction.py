@@ -74,11 +74,19 @@ def predict(
     engine: EngineConfig,
     slo: Slo,
     simulator: Callable[[SimulationInput], SimulationResult],
+    overhead_s: float = 0.0,
 ) -> Outcomes:
-    """``simulator``: the exact or the fast one. In the order of ``schedule``. InvalidInput, BadConfig."""
+    """``simulator``: the exact or the fast one. ``overhead_s``: of each first token, what only the real system has
+    (network, HTTP). In the order of ``schedule``. InvalidInput, BadConfig."""
     arrivals = replayed_arrivals(schedule, plan)
     given = SimulationInput(
-        plan=plan, arrivals=arrivals, adapters=sizes(arrivals.adapters), costs=costs, slo=slo, engine=engine
+        plan=plan,
+        arrivals=arrivals,
+        adapters=sizes(arrivals.adapters),
+        costs=costs,
+        slo=slo,
+        engine=engine,
+        overhead_s=overhead_s,
     )
     return outcomes_of(given, simulator(given))
 

@@ -99,9 +99,9 @@ def rounds_of(options: Options, executor: Executor, cost: ReplicaCost, engine: E
         for seed in range(options.seed, options.seed + options.rounds):
             arrivals = _with_warm_up(_arrivals(options, rate, seed=seed), options.adapters)
             given = dataclasses.replace(_input(arrivals, cost, engine), max_in_flight=in_flight)
-            predicted = _scored(outcomes_of(given, simulate_exact(given)))
+            predicted = outcomes_of(given, simulate_exact(given)).since(_WARM_S)
             slo = slo or _targets(predicted)
-            measured = _scored(replica.run(arrivals, digests, seed=seed))
+            measured = replica.run(arrivals, digests, seed=seed).since(_WARM_S)
             rounds.append(_figures(measured, predicted, arrivals, slo))
     finally:
         replica.close()
@@ -162,7 +162,7 @@ def _arrivals(options: Options, rate: float, *, seed: int, num_requests: int | N
 
 
 def _with_warm_up(arrivals: Arrivals, num_adapters: int) -> Arrivals:
-    """A short request of each adapter first, so that both sides begin with all of them resident; see ``_scored``."""
+    """A short request of each adapter first, so that both sides begin with all of them resident."""
     if num_adapters == 0:
         return dataclasses.replace(arrivals, arrival_s=arrivals.arrival_s + _WARM_S)
 
@@ -178,18 +178,6 @@ def _with_warm_up(arrivals: Arrivals, num_adapters: int) -> Arrivals:
         tenant=before(arrivals.tenant, zeros),
         prompt_tokens=before(arrivals.prompt_tokens, ones),
         output_tokens=before(arrivals.output_tokens, ones),
-    )
-
-
-def _scored(outcomes: Outcomes) -> Outcomes:
-    """Without the warm-up."""
-    rows = outcomes.at_s >= _WARM_S
-    return dataclasses.replace(
-        outcomes,
-        at_s=outcomes.at_s[rows],
-        tenant=outcomes.tenant[rows],
-        ttft_s=outcomes.ttft_s[rows],
-        tpot_s=outcomes.tpot_s[rows],
     )
 
 
