@@ -108,10 +108,14 @@ class Desired:
     def idle_bases(
         self, replicas: Iterable[Replica], loads: Mapping[ReplicaId, int], now_s: float, *, idle_s: float
     ) -> list[tuple[BaseModelId, str]]:
-        """Woken bases to forget, with the reason. ``loads``: of their replicas, as far as they are known."""
-        for replica in self.woken_replicas(replicas):
-            if loads.get(replica.target.replica_id, 1):
-                self._last_use_s[replica.target.base_model_id] = now_s
+        """Woken bases to forget, with the reason; one that still starts is not idle. ``loads``: of their replicas, as far
+        as they are known."""
+        for replica in replicas:
+            base = replica.target.base_model_id
+            starts = replica.state is ReplicaState.STARTING
+            serves = replica.state is ReplicaState.SERVING
+            if base in self._last_use_s and (starts or (serves and loads.get(replica.target.replica_id, 1))):
+                self._last_use_s[base] = now_s
         found = []
         for base, used_s in self._last_use_s.items():
             if used_s is None:

@@ -167,11 +167,13 @@ class FleetManager:
         return dict(self._failures.values())
 
     def status(self) -> FleetStatus:
+        plan, extra = self._desired.groups()
         return fleet_status(
             self._config.mode,
             self._desired,
-            self._decided,
+            self._placer.place(plan, extra, self.replicas, self.usable_nodes()),
             self.replicas,
+            settled=self._decided is not None and self._decided.settled,
             why=lambda group: self._starts.reason(Kind.of(group)),
             problem=self._problem,
         )

@@ -1,9 +1,10 @@
-"""What an administrator sees of the fleet, from what was decided last. Pure."""
+"""What an administrator sees of the fleet. Pure."""
 
 from collections.abc import Callable, Sequence
 
 from loraplex.controller.fleet.desired import Desired
-from loraplex.controller.fleet.diff import Decided
+from loraplex.controller.fleet.match import matched
+from loraplex.controller.fleet.placing import Placement
 from loraplex.controller.fleet.state import Replica, RunningGroup, running_groups
 from loraplex.core.plan import GroupPlan
 from loraplex.core.rollout import FleetStatus, GroupState, GroupStatus, ReplicaStatus
@@ -12,30 +13,26 @@ from loraplex.core.rollout import FleetStatus, GroupState, GroupStatus, ReplicaS
 def fleet_status(
     mode: str,
     desired: Desired,
-    decided: Decided | None,
+    placement: Placement,
     replicas: Sequence[Replica],
     *,
+    settled: bool,
     why: Callable[[GroupPlan], str],
     problem: str,
 ) -> FleetStatus:
-    """``decided`` may be older than ``replicas`` by one turn. ``why``: of the last failed start of such a group."""
-    now = {group.name: group for group in running_groups(replicas)}
-    planned, woken = desired.groups()
-    shown: set[str] = set()
-    groups = []
-    for index, plan in enumerate((*planned, *woken)):
-        found = None
-        if decided is not None and index in decided.groups:
-            found = now.get(decided.groups[index].name)
-        if found is not None:
-            shown.add(found.name)
-        left_out = decided is not None and index in decided.left_out
-        groups.append(_planned(plan, found, left_out=left_out, why=why(plan)))
-    groups += [_leaving(group) for name, group in now.items() if name not in shown]
+    """``settled``: as was decided last. ``why``: of the last failed start of such a group."""
+    now = running_groups(replicas)
+    found = matched(placement.groups, now)
+    groups = [
+        _planned(plan, found.get(index), left_out=index in placement.left_out, why=why(plan))
+        for index, plan in enumerate(placement.groups)
+    ]
+    shown = {group.name for group in found.values()}
+    groups += [_leaving(group) for group in now if group.name not in shown]
     return FleetStatus(
         mode=mode,
         active=desired.active,
-        settled=decided is not None and decided.settled and not desired.is_applying and not problem,
+        settled=settled and not desired.is_applying and not problem,
         groups=tuple(groups),
         problem=problem,
     )
