@@ -108,8 +108,8 @@ class Desired:
     def idle_bases(
         self, replicas: Iterable[Replica], loads: Mapping[ReplicaId, int], now_s: float, *, idle_s: float
     ) -> list[tuple[BaseModelId, str]]:
-        """Woken bases to forget, with the reason; one that still starts is not idle. ``loads``: of their replicas, as far
-        as they are known."""
+        """Woken bases to forget, with the reason; one that still starts is not idle. ``loads``: of the replicas that
+        answered."""
         for replica in replicas:
             base = replica.target.base_model_id
             starts = replica.state is ReplicaState.STARTING
