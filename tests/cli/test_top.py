@@ -113,3 +113,33 @@ def test_top_of_a_running_platform(call: Run, run: Run, platform: Any) -> None:
     refused = run("top", "--once", "--url", platform.url, "--key", "lpx_acme_key_of_the_tests")
     assert refused.exit_code == 1
     assert "403" in refused.stderr
+
+
+class Clock:
+    """Ends the command at the fourth pause, as Ctrl-C does."""
+
+    def __init__(self) -> None:
+        self.pauses = 0
+
+    def sleep(self, seconds: float) -> None:
+        self.pauses += 1
+        if self.pauses == 4:
+            raise KeyboardInterrupt
+
+    def monotonic(self) -> float:
+        return float(self.pauses)
+
+
+def test_the_live_view_ends_with_ctrl_c(call: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr("loraplex.cli.top.time", clock)
+    assert call("top").stdout.count("fake-0") == 3, "into a file: a look after each pause but the last"
+    clock.pauses = 0
+    assert call("top", "--json").stdout.count('"gateways"') == 3
+    clock.pauses = 0
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "200")
+    screen = call("top").stdout
+    assert clock.pauses == 4
+    assert "fake-0" in screen
+    assert screen.startswith("\x1b[?1049h"), "on a screen of its own"

@@ -1,5 +1,6 @@
 """``loraplex top``: a live view of a running platform."""
 
+import contextlib
 import math
 import time
 from typing import Annotated, Any
@@ -50,25 +51,31 @@ def top_command(
     if not console.is_terminal:
         console.width = FILE_WIDTH
     watch = _Watch(Api(admin_connection(url, key, demo_file)), params)
-    watch.look()
-    time.sleep(interval)
-    if once or as_json:
-        while True:
-            state = watch.look()
-            if as_json:
-                print_json(state)
-            else:
-                console.print(tables(state, top=top, slo=slo))
-            if once:
-                return
-            time.sleep(interval)
-    with Live(tables(watch.look(), top=top, slo=slo), console=console, screen=True, auto_refresh=False) as live:
-        try:
+    with contextlib.suppress(KeyboardInterrupt):
+        watch.look()
+        time.sleep(interval)
+        if once or as_json or not console.is_terminal:
+            _write(watch, console, once=once, as_json=as_json, top=top, slo=slo, interval=interval)
+            return
+        with Live(tables(watch.look(), top=top, slo=slo), console=console, screen=True, auto_refresh=False) as live:
             while True:
                 time.sleep(interval)
                 live.update(tables(watch.look(), top=top, slo=slo), refresh=True)
-        except KeyboardInterrupt:
+
+
+def _write(
+    watch: "_Watch", console: Console, *, once: bool, as_json: bool, top: int, slo: str, interval: float
+) -> None:
+    """One look below the other."""
+    while True:
+        state = watch.look()
+        if as_json:
+            print_json(state)
+        else:
+            console.print(tables(state, top=top, slo=slo))
+        if once:
             return
+        time.sleep(interval)
 
 
 class _Watch:
