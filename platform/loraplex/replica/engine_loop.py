@@ -190,7 +190,7 @@ class EngineLoop:
             self._collect(outcome.outputs)
             self._send_frames(idle=not progressed)
             if self._engine.executor_broken:
-                # Routers resubmit what is left to other replicas; the supervisor starts a new one.
+                # Routers resubmit what is left to other replicas; the controller starts a new one.
                 raise LoraplexError("the executor fails whatever it is given")
             if self._draining and not self._session_of:
                 return
