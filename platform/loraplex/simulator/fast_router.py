@@ -19,7 +19,7 @@ _decode_step_s, _first_token_s = inlined(decode_step_s), inlined(first_token_s)
 _FULL = np.int64(1) << 62
 
 
-@inlined
+@inner
 def choose(state: State, knobs: Knobs, r: int) -> int:
     """The replica for a request; NONE when no candidate has a credit."""
     request = state.requests[r]
