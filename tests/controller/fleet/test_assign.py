@@ -28,7 +28,7 @@ def test_a_flash_crowd_spreads_and_comes_home_when_it_is_over() -> None:
     planned = plan(1, group("x", A, adapters="p"), group("y", A, adapters="q"), group("z", B, adapters="r"))
     hot, lines = reassigned(planned, planned, _rates({"p": 20.0, "q": 1.0}))
     assert len(lines) == 1
-    assert "acme/p spreads from group 0 to 1" in lines[0]
+    assert "acme/p spreads from x to y" in lines[0]
     assert _has(hot.groups[0], "p")
     assert _has(hot.groups[1], "p")
     assert hot.groups[2] == planned.groups[2]
@@ -41,7 +41,7 @@ def test_a_replica_with_several_busy_adapters_gives_one_away() -> None:
     planned = plan(1, group("x", A, adapters="pqr"), group("y", A, adapters="s"))
     made, lines = reassigned(planned, planned, _rates(dict.fromkeys("pqr", 2.0) | {"s": 1.0}))
     assert len(lines) == 1
-    assert "moves from group 0 to 1" in lines[0]
+    assert "moves from x to y" in lines[0]
     assert max(_load_of(made, dict.fromkeys("pqr", 2.0) | {"s": 1.0})) == 4.0
 
 

@@ -28,6 +28,7 @@ class _Home:
     """One base on one group."""
 
     group: int
+    name: str
     num_gpus: int
     shares: dict[tuple[str | None, str], AdapterShare]
 
@@ -50,7 +51,9 @@ def reassigned(planned: Plan, now: Plan, rates: Rates) -> tuple[Plan, tuple[str,
 
 def _homes(plan: Plan, base: BaseModelId) -> list[_Home]:
     return [
-        _Home(index, group.shape.num_ranks, {(share.tenant, share.name): share for share in placed.adapters})
+        _Home(
+            index, group.name, group.shape.num_ranks, {(share.tenant, share.name): share for share in placed.adapters}
+        )
         for index, group in enumerate(plan.groups)
         for placed in group.bases
         if placed.base_model_id == base
@@ -81,7 +84,7 @@ def _sent_home(base: BaseModelId, homes: list[_Home], planned: list[_Home], rate
             rate = rates.get((base, *key), 0.0)
             if others and rate < _COLD * mean:
                 del home.shares[key]
-                lines.append(f"{_name(key)} is cold ({rate:.2g}/s) and leaves group {home.group}")
+                lines.append(f"{_name(key)} is cold ({rate:.2g}/s) and leaves {home.name}")
     return lines
 
 
@@ -106,7 +109,7 @@ def _evened(base: BaseModelId, homes: list[_Home], rates: Rates) -> list[str]:
                 tried = [replace(home, shares=changed.get(index, home.shares)) for index, home in enumerate(homes)]
                 worst = max(_loads(base, tried, rates))
                 if best is None or worst < best[0] - 1e-9:
-                    line = f"{_name(key)} {word} from group {homes[fullest].group} to {homes[emptiest].group}"
+                    line = f"{_name(key)} {word} from {homes[fullest].name} to {homes[emptiest].name}"
                     best = worst, line, changed
         if best is None or best[0] > loads[fullest] * (1 - _GAIN):
             break

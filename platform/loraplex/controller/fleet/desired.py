@@ -28,17 +28,13 @@ class Desired:
         self.active = self._default
         self.assigned: Plan | None = None
         """The active plan with its adapters moved."""
-        self.last_version = 0
         self._last_use_s: dict[BaseModelId, float | None] = {}
         """Of woken bases, monotonic; None: not since this controller started."""
 
-    def take(
-        self, active: PlanRecord | None, assigned: Plan | None, last_version: int, woken: Iterable[BaseModelId]
-    ) -> None:
+    def take(self, active: PlanRecord | None, assigned: Plan | None, woken: Iterable[BaseModelId]) -> None:
         """What was stored."""
         self.activate(active)
         self.assigned = assigned
-        self.last_version = last_version
         self._last_use_s = dict.fromkeys(woken)
 
     def activate(self, record: PlanRecord | None) -> None:

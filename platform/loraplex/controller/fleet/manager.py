@@ -111,7 +111,7 @@ class FleetManager:
     async def recover(self) -> None:
         """Reads what the last controller left, and routes what it routed. Raises Unavailable, StorageFull."""
         stored = await self._store.load()
-        self._desired.take(stored.active, stored.assigned, stored.last_version, stored.woken)
+        self._desired.take(stored.active, stored.assigned, stored.woken)
         self._replicas = {replica.target.replica_id: replica for replica in stored.replicas}
         now_s = self._clock.monotonic_s()
         self._began_s = dict.fromkeys(self._replicas, now_s)

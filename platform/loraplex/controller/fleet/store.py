@@ -39,7 +39,6 @@ class StoredFleet:
     """None: the config's plan is in force."""
     assigned: Plan | None
     """``active`` with its adapters as they were moved since."""
-    last_version: int
     woken: Mapping[BaseModelId, float]
 
 
@@ -66,7 +65,6 @@ class FleetStore:
                 replicas=self._rows.replicas(session),
                 active=self._rows.plan(session, version) if version else None,
                 assigned=self._rows.assigned(session, version) if version else None,
-                last_version=counters.last_version,
                 woken=self._rows.woken(session),
             )
 
