@@ -11,7 +11,7 @@ from multiprocessing import AuthenticationError
 from multiprocessing.connection import Connection, answer_challenge, deliver_challenge
 
 _KEY_BYTES = 32
-_HANDSHAKE_S = 5
+_HANDSHAKE_S = 20
 
 
 class RankListener:

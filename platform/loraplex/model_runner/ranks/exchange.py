@@ -5,8 +5,12 @@ shard. Counts its calls: that is how others see that the rank gets on.
 Legend: T tokens, D hidden, B sampled rows, V vocabulary.
 """
 
+import os
+import sys
 from collections import deque
 from datetime import timedelta
+from ipaddress import ip_address
+from socket import gethostbyname
 
 import torch
 from torch import distributed
@@ -27,6 +31,9 @@ class Exchange:
     ) -> None:
         """Returns when all ranks are there. ``dtype`` of the hidden states."""
         shape = shard.shape
+        if ip_address(gethostbyname(host)).is_loopback:
+            # gloo would listen where this machine's name leads; ranks of one machine need nobody else.
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
         store = TCPStore(host, store_port, is_master=False, timeout=_TIMEOUT)
         backend = "nccl" if device.type == "cuda" else "gloo"
         distributed.init_process_group(
