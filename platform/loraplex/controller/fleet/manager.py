@@ -40,6 +40,7 @@ from loraplex.controller.fleet.drains import Drains, Loads
 from loraplex.controller.fleet.nodes import NodeWatch
 from loraplex.controller.fleet.placing import Placer
 from loraplex.controller.fleet.plans import PlanDesk
+from loraplex.controller.fleet.roster import Roster
 from loraplex.controller.fleet.state import AdapterKey, FleetBase, Kind, Replica, ReplicaState, adapter_keys, routes_of
 from loraplex.controller.fleet.status import fleet_status
 from loraplex.controller.fleet.store import FleetStore, Reason
@@ -88,12 +89,8 @@ class FleetManager:
         self._starts = Attempts(first_s=config.retry_first_s, max_s=config.retry_max_s)
         self._assigns = Attempts(first_s=config.retry_first_s, max_s=config.retry_max_s)
         self._crew = Crew(actuator, epoch=store.epoch, retry_s=config.retry_first_s, tell=self._hear)
-        self._replicas: dict[ReplicaId, Replica] = {}
-        self._began_s: dict[ReplicaId, float] = {}
-        """Monotonic: when it came into its state, as far as this process knows."""
+        self._roster = Roster(store, clock)
         self._events: list[Event] = []
-        self._unsaved: set[ReplicaId] = set()
-        self._removed: set[ReplicaId] = set()
         self._notes: list[tuple[DecisionKind, int, Reason]] = []
         self._failures: dict[Kind, tuple[ReplicaId, str]] = {}
         self._decided: Decided | None = None
@@ -112,9 +109,7 @@ class FleetManager:
         """Reads what the last controller left, and routes what it routed. Raises Unavailable, StorageFull."""
         stored = await self._store.load()
         self._desired.take(stored.active, stored.assigned, stored.woken)
-        self._replicas = {replica.target.replica_id: replica for replica in stored.replicas}
-        now_s = self._clock.monotonic_s()
-        self._began_s = dict.fromkeys(self._replicas, now_s)
+        self._roster.take(stored.replicas)
         self._publish()
 
     async def run(self) -> None:
@@ -152,7 +147,7 @@ class FleetManager:
 
     @property
     def replicas(self) -> tuple[Replica, ...]:
-        return tuple(self._replicas.values())
+        return tuple(self._roster)
 
     def usable_nodes(self) -> tuple[NodeStatus, ...]:
         return self._nodes.usable(self._clock.monotonic_s())
@@ -179,11 +174,8 @@ class FleetManager:
         )
 
     def validate(self) -> None:
-        """Asserts the invariants between state holders."""
-        for replica_id, replica in self._replicas.items():
-            assert replica.target.replica_id == replica_id
-            assert replica.state is not ReplicaState.SERVING or replica.route is not None
-        assert self._unsaved <= self._replicas.keys() | self._removed
+        """Asserts the invariants of what it holds."""
+        self._roster.validate()
 
     # One turn.
 
@@ -206,7 +198,7 @@ class FleetManager:
                     replica.target.group
                     for replica in self.replicas
                     if replica.state is ReplicaState.STARTING
-                    and now_s - self._began_s[replica.target.replica_id] > self._config.crowded_s
+                    and self._roster.in_state_s(replica.target.replica_id) > self._config.crowded_s
                 ),
                 may_grow=self._config.autoscale,
             )
@@ -221,9 +213,9 @@ class FleetManager:
         self._nodes.observe(await _bounded(self._actuator.nodes()), now_s)
         if any(r.state is ReplicaState.SERVING and not r.nodes for r in self.replicas):
             for found in await _bounded(self._actuator.running()):
-                replica = self._replicas.get(found.replica_id)
+                replica = self._roster.get(found.replica_id)
                 if replica is not None and found.nodes and not replica.nodes:
-                    self._put(replace(replica, nodes=found.nodes))
+                    self._roster.put(replace(replica, nodes=found.nodes))
         woken = {replica.target.replica_id for replica in self._desired.woken_replicas(self.replicas)}
         draining = {r.target.replica_id for r in self.replicas if r.state is ReplicaState.DRAINING}
         loads = await self._drains.look(draining, woken, self._clock.monotonic_s())
@@ -247,22 +239,23 @@ class FleetManager:
         now_s = self._clock.monotonic_s()
         match event:
             case Ready(replica_id, route):
-                replica = self._replicas[replica_id]
+                replica = self._roster[replica_id]
                 if replica.state is ReplicaState.STOPPING:
                     return
+                routed = replace(replica, route=route)
                 if replica.state is ReplicaState.STARTING:
-                    replica = replace(replica, state=ReplicaState.SERVING, since_s=self._clock.wall_s())
-                    self._began_s[replica_id] = now_s
+                    self._roster.put_state(routed, ReplicaState.SERVING)
                     logger.info("replica %s is ready at %s", replica_id, route.address)
-                self._put(replace(replica, route=route))
+                else:
+                    self._roster.put(routed)
                 self._failures.pop(Kind.of_replica(replica), None)
             case Down(replica_id, reason):
-                replica = self._replicas[replica_id]
+                replica = self._roster[replica_id]
                 if replica.state is not ReplicaState.STOPPING:
                     self._note_failure(replica, reason, now_s)
                     self._leave(replica)
             case Stopped(replica_id):
-                self._removed.add(replica_id)
+                self._roster.remove(replica_id)
             case Assigned(target):
                 self._assigns.succeeded(target.replica_id)
                 self._put_adapters(target.replica_id, target.adapters)
@@ -278,7 +271,7 @@ class FleetManager:
         logger.error("replica %s is down: %s", replica_id, reason)
         if replica.state is ReplicaState.DRAINING:
             return
-        kind, ran_s = Kind.of_replica(replica), now_s - self._began_s[replica_id]
+        kind, ran_s = Kind.of_replica(replica), self._roster.in_state_s(replica_id)
         self._failures[kind] = (replica_id, reason)
         serving = replica.state is ReplicaState.SERVING
         up = {node.name for node in self._nodes.usable(now_s)}
@@ -291,38 +284,21 @@ class FleetManager:
 
     def _leave(self, replica: Replica) -> None:
         """No route from now on; its GPUs are free when it is stopped."""
-        replica_id = replica.target.replica_id
-        self._put(replace(replica, state=ReplicaState.STOPPING, since_s=self._clock.wall_s()))
-        self._began_s[replica_id] = self._clock.monotonic_s()
-        self._crew.stop(replica_id)
-
-    def _put(self, replica: Replica) -> None:
-        self._replicas[replica.target.replica_id] = replica
-        self._unsaved.add(replica.target.replica_id)
+        self._roster.put_state(replica, ReplicaState.STOPPING)
+        self._crew.stop(replica.target.replica_id)
 
     def _put_adapters(self, replica_id: ReplicaId, adapters: tuple[AdapterShare, ...]) -> None:
-        replica = self._replicas.get(replica_id)
+        replica = self._roster.get(replica_id)
         if replica is not None and replica.state is ReplicaState.SERVING:
-            self._put(replace(replica, target=replace(replica.target, adapters=adapters)))
+            self._roster.put(replace(replica, target=replace(replica.target, adapters=adapters)))
 
     def _note(self, kind: DecisionKind, reason: str) -> None:
         self._notes.append((kind, self.plans.active.plan.version, Reason(text=reason)))
 
     async def _save(self) -> None:
         """What was seen since the last time. As it stays undone when the database is away, it is done again then."""
-        unsaved = [self._replicas[one] for one in self._unsaved if one in self._replicas and one not in self._removed]
-        if unsaved:
-            await self._store.put(unsaved)
-            self._unsaved -= {replica.target.replica_id for replica in unsaved}
-        if self._removed:
-            gone = sorted(self._removed)
-            await self._store.remove(gone)
-            for replica_id in gone:
-                self._replicas.pop(replica_id, None)
-                self._began_s.pop(replica_id, None)
-                self._crew.forget(replica_id)
-            self._removed -= set(gone)
-            self._unsaved -= set(gone)
+        for replica_id in await self._roster.save():
+            self._crew.forget(replica_id)
         while self._notes:
             await self._store.decide(*self._notes[0])
             del self._notes[0]
@@ -330,16 +306,7 @@ class FleetManager:
     async def _act(self, action: Action) -> None:
         match action:
             case StartReplicas():
-                made = await self._store.begin(
-                    action.plan,
-                    action.bases,
-                    group=action.group,
-                    nodes=action.nodes,
-                    planned_nodes=action.planned_nodes,
-                )
-                for replica in made:
-                    self._replicas[replica.target.replica_id] = replica
-                    self._began_s[replica.target.replica_id] = self._clock.monotonic_s()
+                for replica in await self._roster.begin(action):
                     self._crew.start(replica.target)
             case Assign():
                 await self._assign(action)
@@ -356,14 +323,12 @@ class FleetManager:
                     self._crew.stop(replica_id)
 
     async def _set_states(self, replica_ids: tuple[ReplicaId, ...], state: ReplicaState) -> None:
-        for replica in await self._store.set_states(replica_ids, state):
-            self._replicas[replica.target.replica_id] = replica
-            self._began_s[replica.target.replica_id] = self._clock.monotonic_s()
+        await self._roster.set_states(replica_ids, state)
         self._publish()
 
     async def _assign(self, action: Assign) -> None:
         """What is gained is loaded, then routed; what is lost is routed away, then may go."""
-        replica = self._replicas[action.replica_id]
+        replica = self._roster[action.replica_id]
         if self._crew.assigning(action.replica_id) or self._assigns.held_back(
             action.replica_id, self._clock.monotonic_s()
         ):
@@ -371,9 +336,7 @@ class FleetManager:
         target = replace(replica.target, adapters=action.adapters)
         had, has = adapter_keys(replica.target.adapters), adapter_keys(action.adapters)
         if has <= had:
-            routed = replace(replica, target=target)
-            await self._store.put([routed])
-            self._replicas[action.replica_id] = routed
+            await self._roster.replace(replace(replica, target=target))
             self._publish()
         if has != had:
             self._crew.assign(target)
@@ -411,12 +374,11 @@ class FleetManager:
         self._nodes.observe(await _bounded(self._actuator.nodes()), self._clock.monotonic_s())
         running = {found.replica_id: found for found in await _bounded(self._actuator.running())}
         for replica_id, found in running.items():
-            if replica_id not in self._replicas:
+            if self._roster.get(replica_id) is None:
                 bases = sorted({one.base_model_id for one in running.values() if one.group == found.group})
-                self._replicas[replica_id] = await self._store.adopt(found, tuple(bases))
-                self._began_s[replica_id] = self._clock.monotonic_s()
-        for replica_id, replica in list(self._replicas.items()):
-            self._take_over(replica, running.get(replica_id))
+                await self._roster.adopt(found, tuple(bases))
+        for replica in self._roster:
+            self._take_over(replica, running.get(replica.target.replica_id))
         self._publish()
 
     def _take_over(self, replica: Replica, found: RunningReplica | None) -> None:
@@ -429,7 +391,7 @@ class FleetManager:
             self._leave(replica)
         else:
             if found.nodes and found.nodes != replica.nodes:
-                self._put(replace(replica, nodes=found.nodes))
+                self._roster.put(replace(replica, nodes=found.nodes))
             if replica.state is ReplicaState.DRAINING:
                 self._crew.watch(replica_id)
             else:
@@ -439,7 +401,7 @@ class FleetManager:
                     self._crew.assign(replica.target)
 
     def _publish(self) -> None:
-        self._publish_routes(routes_of(self._replicas.values()))
+        self._publish_routes(routes_of(self._roster))
 
     def _hear(self, event: Event) -> None:
         self._events.append(event)
