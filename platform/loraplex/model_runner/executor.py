@@ -66,10 +66,11 @@ class TorchExecutor(RankExecutor):
             raise Conflict(f"step {self._result.step_id} was not collected")
         started_s = time.perf_counter()
         self._check_size(plan)
-        for slot in plan.releases:
-            self._sampler.release(slot)
-        for start in plan.starts:
-            self._sampler.start(start)
+        if self._shard.is_last:
+            for slot in plan.releases:
+                self._sampler.release(slot)
+            for start in plan.starts:
+                self._sampler.start(start)
         tokens: tuple[SampledToken, ...] = ()
         if plan.rows:
             with torch.inference_mode():
