@@ -12,10 +12,10 @@ from collections.abc import Callable, Sequence
 from enum import StrEnum
 
 import msgspec
-import psutil
 from loraplex.model_runner.build import load_model_spec
 
 from loraplex_deployments.bench_cluster import BASE, MODEL, BenchCluster, ClusterSetup, bench_cluster, node_name
+from loraplex_deployments.bench_processes import CpuMeter, CpuUse
 from loraplex_deployments.bench_streams import StreamWatch, WatchedStream, same_request
 
 _PROMPT_TOKENS = 24
@@ -70,8 +70,8 @@ class FaultResult(msgspec.Struct, frozen=True, kw_only=True):
 class FaultBenchResult(msgspec.Struct, frozen=True, kw_only=True):
     options: FaultOptions
     cores: int
-    cpu: float
-    """Share of all cores that the whole machine used over the streams, between 0 and 1."""
+    cpu: CpuUse
+    """Over the undisturbed streams."""
     executor: str
     results: tuple[FaultResult, ...]
 
@@ -90,21 +90,20 @@ async def measure_faults(
     warm = _Run(bench, options, requests)
     await warm.undisturbed()
     reference = _Run(bench, options, requests)
-    psutil.cpu_percent()
+    meter = CpuMeter()
     await reference.undisturbed()
-    cpu = [psutil.cpu_percent() / 100]
+    cpu = meter.read()
     texts = [stream.text for stream in reference.streams]
     results = []
     for fault in options.faults:
         run = _Run(bench, options, requests)
         result = await run.disturbed(fault, texts)
-        cpu.append(run.cpu)
         say(f"{fault}: {result.broken} of {result.streams} broken, silent for {result.silence_s:.2f} s")
         results.append(result)
     return FaultBenchResult(
         options=options,
         cores=os.cpu_count() or 1,
-        cpu=sum(cpu) / len(cpu),
+        cpu=cpu,
         executor=options.cluster.executor,
         results=tuple(results),
     )
@@ -131,7 +130,6 @@ class _Run:
         self._bench = bench
         self._options = options
         self.streams = [same_request(request) for request in requests]
-        self.cpu = 0.0
 
     async def undisturbed(self) -> None:
         """Raises AssertionError when a stream breaks: then there is nothing to compare with."""
@@ -147,14 +145,12 @@ class _Run:
     async def disturbed(self, fault: Fault, texts: Sequence[str]) -> FaultResult:
         watch = self._watch()
         try:
-            psutil.cpu_percent()
             watch.begin(self.streams)
             await watch.wait_pieces(_PIECES_BEFORE)
             unfinished = sum(not stream.done for stream in self.streams)
             killed_s = time.monotonic()
             await asyncio.to_thread(self._kill, fault)
             await watch.wait_end()
-            self.cpu = psutil.cpu_percent() / 100
         finally:
             await watch.close()
         retried = await self._retry(texts) if fault is Fault.GATEWAY else 0

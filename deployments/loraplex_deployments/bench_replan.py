@@ -13,7 +13,6 @@ from enum import StrEnum
 
 import msgspec
 import numpy as np
-import psutil
 from loraplex.core.plan import AdapterShare, BasePlacement, GroupPlan, Plan, Shape
 from loraplex.core.rollout import PlanRecord, PlanState
 from loraplex.loadgen.completion import CompletionClient, Sample
@@ -23,6 +22,7 @@ from loraplex.loadgen.prompts import RandomTokens
 from loraplex.model_runner.build import load_model_spec
 
 from loraplex_deployments.bench_cluster import BASE, MODEL, TENANT, BenchCluster, ClusterSetup, bench_cluster
+from loraplex_deployments.bench_processes import CpuMeter, CpuUse
 
 _POLL_S = 0.2
 _SETTLE_TIMEOUT_S = 180.0
@@ -62,8 +62,7 @@ class ReplanBenchResult(msgspec.Struct, frozen=True, kw_only=True):
     options: ReplanOptions
     executor: str
     cores: int
-    cpu: float
-    """Share of all cores that the whole machine used, between 0 and 1."""
+    cpu: CpuUse
     requests: int
     failed: int
     errors: dict[str, str]
@@ -116,7 +115,7 @@ async def measure_changes(
     load = _Load(bench, options)
     spans: list[tuple[Change, float, float]] = []
     await load.warm_up()
-    psutil.cpu_percent()
+    meter = CpuMeter()
     running = asyncio.create_task(load.run())
     try:
         for number in range(options.changes):
@@ -127,7 +126,7 @@ async def measure_changes(
             await settled(bench, record.plan.version)
             spans.append((change, begun_s, load.now_s()))
             say(f"{number + 1}: {change}, {load.now_s() - begun_s:.1f} s")
-        cpu = psutil.cpu_percent() / 100
+        cpu = meter.read()
     finally:
         await load.end(running)
     return _result(options, load.samples, spans, cpu)
@@ -137,8 +136,10 @@ async def settled(bench: BenchCluster, version: int) -> None:
     """Returns when plan ``version`` has been reached. AssertionError when another is in force, TimeoutError."""
     async with asyncio.timeout(_SETTLE_TIMEOUT_S):
         while True:
-            active = (await asyncio.to_thread(bench.status)).active
-            if active.plan.version == version and active.state is PlanState.SETTLED:
+            status = await asyncio.to_thread(bench.status)
+            active = status.active
+            # A controller that has just started knows what its predecessor settled before it has looked itself.
+            if active.plan.version == version and active.state is PlanState.SETTLED and status.settled:
                 return
             assert active.plan.version == version, f"plan {version} failed: {active}"
             await asyncio.sleep(_POLL_S)
@@ -195,7 +196,7 @@ class _Load:
 
 
 def _result(
-    options: ReplanOptions, samples: list[Sample], spans: list[tuple[Change, float, float]], cpu: float
+    options: ReplanOptions, samples: list[Sample], spans: list[tuple[Change, float, float]], cpu: CpuUse
 ) -> ReplanBenchResult:
     during = [[s for s in samples if begun_s <= s.scheduled_s <= end_s] for _, begun_s, end_s in spans]
     calm = [s for s in samples if any(begun_s - options.calm_s <= s.scheduled_s < begun_s for _, begun_s, _ in spans)]

@@ -4,6 +4,7 @@ Nodes are Ray's own processes with logical CPUs and GPUs, so that placement is t
 IP address and file system. One per process.
 """
 
+import os
 from typing import Any
 
 import psutil
@@ -18,6 +19,8 @@ class LocalCluster:
     """Starts the head node, without GPUs. ``close`` ends all processes that it started."""
 
     def __init__(self, *, head_cpus: int) -> None:
+        # Ray gives its workers nice 15: beside other work on this machine they would hardly run.
+        os.environ.setdefault("RAY_worker_niceness", "0")
         self._cluster = Cluster(
             initialize_head=True,
             head_node_args={
