@@ -12,13 +12,18 @@ from loraplex.engine import EngineConfig
 from loraplex.planner.baselines import baselines
 from loraplex.planner.bound import attainment_bound, gpus_bound
 from loraplex.planner.capacity import capacities, demands
+from loraplex.planner.least_work import least_work
 from loraplex.planner.migration import move_between
+from loraplex.planner.moves import Moves
 from loraplex.planner.packing import Choice, Traffic, to_plan
 from loraplex.planner.problem import Kind, Node, Problem, arena_bytes, kinds, place
 from loraplex.planner.report import reported
 from loraplex.planner.sample import sampled
+from loraplex.planner.scoring import Scorer
 from loraplex.planner.search import Search
+from loraplex.planner.starts import mixtures
 from loraplex.planner.whatif import Knob, curve, vary
+from loraplex.simulator import fast
 from loraplex.simulator.types import AdapterSize, CostKey, ReplicaCost, Slo
 from loraplex.traces.arrivals import AdapterName, Arrivals
 
@@ -120,7 +125,7 @@ def test_the_plan_beats_or_equals_every_baseline_and_stays_under_the_bound(both:
     capacity = capacities(both, kinds(both), demands(both))
     assert {placed.base_model_id for group in found.plan.groups for placed in group.bases} == {B8, B70}
     assert sum(group.shape.num_ranks for group in found.plan.groups) <= 8
-    assert found.attainment <= attainment_bound(both, capacity) + 0.02
+    assert found.attainment <= attainment_bound(both, capacity)
     compared = baselines(both)
     assert {one.name for one in compared} == {
         "selective replication",
@@ -225,6 +230,90 @@ def test_more_gpus_serve_more_and_a_tighter_slo_less() -> None:
     bursty = vary(problem, Knob.CV, 6.0)
     gaps = np.diff(bursty.arrivals.arrival_s[bursty.arrivals.adapter == 0])
     assert gaps.std() / gaps.mean() > 2.5
+
+
+@pytest.mark.parametrize(("rates", "slo"), [({B8: 900.0}, Slo(ttft_s=0.3, tpot_s=0.03)), (BOTH, Slo(ttft_s=0.5))])
+def test_no_plan_serves_more_than_the_bound(rates: dict[BaseModelId, float], slo: Slo) -> None:
+    problem = _problem(rates, gpus=4, slo=slo)
+    demand = demands(problem)
+    capacity = capacities(problem, kinds(problem), demand)
+    scorer = Scorer(problem, Traffic.of(problem), capacity, problem.arrivals)
+    bound = attainment_bound(problem, capacity)
+    reached = [
+        scored.attainment
+        for groups in mixtures(problem, capacity, demand)
+        if (scored := scorer.score(Choice(groups=groups))) is not None
+    ]
+    assert reached
+    assert max(reached) <= bound <= 1
+    assert attainment_bound(problem.changed(nodes=(Node(name="n0", gpu="h100-80gb", num_gpus=1),)), capacity) < bound
+
+
+def test_the_least_work_of_requests_is_less_than_the_steps_that_serve_them() -> None:
+    problem = _problem({B8: 60.0}, gpus=1)
+    kind = Kind("h100-80gb", Shape(), (B8,))
+    arrivals = problem.arrivals
+    least = least_work(
+        problem.costs[CostKey(gpu=kind.gpu, base_model_id=B8, shape=kind.shape)],
+        problem.engine,
+        1,
+        arrivals.prompt_tokens.astype(np.float64),
+        arrivals.output_tokens.astype(np.float64),
+        with_adapter=True,
+    )
+    capacity = capacities(problem, kinds(problem), demands(problem))
+    plan = to_plan(problem, Traffic.of(problem), capacity, Choice(groups=(kind,)))
+    assert plan is not None
+    busy_s = fast.simulate(problem.simulation(plan)).groups[0].busy_s
+    assert 0.2 * busy_s < float((least.prompt_s + least.answer_s).sum()) < busy_s
+
+
+def test_a_choice_is_scored_by_parts_as_its_plan_is_as_a_whole(both: Problem) -> None:
+    capacity = capacities(both, kinds(both), demands(both))
+    traffic = Traffic.of(both)
+    scorer = Scorer(both, traffic, capacity, both.arrivals)
+    small, large = Kind("h100-80gb", Shape(), (B8,)), Kind("h100-80gb", Shape(tp=4), (B70,))
+    busiest = traffic.base[B8].tolist()
+    sets = (frozenset(busiest[:2]),) * 2 + (frozenset(busiest[2:]),) * 2 + (None,)
+    choice = Choice(groups=(small, small, small, small, large), sets=sets)
+    scored = scorer.score(choice)
+    assert scored is not None
+    simulated = scorer.num_simulated
+    assert simulated == len(both.arrivals)
+    whole = scorer.score_plan(scorer.plan_of(choice), choice)
+    assert scored.attainment == pytest.approx(whole.attainment, abs=0.01)
+    assert np.abs(scored.lost - whole.lost).sum() < 0.02 * len(both.arrivals)
+    again = scorer.score(dataclasses.replace(choice, groups=(small, small, small, small, Kind(*large))))
+    assert again is scored
+    other = dataclasses.replace(choice, groups=(*(small,) * 4, Kind("h100-80gb", Shape(tp=2), (B70,))))
+    before = scorer.num_simulated
+    assert scorer.score(other) is not None
+    assert scorer.num_simulated - before == int((both.base_of_requests() == 1).sum())
+
+
+def test_adapters_cut_and_joined_lose_none(both: Problem) -> None:
+    demand = demands(both)
+    capacity = capacities(both, kinds(both), demand)
+    scorer = Scorer(both, Traffic.of(both), capacity, both.arrivals)
+    here = scorer.score(
+        Choice(groups=(*(Kind("h100-80gb", Shape(), (B8,)),) * 4, Kind("h100-80gb", Shape(tp=4), (B70,))))
+    )
+    assert here is not None
+    moves, seen = Moves(scorer, demand, seed=1), set()
+    for _ in range(60):
+        made = moves.neighbour(here)
+        if made is None or place(both.nodes, made[0].groups) is None:
+            continue
+        choice, what = made
+        seen.add(what.split()[0])
+        for base, adapters in scorer.traffic.base.items():
+            sets = [choice.set_of(g) for g, kind in enumerate(choice.groups) if base in kind.bases]
+            assert sets
+            covered = [members for members in sets if members is not None]
+            assert None in sets or set(adapters.tolist()) <= set().union(*covered)
+            assert all(a == b or not a & b for a in covered for b in covered)
+        here = scorer.score(choice) or here
+    assert len(seen) > 2
 
 
 def test_fewest_gpus_grow_with_the_share_that_is_to_be_served(both: Problem) -> None:

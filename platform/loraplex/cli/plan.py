@@ -85,14 +85,14 @@ def plan(
     evaluations, seconds = parse_budget(budget)
     compile_s = _compiled(problem)
     started_s = time.perf_counter()
-    deadline_s = started_s + seconds
     with _interrupts() as interrupted:
         found = Search(
             problem,
             evaluations=evaluations,
             seed=seed,
             current=before,
-            out_of_time=lambda: interrupted() or time.perf_counter() > deadline_s,
+            out_of_time=interrupted,
+            time_used=lambda: (time.perf_counter() - started_s) / seconds,
             progress=_progress,
         ).run()
     took_s = time.perf_counter() - started_s

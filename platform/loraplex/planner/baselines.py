@@ -24,15 +24,19 @@ from loraplex.core.plan import AdapterShare, GroupPlan, Plan
 from loraplex.planner.capacity import Demand, capacities, demands
 from loraplex.planner.packing import EVERYWHERE, Choice, Traffic, to_plan
 from loraplex.planner.problem import Kind, Problem, kinds
-from loraplex.planner.sample import sampled
+from loraplex.planner.sample import MAX_REQUESTS, sampled
 from loraplex.planner.scoring import Scorer
-from loraplex.planner.search import Search
+from loraplex.planner.search import Found, Search
 from loraplex.planner.starts import Capacities, best_kinds, filled
 from loraplex.router.policy import affinity
 
 _SPREADS = (EVERYWHERE, 1.0, 2.0, 4.0)
 _SHARES = (1.0, 2.0, 4.0)
 _SELECTIVE_EVALUATIONS = 40
+_BUCKET_KINDS = 3
+"""Of each base, the best by their capacity."""
+_BUCKET_FACTORS = (0.5, 1.0, 2.0)
+_BUCKET_SPREADS = (EVERYWHERE, 2.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,17 +51,15 @@ class Baseline:
     is_alpaserve: bool
 
 
-def baselines(problem: Problem, *, max_sample: int = 40_000, seed: int = 0) -> tuple[Baseline, ...]:
+def baselines(problem: Problem, *, max_sample: int = MAX_REQUESTS, seed: int = 0) -> tuple[Baseline, ...]:
     """All of them, tuned on the planning trace (its sample); those for which there is no layout are left out."""
     demand = demands(problem)
     capacity = capacities(problem, kinds(problem), demand)
     traffic = Traffic.of(problem)
     sample = sampled(problem.arrivals, max_sample)
     scorer = Scorer(problem, traffic, capacity, sample)
-    smallest = {
-        base: min(best_kinds(problem, capacity, base), key=lambda kind: kind.shape.num_ranks) for base in problem.bases
-    }
-    found = [_selective(problem, smallest, max_sample, seed)]
+    smallest = _smallest(problem, capacity)
+    found = [selective(problem, max_sample=max_sample, seed=seed)[0]]
     uniform = [one for one in _uniform(problem, capacity, demand) if _serves_all(problem, one[1])]
     fixed = filled(problem, capacity, demand, smallest, only=True)
     with_smallest = [*uniform, ("smallest", fixed)] if _serves_all(problem, fixed) else uniform
@@ -67,11 +69,14 @@ def baselines(problem: Problem, *, max_sample: int = 40_000, seed: int = 0) -> t
         for kind in dict.fromkeys(kind for kind, _ in capacity)
         if len(problem.bases) > 1 and set(kind.bases) == set(problem.bases)
     ]
-    spread = [(f"spread {value:g}", dict.fromkeys(problem.bases, value)) for value in _SPREADS]
+    spread, bucket_spread = (
+        [(f"spread {value:g}", dict.fromkeys(problem.bases, value)) for value in values]
+        for values in (_SPREADS, _BUCKET_SPREADS)
+    )
     families: list[tuple[str, bool, Iterator[tuple[str, Choice, Plan]]]] = [
         ("round robin", False, _dealt(problem, scorer, uniform)),
         ("AlpaServe greedy", True, _spread(scorer, [*uniform, *together], spread)),
-        ("AlpaServe bucketed", True, _spread(scorer, per_base, spread)),
+        ("AlpaServe bucketed", True, _spread(scorer, per_base, bucket_spread)),
         ("rendezvous", False, _rendezvous(problem, scorer, with_smallest)),
         ("every-replica LRU", False, _spread(scorer, with_smallest, spread[:1])),
     ]
@@ -97,7 +102,10 @@ def _serves_all(problem: Problem, groups: tuple[Kind, ...]) -> bool:
     return set(problem.bases) == {base for kind in groups for base in kind.bases}
 
 
-def _selective(problem: Problem, smallest: Mapping[BaseModelId, Kind], max_sample: int, seed: int) -> Baseline:
+def selective(problem: Problem, *, max_sample: int = MAX_REQUESTS, seed: int = 0) -> tuple[Baseline, Found]:
+    """Selective replication, and what its search found on the whole trace."""
+    capacity = capacities(problem, kinds(problem), demands(problem))
+    smallest = _smallest(problem, capacity)
     chosen = set(smallest.values())
     found = Search(
         problem,
@@ -106,7 +114,7 @@ def _selective(problem: Problem, smallest: Mapping[BaseModelId, Kind], max_sampl
         only_kinds=lambda kind: kind in chosen,
         max_sample=max_sample,
     ).run()
-    return Baseline(
+    baseline = Baseline(
         name="selective replication",
         plan=found.plan,
         attainment=found.sample_attainment,
@@ -114,6 +122,14 @@ def _selective(problem: Problem, smallest: Mapping[BaseModelId, Kind], max_sampl
         tried=found.evaluations,
         is_alpaserve=False,
     )
+    return baseline, found
+
+
+def _smallest(problem: Problem, capacity: Capacities) -> dict[BaseModelId, Kind]:
+    """Of each base the smallest kind that meets its targets."""
+    return {
+        base: min(best_kinds(problem, capacity, base), key=lambda kind: kind.shape.num_ranks) for base in problem.bases
+    }
 
 
 def _uniform(
@@ -130,9 +146,16 @@ def _uniform(
 def _per_base(
     problem: Problem, capacity: Capacities, demand: Mapping[BaseModelId, Demand]
 ) -> Iterator[tuple[str, tuple[Kind, ...]]]:
-    for chosen in product(*(best_kinds(problem, capacity, base)[:3] for base in problem.bases)):
+    """A bucket and a shape for each base; GPUs by its demand, and with the first base's demand less or more."""
+    ranked = [best_kinds(problem, capacity, base)[:_BUCKET_KINDS] for base in problem.bases]
+    first = problem.bases[0]
+    for chosen in product(*ranked):
         kind_of = dict(zip(problem.bases, chosen, strict=True))
-        yield ", ".join(map(str, chosen)), filled(problem, capacity, demand, kind_of, only=True)
+        for factor in _BUCKET_FACTORS if len(problem.bases) > 1 else (1.0,):
+            rate = factor * demand[first].requests_per_s
+            tilted = {**demand, first: replace(demand[first], requests_per_s=rate)}
+            groups = filled(problem, capacity, tilted, kind_of, only=True)
+            yield f"{', '.join(map(str, chosen))}, {factor:g} x demand of {first}", groups
 
 
 def _spread(

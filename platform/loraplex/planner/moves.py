@@ -13,6 +13,7 @@ from loraplex.core.ids import BaseModelId
 from loraplex.planner.capacity import Demand
 from loraplex.planner.cells import Cell, cell, cells_of, joined
 from loraplex.planner.packing import EVERYWHERE, AdapterSet, Choice
+from loraplex.planner.pools import OUTPUT_COST
 from loraplex.planner.problem import Kind
 from loraplex.planner.scoring import Scored, Scorer
 from loraplex.planner.starts import best_kinds
@@ -21,8 +22,6 @@ from loraplex.simulator.types import FloatArray
 SPREADS = (EVERYWHERE, 1.0, 2.0, 4.0, 8.0)
 _KINDS_OF_MOVES = ("exchange", "cut", "join", "shift", "spread")
 _ODDS = (10, 3, 1, 3, 1)
-_OUTPUT_COST = 4.0
-"""Prompt tokens that an output token stands for where adapters are divided by their load."""
 
 
 class Moves:
@@ -30,7 +29,7 @@ class Moves:
         self._scorer, self._demand = scorer, demand
         self._draw = random.Random(seed)
         traffic = scorer.traffic
-        self._load = traffic.requests_per_s * (traffic.prompt_tokens + _OUTPUT_COST * traffic.output_tokens)
+        self._load = traffic.requests_per_s * (traffic.prompt_tokens + OUTPUT_COST * traffic.output_tokens)
         ranks = np.array([size.lora_rank for size in scorer.problem.adapters], dtype=np.float64)
         self._orders: dict[str, FloatArray] = {
             "prompt length": traffic.prompt_tokens,

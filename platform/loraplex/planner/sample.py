@@ -4,8 +4,8 @@ import numpy as np
 
 from loraplex.traces.arrivals import Arrivals
 
-MAX_REQUESTS = 40_000
-NUM_WINDOWS = 6
+MAX_REQUESTS = 80_000
+NUM_WINDOWS = 12
 GAP_S = 60.0
 """Between two windows, so that what one leaves waiting does not burden the next."""
 

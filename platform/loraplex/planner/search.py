@@ -19,13 +19,13 @@ from loraplex.planner.moves import Moves
 from loraplex.planner.packing import Choice, Traffic
 from loraplex.planner.pools import Pools
 from loraplex.planner.problem import Kind, Problem, kinds
-from loraplex.planner.sample import sampled
+from loraplex.planner.sample import MAX_REQUESTS, sampled
 from loraplex.planner.scoring import Scored, Scorer
 from loraplex.planner.starts import Capacities, best_kinds, mixtures
 from loraplex.traces.arrivals import Arrivals
 
 _WARMEST, _COLDEST, _COOLING = 0.004, 0.0002, 300
-_LEADERS = 3
+_LEADERS = 4
 _IDLE = 2000
 """Proposals in a row that bring nothing new, after which the search ends."""
 _CONFIRMATION = 1.3
@@ -77,7 +77,7 @@ class Search:
     progress: Callable[[int, float], None] = lambda evaluations, attainment: None
     only_kinds: Callable[[Kind], bool] = lambda kind: True
     """Restricts what groups may be, for baselines."""
-    max_sample: int = 40_000
+    max_sample: int = MAX_REQUESTS
     steps: list[Step] = field(default_factory=list, init=False)
     _leaders: list[Scored] = field(default_factory=list, init=False)
     _used_before: float = field(default=0.0, init=False)
@@ -126,11 +126,9 @@ class Search:
         def attempt(choice: Choice, what: str) -> Scored | None:
             return self._try(scorer, choice, what)
 
-        Pools(
-            self.problem, scorer.capacity, demand, attempt, lambda: bool(self._leaders) and self._over(scorer)
-        ).explore()
+        Pools(scorer, demand, attempt, lambda: bool(self._leaders) and self._over(scorer)).explore()
         for groups in mixtures(self.problem, scorer.capacity, demand):
-            if self._leaders and self._over(scorer):
+            if self._leaders:
                 break
             attempt(Choice(groups=groups), "mixture")
 
@@ -164,7 +162,13 @@ class Search:
             self.steps.append(
                 Step(evaluation=scorer.evaluations, value=scored.value, attainment=scored.attainment, what=what)
             )
-        leaders.append(scored)
+        # One of each mixture of groups: what the shorter trace cannot tell apart the whole one may.
+        mixture = sorted(map(str, scored.choice.groups))
+        alike = next((i for i, one in enumerate(leaders) if sorted(map(str, one.choice.groups)) == mixture), None)
+        if alike is None:
+            leaders.append(scored)
+        elif leaders[alike].value < scored.value:
+            leaders[alike] = scored
         leaders.sort(key=lambda one: -one.value)
         del leaders[_LEADERS:]
         self.progress(scorer.evaluations, leaders[0].attainment)
@@ -174,7 +178,7 @@ class Search:
         if scorer.evaluations >= self.evaluations or self.out_of_time():
             return True
         whole = len(self.problem.arrivals)
-        left = 0 if whole == scorer.num_requests else (_LEADERS + (self.current is not None)) * whole
+        left = (_LEADERS * (whole != scorer.num_requests) + 1 + (self.current is not None)) * whole
         used = self.time_used()
         of_request = (used - self._used_before) / max(scorer.num_simulated, 1)
         return used + _CONFIRMATION * of_request * left >= 1
@@ -185,14 +189,15 @@ class Search:
         whole = scorer
         if sample is not problem.arrivals:
             whole = Scorer(problem, scorer.traffic, scorer.capacity, problem.arrivals, current=self.current)
-        plans = [scorer.plan_of(one.choice) for one in self._leaders]
-        seen = [whole.score_plan(plan, one.choice) for plan, one in zip(plans, self._leaders, strict=True)]
-        place = max(range(len(seen)), key=lambda index: seen[index].value)
+        seen = [scored for one in self._leaders if (scored := whole.score(one.choice)) is not None]
+        choice = max(seen, key=lambda scored: scored.value).choice
+        plan = whole.plan_of(choice)
+        best = whole.score_plan(plan, choice)
         if self.current is not None:
             stay = whole.score_plan(self.current, Choice(groups=()))
-            if seen[place].value <= stay.value + HYSTERESIS:
+            if best.value <= stay.value + HYSTERESIS:
                 return stay, self.current, True
-        return seen[place], plans[place], False
+        return best, plan, False
 
 
 def _reasons(problem: Problem, capacity: Capacities, best: Scored) -> list[str]:

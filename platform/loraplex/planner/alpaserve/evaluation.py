@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from loraplex.planner.alpaserve import anneal as moves
-from loraplex.planner.alpaserve.anneal import Arrays, Counts
+from loraplex.planner.alpaserve.arrays import Arrays, Counts
+from loraplex.planner.alpaserve.counting import CHUNKS, count_good
 from loraplex.planner.alpaserve.problem import Placement, Problem
 
 
@@ -38,6 +38,6 @@ class Evaluation:
     def good_by_chunk(self, placement: Placement) -> Counts:
         """[CHUNKS, M], in each part of the trace."""
         self.evaluations += 1
-        good = np.zeros((moves.CHUNKS, len(self.arrived)), dtype=np.int64)
-        moves.count_good(self.arrays, placement.layout, placement.hosted, self._everything, good, good.copy(), np.inf)
+        good = np.zeros((CHUNKS, len(self.arrived)), dtype=np.int64)
+        count_good(self.arrays, placement.layout, placement.hosted, self._everything, good, good.copy(), np.inf)
         return good

@@ -10,11 +10,12 @@ from itertools import chain, repeat
 
 import numpy as np
 
-from loraplex.planner.alpaserve import anneal as moves
-from loraplex.planner.alpaserve.anneal import Counts
+from loraplex.planner.alpaserve.anneal import anneal
+from loraplex.planner.alpaserve.arrays import Counts
 from loraplex.planner.alpaserve.baseline import greedy
 from loraplex.planner.alpaserve.evaluation import Evaluation
 from loraplex.planner.alpaserve.problem import Placement, Problem, to_groups
+from loraplex.planner.alpaserve.proposals import MOVE_NAMES
 from loraplex.planner.alpaserve.seeds import mixed_seeds, uniform
 from loraplex.simulator.alpaserve import Group
 
@@ -84,7 +85,7 @@ def plan(
         groups=to_groups(problem, placement),
         num_good=score,
         evaluations=search.evaluations,
-        gained=dict(zip(moves.MOVE_NAMES, search.gained.tolist(), strict=True)),
+        gained=dict(zip(MOVE_NAMES, search.gained.tolist(), strict=True)),
     )
 
 
@@ -125,12 +126,12 @@ class _Search(Evaluation):
 
     def __init__(self, problem: Problem, seed: int, budget: int, out_of_time: Callable[[], bool]) -> None:
         super().__init__(problem)
-        self._odds = np.cumsum([_ODDS.get(name, 0.0) for name in moves.MOVE_NAMES])
+        self._odds = np.cumsum([_ODDS.get(name, 0.0) for name in MOVE_NAMES])
         self._odds /= self._odds[-1]
         self.seed = seed
         self.budget = budget
         self.out_of_time = out_of_time
-        self.gained: Counts = np.zeros(len(moves.MOVE_NAMES), dtype=np.int64)
+        self.gained: Counts = np.zeros(len(MOVE_NAMES), dtype=np.int64)
 
     @property
     def is_over(self) -> bool:
@@ -152,7 +153,7 @@ class _Search(Evaluation):
             if self.is_over or score == self.num_counting:
                 break
             last = min(first + _SLICE, length, first + self.budget - self.evaluations)
-            score, used = moves.anneal(
+            score, used = anneal(
                 self.arrays,
                 now.layout,
                 now.hosted,

@@ -9,7 +9,7 @@ from itertools import product
 
 import numpy as np
 
-from loraplex.planner.alpaserve.anneal import Floats
+from loraplex.planner.alpaserve.arrays import Floats
 from loraplex.planner.alpaserve.problem import MEMORY_SLACK_GIB, Placement, Problem
 from loraplex.simulator.alpaserve import Mask
 
