@@ -1,8 +1,7 @@
 """How functions are compiled: to machine code, without the GIL, kept on disk where it is called from Python.
 
 numba looks for changes only in the file of the cached function itself, though the functions that it calls are part of
-its code; so our cache key counts all sources whose functions call each other. Called by the modules
-with inner loops.
+its code; so our cache key counts all sources that they may come from. Called by the modules with inner loops.
 """
 
 import hashlib
@@ -15,7 +14,7 @@ import numba
 from numba.core.caching import FunctionCache
 
 _Function = TypeVar("_Function", bound=Callable[..., object])
-_SOURCES = ("core", "cost", "router/prediction.py", "simulator", "planner")
+_SOURCES = ("core", "cost", "router/prediction.py", "simulator")
 
 
 def compiled(function: _Function) -> _Function:
@@ -45,14 +44,15 @@ def _inner(function: _Function, *, inline: bool) -> _Function:
 
 class _PackageCache(FunctionCache):  # type: ignore[misc]
     def _index_key(self, sig: Any, codegen: Any) -> Any:
-        return (*super()._index_key(sig, codegen), _sources())
+        names = self._py_func.__module__.split(".")
+        return (*super()._index_key(sig, codegen), _sources(names[1] if names[0] == "loraplex" else "simulator"))
 
 
 @cache
-def _sources() -> str:
-    """A hash over the sources, which are some hundred small files."""
+def _sources(package: str) -> str:
+    """A hash over the sources of what a package's functions may call, its own among them: some hundred small files."""
     root = Path(__file__).parent.parent
-    named = (root / source for source in _SOURCES)
+    named = {root / source for source in (*_SOURCES, package)}
     files = sorted(path for source in named for path in (source.rglob("*.py") if source.is_dir() else (source,)))
     digest = hashlib.sha256()
     for path in files:
