@@ -182,7 +182,7 @@ def test_the_meter_forgets_and_leaves_out_what_clients_did_wrong() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)  # a first run compiles the simulator
+@pytest.mark.timeout(1800)  # a first run compiles the simulator
 async def test_the_real_planner_on_recorded_traffic(tmp_path: Path) -> None:
     """In its process, from the files that the controller's writer makes."""
     now_s = SystemClock().wall_s()

@@ -23,7 +23,7 @@ from loraplex.core.plan import Plan, Shape
 from loraplex.traces.arrivals import Arrivals
 
 N = TypeVar("N")
-_GRACE_S = 300.0
+_GRACE_S = 900.0
 """For imports, the compiler's first run and the confirmation, beyond the search itself."""
 
 
