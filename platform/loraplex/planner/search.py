@@ -25,7 +25,7 @@ from loraplex.planner.starts import Capacities, best_kinds, mixtures
 from loraplex.traces.arrivals import Arrivals
 
 _WARMEST, _COLDEST, _COOLING = 0.004, 0.0002, 300
-_LEADERS = 4
+_LEADERS = 6
 _IDLE = 2000
 """Proposals in a row that bring nothing new, after which the search ends."""
 _CONFIRMATION = 1.3
@@ -162,15 +162,17 @@ class Search:
             self.steps.append(
                 Step(evaluation=scorer.evaluations, value=scored.value, attainment=scored.attainment, what=what)
             )
-        # One of each mixture of groups: what the shorter trace cannot tell apart the whole one may.
-        mixture = sorted(map(str, scored.choice.groups))
-        alike = next((i for i, one in enumerate(leaders) if sorted(map(str, one.choice.groups)) == mixture), None)
+        # One of each mixture of groups, half of them without adapter sets: what the shorter trace cannot tell apart or
+        # flatters, the whole one may not.
+        alike = next((i for i, one in enumerate(leaders) if _mixture(one.choice) == _mixture(choice)), None)
         if alike is None:
             leaders.append(scored)
         elif leaders[alike].value < scored.value:
             leaders[alike] = scored
         leaders.sort(key=lambda one: -one.value)
-        del leaders[_LEADERS:]
+        family = [i for i, one in enumerate(leaders) if _mixture(one.choice)[0] == _mixture(choice)[0]]
+        for index in reversed(family[_LEADERS // 2 :]):
+            del leaders[index]
         self.progress(scorer.evaluations, leaders[0].attainment)
         return scored
 
@@ -198,6 +200,10 @@ class Search:
             if best.value <= stay.value + HYSTERESIS:
                 return stay, self.current, True
         return best, plan, False
+
+
+def _mixture(choice: Choice) -> tuple[bool, list[str]]:
+    return any(one is not None for one in choice.sets) or bool(choice.spread), sorted(map(str, choice.groups))
 
 
 def _reasons(problem: Problem, capacity: Capacities, best: Scored) -> list[str]:
