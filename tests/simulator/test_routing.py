@@ -1,0 +1,109 @@
+"""The exact simulator with other policies, and what the studies say of them."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from loraplex.core.ids import Digest, ReplicaId
+from loraplex.router.config import RouterConfig
+from loraplex.router.policy import Demand, ReplicaView
+from loraplex.router.prediction import Rates
+from loraplex.simulator import fast, routing_study
+from loraplex.simulator.exact import simulate_exact
+from loraplex.simulator.rivals import PowerOfTwoMultiplexed, consistent_hash, least_loaded
+from loraplex.simulator.scenarios import make_arrivals, make_input
+from loraplex.simulator.types import Outcome, SimulationInput
+
+CONFIG = RouterConfig()
+ADAPTER = Digest("x")
+
+
+def view(name: str, *, rows: int = 0, credits: int = 9, resident: tuple[str, ...] = ()) -> ReplicaView:
+    return ReplicaView(
+        replica_id=ReplicaId(name),
+        rates=Rates(step_s=0.01),
+        rows=rows,
+        credits=credits,
+        resident=frozenset(map(Digest, resident)),
+    )
+
+
+def demand(key: int = 0) -> Demand:
+    return Demand(key=key, prompt_tokens=10, output_tokens=10.0, digest=ADAPTER)
+
+
+def test_the_rivals_choose_as_their_names_say() -> None:
+    a, b, c = view("a", rows=5, resident=("x",)), view("b", rows=1), view("c", rows=2, resident=("y", "z"))
+    chosen = least_loaded((a, b, c), demand(), CONFIG)
+    assert chosen is not None
+    assert chosen.view is b
+    homes = {consistent_hash((a, b, c), demand(key), CONFIG).view.replica_id for key in range(50)}  # type: ignore[union-attr]
+    assert homes == {"a", "b", "c"}
+    multiplexed = PowerOfTwoMultiplexed()
+    for _ in range(20):
+        found = multiplexed((a, b, c), demand(), CONFIG)
+        assert found is not None
+        assert found.view is a
+    full = dataclasses.replace(a, credits=0)
+    assert multiplexed((full, b, c), demand(), CONFIG) is None
+    cold = multiplexed((b, c), demand(), CONFIG)
+    assert cold is not None
+    assert cold.view is b
+
+
+def _overloaded(router: RouterConfig) -> SimulationInput:
+    arrivals = make_arrivals(num_requests=500, rate=120, num_adapters=16, num_tenants=4)
+    given = make_input(arrivals, num_groups=2)
+    engine = type(given.engine)(max_running=16, max_waiting=4)
+    return dataclasses.replace(given, engine=engine, router=router)
+
+
+@pytest.mark.parametrize("patience", [1.0, 3.0])
+def test_what_cannot_be_served_in_time_is_refused_in_both_simulators(patience: float) -> None:
+    impatient = _overloaded(RouterConfig(ttft_slo_s=1.0, ttft_patience=patience))
+    patient = simulate_exact(_overloaded(RouterConfig()))
+    exact, ours = simulate_exact(impatient), fast.simulate(impatient)
+    assert patient.score.num_served == 500
+    for result in (exact, ours):
+        assert 0 < (result.outcome == Outcome.REFUSED).sum() < 400
+        assert result.score.ttft_s["p50"] < patience < patient.score.ttft_s["p50"]
+    assert exact.score.num_served == pytest.approx(ours.score.num_served, rel=0.1)
+    assert exact.score.ttft_s["mean"] == pytest.approx(ours.score.ttft_s["mean"], rel=0.1)
+
+
+def test_a_full_queue_is_shared_among_tenants_in_both_simulators() -> None:
+    given = routing_study.greedy_tenant(0)
+    given = dataclasses.replace(given, router=RouterConfig(max_queued_requests=64), score_from_s=2.0, score_until_s=6.0)
+    arrivals = given.arrivals
+    few = arrivals.arrival_s < 6.0
+    cut = {
+        name: getattr(arrivals, name)[few]
+        for name in ("arrival_s", "adapter", "base_model", "tenant", "prompt_tokens", "output_tokens")
+    }
+    given = dataclasses.replace(given, arrivals=dataclasses.replace(arrivals, **cut))
+    greedy = given.arrivals.tenants.index("greedy")
+    for simulate in (simulate_exact, fast.simulate):
+        refused = simulate(given).outcome == Outcome.REFUSED  # type: ignore[operator]
+        by_tenant = np.bincount(given.arrivals.tenant[refused], minlength=routing_study.NUM_TENANTS)
+        assert by_tenant[greedy] == by_tenant.sum() > 50
+
+
+def test_the_fair_division_gives_the_modest_what_they_ask_for() -> None:
+    assert routing_study._max_min(np.array([10.0, 2.0, 3.0]), 9.0).tolist() == [4.0, 2.0, 3.0]
+    assert routing_study._max_min(np.array([1.0, 2.0]), 9.0).tolist() == [1.0, 2.0]
+
+
+def test_the_crowd_is_all_that_differs_between_flash_and_calm() -> None:
+    flash, calm = routing_study.flash_crowd(0), routing_study.flash_crowd(0, flash=False)
+    hot = [len(given.arrivals.adapters) - 1 for given in (flash, calm)]
+    times = [
+        given.arrivals.arrival_s[given.arrivals.adapter != adapter]
+        for given, adapter in zip((flash, calm), hot, strict=True)
+    ]
+    assert np.array_equal(*times)
+    rates = [
+        np.count_nonzero((given.arrivals.adapter == adapter) & (np.abs(given.arrivals.arrival_s - 20) < 5)) / 10
+        for given, adapter in zip((flash, calm), hot, strict=True)
+    ]
+    assert rates[0] == pytest.approx(50.0, rel=0.2)
+    assert rates[1] == pytest.approx(2.5, rel=0.6)
