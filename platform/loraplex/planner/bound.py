@@ -26,11 +26,11 @@ _OUTPUT_QUANTILES = (0.0, 0.15, 0.3, 0.45, 0.6, 0.75, 0.9, 0.97)
 _NUM_OUTPUTS = len(_OUTPUT_QUANTILES)
 _WINDOW_S = 0.5
 """At most; at least a thousandth of a long target."""
-_WINDOWS = 4
+_WINDOWS = 3
 """Of a busy part."""
 _MAX_REACH = 8
 """Windows that a TTFT target may span; a longer one is held over the whole trace alone."""
-_PARTS = 4
+_PARTS = 2
 """Busy parts, for each base."""
 _LONGEST_S = 1e8
 """Stands for no end."""

@@ -180,7 +180,8 @@ class Search:
         if scorer.evaluations >= self.evaluations or self.out_of_time():
             return True
         whole = len(self.problem.arrivals)
-        left = (_LEADERS * (whole != scorer.num_requests) + 1 + (self.current is not None)) * whole
+        # Leaders share parts, which are simulated once.
+        left = (_LEADERS / 2 * (whole != scorer.num_requests) + 1 + (self.current is not None)) * whole
         used = self.time_used()
         of_request = (used - self._used_before) / max(scorer.num_simulated, 1)
         return used + _CONFIRMATION * of_request * left >= 1
