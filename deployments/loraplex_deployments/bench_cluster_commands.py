@@ -33,7 +33,7 @@ def faults_command(
             "a tiny model with random weights."
         ),
     ] = True,
-    factor: FactorOption = 4.0,
+    factor: FactorOption = 8.0,
 ) -> None:
     """Kills processes under open streams: who broke, who said the same, how long was silence.
 

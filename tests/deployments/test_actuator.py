@@ -20,6 +20,8 @@ from loraplex_deployments.control_client import CONTROLLER_NAME, NAMESPACE
 from loraplex_deployments.local_cluster import LocalCluster
 from loraplex_deployments.placement import Nodes, reserved_groups
 from loraplex_deployments.replica_handles import find_replica
+from ray._raylet import GcsClient
+from ray.autoscaler.v2.sdk import get_cluster_resource_state
 
 from tests.deployments.own_process import OwnProcess
 
@@ -236,6 +238,30 @@ async def wait_for_room(machines: RayActuator) -> None:
     await machines.stop(ReplicaId("wide"), epoch=1)
     await next_one
     assert gpus_in_use() == {"group-of-next": ("one",)}
+
+
+def test_what_waits_for_a_node_that_does_not_exist_is_the_autoscalers_demand(world: OwnProcess) -> None:
+    world.call(run, demand)
+
+
+async def demand(machines: RayActuator) -> None:
+    waiting = asyncio.create_task(machines.start(target("a", base="paced", shape=Shape(tp=2), gpu="B200"), epoch=1))
+    deadline_s = time.monotonic() + 30
+    while not (bundles := asked_for()):
+        assert time.monotonic() < deadline_s
+        await asyncio.sleep(0.2)
+    assert bundles == [{"CPU": 1.0, "GPU": 1.0, "accelerator_type:B200": 0.001}] * 2
+    await machines.stop(ReplicaId("a"), epoch=1)
+    with pytest.raises(Unavailable, match="stopped"):
+        await waiting
+
+
+def asked_for() -> list[dict[str, float]]:
+    """Bundles that Ray's autoscaler sees and no node holds."""
+    state = get_cluster_resource_state(GcsClient(World.cluster.address))
+    return [
+        dict(request.resources_bundle) for gang in state.pending_gang_resource_requests for request in gang.requests
+    ]
 
 
 def test_gpus_that_a_dead_controller_had_only_reserved_are_freed(world: OwnProcess) -> None:
