@@ -46,12 +46,10 @@ class ServeProxy:
         self.haproxy = config.serve.proxy == "haproxy"
         self._directory: Path | None = None
         self._link = config.root / "haproxy"
-        variables = {_SWITCH: str(int(self.haproxy)), _MIDDLEWARES: CALLBACK}
         _check_import(self.haproxy)
-        if self.haproxy:
-            variables |= {BINARY_VARIABLE: _haproxy_command(), **_settings(config)}
-            if config.ray.address == "local" or config.ray.single_machine:
-                variables |= self._private()
+        variables = proxy_variables(config)
+        if self.haproxy and (config.ray.address == "local" or config.ray.single_machine):
+            variables |= self._private()
         self._before = {name: os.environ.get(name) for name in variables}
         os.environ.update(variables)
         self.variables: Mapping[str, str] = variables
@@ -91,6 +89,13 @@ class ServeProxy:
             "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(grpc_port),
             _DRAINING: "0",  # no HAProxy of another machine has to hear that a gateway goes
         }
+
+
+def proxy_variables(config: PlatformConfig) -> dict[str, str]:
+    """What Serve reads of its proxy, for a node of its own. Raises BadConfig when there is no haproxy here."""
+    haproxy = config.serve.proxy == "haproxy"
+    variables = {_SWITCH: str(int(haproxy)), _MIDDLEWARES: CALLBACK}
+    return variables | {BINARY_VARIABLE: _haproxy_command(), **_settings(config)} if haproxy else variables
 
 
 def _settings(config: PlatformConfig) -> dict[str, str]:

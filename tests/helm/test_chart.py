@@ -1,0 +1,240 @@
+"""The chart over all value sets of ``ci/``: lint, render, and what Kubernetes, KubeRay, Serve and the platform say of
+what comes out."""
+
+import copy
+import json
+import re
+import runpy
+from typing import Any
+
+import helm_python
+import pytest
+import yaml
+from loraplex.config.platform import parse_platform_config
+from loraplex.telemetry.metrics import GatewayMetrics
+from loraplex_deployments.gateway_app import APP_NAME, GRPC_SERVICERS
+from loraplex_deployments.proxy import proxy_variables
+from ray.serve.schema import ServeDeploySchema
+
+from tests.helm.rendered import (
+    CHART,
+    NAME,
+    VALUES,
+    ci_values,
+    of_kind,
+    platform_text,
+    pod_templates,
+    ray_service,
+    render,
+    serve_config,
+    templates,
+)
+from tests.helm.schemas import errors
+
+ALL = [path.name.removesuffix("-values.yaml") for path in VALUES]
+assert ALL == ["cpu", "full", "minimal"]
+_ERROR = 3
+"""Severity of Helm's linter."""
+
+
+def test_the_schema_is_that_of_the_platforms_config() -> None:
+    generator = runpy.run_path(str(CHART.parent / "make_schema.py"))
+    assert (CHART / "values.schema.json").read_text() == generator["values_schema"](), (
+        "run `python helm/make_schema.py`"
+    )
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_lint_finds_nothing(name: str) -> None:
+    report = helm_python.lint(CHART, ci_values(name), strict=True)
+    assert not report["errors"]
+    assert not [message for message in report["messages"] if message["severity"] >= _ERROR]
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_every_manifest_is_valid(name: str) -> None:
+    manifests = render(ci_values(name))
+    assert [error for manifest in manifests for error in errors(manifest)] == []
+    names = [(manifest["kind"], manifest["metadata"]["name"]) for manifest in manifests]
+    assert len(set(names)) == len(names)
+
+
+def test_the_full_set_renders_every_template() -> None:
+    texts = templates(ci_values("full"))
+    assert {name.rsplit("/", 1)[1] for name in texts} == {path.name for path in CHART.glob("templates/*.yaml")}
+    empty = [name for name, text in texts.items() if not any(yaml.safe_load_all(text))]
+    assert empty == ["loraplex/templates/storage.yaml"], "an existing claim is named"
+
+
+def test_validation_finds_what_is_wrong() -> None:
+    (service,) = [m for m in render(ci_values("full")) if m["kind"] == "RayService"]
+    for path, value, message in (
+        (("spec", "upgradeStrategi"), {}, "upgradeStrategi"),
+        (("spec", "rayClusterConfig", "enableInTreeAutoscaling"), "yes", "boolean"),
+        (("spec", "rayClusterConfig", "authOptions", "mode"), "secret", "secret"),
+        (("spec", "rayClusterConfig", "headGroupSpec", "template", "spec", "hostNetworking"), True, "hostNetworking"),
+        (("spec", "rayClusterConfig", "headGroupSpec", "template", "spec", "volumes"), [{"nam": "x"}], "nam"),
+    ):
+        broken = copy.deepcopy(service)
+        place = broken
+        for key in path[:-1]:
+            place = place[key]
+        place[path[-1]] = value
+        assert any(message in error for error in errors(broken)), path
+
+
+@pytest.mark.parametrize(
+    ("path", "key"),
+    [
+        ((), "gatways"),
+        (("image",), "tag"),
+        (("secrets", "adminKey"), "value"),
+        (("storage", "data"), "claim"),
+        (("workerGroups", 0), "gpus"),
+        (("autoscaling",), "enable"),
+        (("platform",), "base_model"),
+        (("platform",), "data_dir"),
+        (("platform", "base_models", 0), "replica"),
+        (("platform", "base_models", 0, "executor"), "dtyp"),
+        (("platform", "traces"), "url"),
+    ],
+)
+def test_an_unknown_key_fails_by_its_name(path: tuple[str | int, ...], key: str) -> None:
+    values: Any = ci_values("full")
+    place = values
+    for step in path:
+        place = place[step] if isinstance(step, int) else place.setdefault(step, {})
+    place[key] = {}
+    with pytest.raises(helm_python.HelmError, match=f"'{key}'"):
+        render(values)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"secrets": {}}, "adminKey"),
+        ({"gcsFaultTolerance": {"enabled": True, "redisAddress": ""}}, "redisAddress"),
+        ({"gateways": {"replicas": 0}}, "minimum"),
+    ],
+)
+def test_values_that_cannot_work_fail(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(helm_python.HelmError, match=message):
+        render(ci_values("minimal") | change)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_serve_and_the_platform_take_the_config(name: str) -> None:
+    manifests = render(ci_values(name))
+    config = ServeDeploySchema.model_validate(serve_config(manifests))
+    assert [app.name for app in config.applications] == ["loraplex-control", APP_NAME]
+    assert config.grpc_options.grpc_servicer_functions == list(GRPC_SERVICERS)
+    platform = parse_platform_config(platform_text(manifests), source=name)
+    assert config.http_options.port == platform.listen.http_port
+    assert config.grpc_options.port == platform.listen.grpc_port
+    gateways = ray_service(manifests)["rayClusterConfig"]["workerGroupSpecs"][0]
+    assert gateways["replicas"] == platform.serve.gateways
+    assert json.loads(json.loads(gateways["rayStartParams"]["resources"])) == platform.serve.gateway_resources
+    mounted = {
+        mount["mountPath"] for mount in pod_templates(manifests)["head"]["spec"]["containers"][0]["volumeMounts"]
+    }
+    assert {platform.data_dir, str(platform.admin_key_path.parent)} <= mounted
+
+
+def test_large_numbers_stay_whole() -> None:
+    assert (
+        parse_platform_config(platform_text(render(ci_values("full"))), source="").traces.max_total_bytes == 100 << 30
+    )
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_the_pods_environment_is_that_of_the_proxy(name: str) -> None:
+    manifests = render(ci_values(name))
+    config = parse_platform_config(platform_text(manifests), source=name)
+    wanted = proxy_variables(config)
+    for template in pod_templates(manifests).values():
+        container = template["spec"]["containers"][0]
+        given = {entry["name"]: entry["value"] for entry in container["env"] if entry["name"].startswith("RAY_SERVE_")}
+        assert given.keys() == wanted.keys()
+        own = {name for name in given if name.endswith(("BINARY_PATH", "NBTHREAD", "MAXCONN"))}
+        assert {name: given[name] for name in given.keys() - own} == {name: wanted[name] for name in given.keys() - own}
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_pods_run_without_root_on_a_read_only_file_system(name: str) -> None:
+    for group, template in pod_templates(render(ci_values(name))).items():
+        spec = template["spec"]
+        assert spec["securityContext"]["runAsNonRoot"]
+        assert spec["securityContext"]["runAsUser"] > 0
+        (container,) = spec["containers"]
+        security = container["securityContext"]
+        assert security["readOnlyRootFilesystem"]
+        assert not security["allowPrivilegeEscalation"]
+        assert security["capabilities"] == {"drop": ["ALL"]}
+        writable = {mount["mountPath"] for mount in container["volumeMounts"] if not mount.get("readOnly")}
+        assert writable == {"/tmp", "/home/loraplex", "/dev/shm", "/var/lib/loraplex"}
+        volumes = {volume["name"] for volume in spec["volumes"]}
+        assert {mount["name"] for mount in container["volumeMounts"]} <= volumes
+        secrets = [volume for volume in spec["volumes"] if "secret" in volume]
+        assert bool(secrets) == (group == "head"), "keys lie on the head alone"
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_no_second_cluster_beside_the_first(name: str) -> None:
+    assert ray_service(render(ci_values(name)))["upgradeStrategy"] == {"type": "None"}
+
+
+def test_selectors_meet_the_pods() -> None:
+    manifests = render(ci_values("full"))
+    labels = [template["metadata"]["labels"] for template in pod_templates(manifests).values()]
+
+    def chosen(selector: dict[str, str]) -> list[str]:
+        matching = [entry for entry in labels if selector.items() <= entry.items()]
+        return [entry["app.kubernetes.io/component"] for entry in matching]
+
+    services = {service["metadata"]["name"]: service for service in of_kind(manifests, "Service")}
+    assert chosen(services[NAME]["spec"]["selector"]) == ["gateway"]
+    assert {port["name"] for port in services[NAME]["spec"]["ports"]} == {"http", "grpc"}
+    assert chosen(services[f"{NAME}-gateways"]["spec"]["selector"]) == ["gateway"]
+    (monitor,) = of_kind(manifests, "ServiceMonitor")
+    wanted = monitor["spec"]["selector"]["matchLabels"].items()
+    assert [name for name, s in services.items() if wanted <= s["metadata"]["labels"].items()] == [f"{NAME}-gateways"]
+    budgets = of_kind(manifests, "PodDisruptionBudget")
+    assert [sorted(set(chosen(b["spec"]["selector"]["matchLabels"]))) for b in budgets] == [
+        ["gateway"],
+        ["head"],
+        ["worker"],
+    ]
+    everything, gateways = (p["spec"]["podSelector"]["matchLabels"] for p in of_kind(manifests, "NetworkPolicy"))
+    assert chosen(everything) == ["head", "gateway", "worker", "worker"]
+    assert chosen(gateways) == ["gateway"]
+
+
+def test_autoscaling_bounds_hold_only_with_the_autoscaler() -> None:
+    values = ci_values("full")
+    for enabled, wanted in ((True, (1, 4)), (False, (1, 1))):
+        values["autoscaling"] = {"enabled": enabled}
+        group = ray_service(render(values))["rayClusterConfig"]["workerGroupSpecs"][1]
+        assert (group["minReplicas"], group["maxReplicas"]) == wanted
+        assert json.loads(json.loads(group["rayStartParams"]["resources"])) == {"accelerator_type:H100": 1}
+
+
+def test_alerts_and_dashboards_name_metrics_that_gateways_have() -> None:
+    manifests = render(ci_values("full"))
+    (rules,) = of_kind(manifests, "PrometheusRule")
+    expressions = [rule["expr"] for group in rules["spec"]["groups"] for rule in group["rules"]]
+    (dashboard,) = of_kind(manifests, "ConfigMap")
+    panels = json.loads(dashboard["data"]["overview.json"])["panels"]
+    assert len({panel["title"] for panel in panels}) == len(panels) > 0
+    expressions += [target["expr"] for panel in panels for target in panel["targets"]]
+    named = {name for expression in expressions for name in re.findall(r"\bloraplex_\w+", expression)}
+    assert named - _exported() == set()
+    assert all(re.search(rf'loraplex_\w+{{ ?namespace="ml", service="{NAME}-gateways"', text) for text in expressions)
+
+
+def _exported() -> set[str]:
+    metrics = GatewayMetrics()
+    return {
+        f"{family.name}{suffix}"
+        for family in metrics.registry.collect()
+        for suffix in {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count")}.get(family.type, ("",))
+    }
