@@ -19,7 +19,7 @@ from loraplex.simulator.compare import compare
 from loraplex.simulator.compiled import compiled
 from loraplex.simulator.exact import simulate_exact
 from loraplex.simulator.fast_router import choose, uniform
-from loraplex.simulator.fast_state import NONE, Knobs, State, knobs_of, state_of
+from loraplex.simulator.fast_state import NONE, REPORTED, SENT, Knobs, State, knobs_of, state_of
 from loraplex.simulator.fast_steps import run_s
 from loraplex.simulator.scenarios import SCENARIOS, make_arrivals, make_input, with_adapter_sets
 from loraplex.simulator.types import Outcome, SimulationInput
@@ -74,8 +74,7 @@ def _policy_case(seed: int, num_groups: int, *, plain: bool) -> tuple[Simulation
     knobs = knobs_of(given_, cluster)
     state = state_of(given_, workload, cluster, knobs)
     state.load[:] = random.integers(0, 10, size=num_groups)
-    state.seen[:] = random.random(state.seen.shape) < 0.5
-    state.pairs["sent"] = random.random(state.seen.shape) < 0.2
+    state.seen[:] = REPORTED * (random.random(state.seen.shape) < 0.5) + SENT * (random.random(state.seen.shape) < 0.2)
     state.views["queued"] = random.integers(0, 4, size=num_groups) * 700
     state.views["prompts"] = 300 * state.load
     state.views["room"] = random.choice([500.0, 1e6], size=num_groups)
@@ -103,9 +102,9 @@ def test_the_choice_is_the_routing_policys(seed: int, num_groups: int, plain: bo
                 prompt_tokens=float(state.views["prompts"][p]),
                 room_tokens=float(state.views["room"][p]),
                 credits=knobs.max_unfinished - int(state.load[p]),
-                resident={digest} if digest is not None and state.seen[adapter, p] else (),
+                resident={digest} if digest is not None and state.seen[adapter, p] & REPORTED else (),
                 absence_s=lambda digest, table=known: float(table.load_s[workload.adapter_size[adapter]]),  # type: ignore[misc]
-                sent={digest} if digest is not None and state.pairs["sent"][adapter, p] else (),
+                sent={digest} if digest is not None and state.seen[adapter, p] & SENT else (),
             )
         )
     demand = Demand(
@@ -155,6 +154,7 @@ def test_hashes_of_prompts_are_spread_evenly() -> None:
     assert np.abs(wins - 1 / 8).max() < 0.05
 
 
+@settings(deadline=None)
 @given(st.floats(1e-4, 1.0), st.floats(0.0, 1e-2), st.integers(1, 400))
 def test_a_run_of_steps_takes_the_sum_of_its_steps(first_s: float, slope_s: float, count: int) -> None:
     steps_s = [first_s + slope_s * index for index in range(count)]

@@ -6,7 +6,7 @@ tells no other equal prompts. Compiled; called by ``fast_scheduler``.
 
 from loraplex.simulator.cluster import PAGE_SIZE
 from loraplex.simulator.compiled import inlined, inner
-from loraplex.simulator.fast_state import NONE, State
+from loraplex.simulator.fast_state import NONE, SENT, State
 
 
 @inlined
@@ -118,7 +118,7 @@ def drop_idle(state: State, p: int, adapter: int) -> None:
     replica, pair = state.replicas[p], state.pairs[adapter, p]
     pages = pages_of_adapter(state, p, adapter)
     pair.resident = False
-    state.seen[adapter, p] = False
+    state.seen[adapter, p] &= SENT
     replica.num_adapter_pages -= pages
     replica.num_free += pages
 

@@ -36,7 +36,7 @@ def choose(state: State, knobs: Knobs, r: int) -> int:
             if _is_home(state, adapter, p):
                 least_home = min(least_home, score)
             else:
-                score += _absence_s(state, adapter, p)
+                score += _absence_s(state, knobs, adapter, p)
                 least_other = min(least_other, score)
         state.scores[index - first] = score
     if least_home == np.inf and least_other == np.inf:
@@ -60,7 +60,7 @@ def choose(state: State, knobs: Knobs, r: int) -> int:
 @inlined
 def _is_home(state: State, adapter: int, p: int) -> bool:
     """Whether the adapter is on the replica, or will be for a request that was sent there."""
-    return bool(adapter == NONE or state.seen[adapter, p] or state.pairs[adapter, p].sent > 0)
+    return bool(adapter == NONE or state.seen[adapter, p] != 0)
 
 
 @inlined
@@ -87,10 +87,10 @@ def _predict(state: State, p: int, new_tokens: float, output: float) -> tuple[fl
 
 
 @inlined
-def _absence_s(state: State, adapter: int, p: int) -> float:
+def _absence_s(state: State, knobs: Knobs, adapter: int, p: int) -> float:
     known = state.adapters[state.replicas[p].cost, adapter]
     seconds = known.load_s
-    if state.pairs[adapter, p].fetched_s == np.inf:
+    if knobs.fetches and state.pairs[adapter, p].fetched_s == np.inf:
         seconds += known.fetch_s
     return float(seconds)
 
@@ -115,7 +115,7 @@ def arrive(state: State, knobs: Knobs, r: int, now_s: float) -> None:
         return
     _expire(state, knobs, base, now_s)
     p = choose(state, knobs, r)
-    if knobs.patience_s < np.inf and _first_s(state, r, p) > knobs.patience_s:
+    if knobs.patience_s < np.inf and _first_s(state, knobs, r, p) > knobs.patience_s:
         request.outcome = _REFUSED
         return
     if p == NONE and state.queue_size[base] >= knobs.max_queued:
@@ -181,14 +181,14 @@ def _place(state: State, knobs: Knobs, r: int, p: int, now_s: float) -> None:
 
 
 @inner
-def _first_s(state: State, r: int, p: int) -> float:
+def _first_s(state: State, knobs: Knobs, r: int, p: int) -> float:
     """Predicted time to the first token of a request on its replica; NONE: no candidate has a credit."""
     request = state.requests[r]
     output = state.mean_output[request.base]
     if p != NONE:
         first_s, _ = _predict(state, p, request.prompt, output)
         return float(
-            first_s if _is_home(state, request.adapter, p) else first_s + _absence_s(state, request.adapter, p)
+            first_s if _is_home(state, request.adapter, p) else first_s + _absence_s(state, knobs, request.adapter, p)
         )
     soonest_s, ends_per_s = np.inf, 0.0
     for index in range(state.first_candidate[request.key], state.first_candidate[request.key + 1]):

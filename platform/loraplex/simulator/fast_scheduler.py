@@ -24,7 +24,7 @@ from loraplex.simulator.fast_memory import (
     pages_of_adapter,
     take,
 )
-from loraplex.simulator.fast_state import NONE, Knobs, State
+from loraplex.simulator.fast_state import NONE, REPORTED, SENT, Knobs, State
 
 
 @inlined
@@ -45,6 +45,7 @@ def enqueue(state: State, knobs: Knobs, p: int, r: int, now_s: float) -> float:
         return now_s
     pair = state.pairs[request.adapter, p]
     pair.sent += 1
+    state.seen[request.adapter, p] |= SENT
     if not knobs.fetches:
         return now_s
     if pair.fetched_s == np.inf:
@@ -125,7 +126,10 @@ def finish(state: State, knobs: Knobs, p: int, r: int, now_s: float) -> None:
     state.load[p] -= 1
     state.views[p].prompts -= request.prompt
     if request.adapter != NONE:
-        state.pairs[request.adapter, p].sent -= 1
+        pair = state.pairs[request.adapter, p]
+        pair.sent -= 1
+        if pair.sent == 0:
+            state.seen[request.adapter, p] &= REPORTED
     state.mean_output[request.base] += OUTPUT_SHARE * (request.output - state.mean_output[request.base])
     settle_account(state, r)
     _leave(state, p, request.tenant)
@@ -159,7 +163,8 @@ def report(state: State, p: int) -> None:
     replica = state.replicas[p]
     for index in range(replica.num_fresh):
         adapter = state.slots[p, index].fresh
-        state.seen[adapter, p] = state.pairs[adapter, p].resident
+        if state.pairs[adapter, p].resident:
+            state.seen[adapter, p] |= REPORTED
     replica.num_fresh = 0
     state.views[p].room = num_available(state, p) * PAGE_SIZE
 

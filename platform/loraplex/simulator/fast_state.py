@@ -37,6 +37,7 @@ Records = npt.NDArray[Any]
 _RATES = tuple(field.name for field in fields(Rates))
 
 NONE = -1
+REPORTED, SENT = np.uint8(1), np.uint8(2)
 
 
 class Knobs(NamedTuple):
@@ -66,8 +67,8 @@ class State(NamedTuple):
     """[P] when it is looked at next: when its run of steps ends, an adapter was fetched, or never."""
     load: npt.NDArray[np.int64]
     """[P] requests that were sent there and did not end."""
-    seen: npt.NDArray[np.bool_]
-    """[A, P] whether the router knows of an adapter that it is resident."""
+    seen: npt.NDArray[np.uint8]
+    """[A, P] what the router knows of an adapter there: ``REPORTED`` as resident, ``SENT`` with a request."""
     views: Records
     """[P] of VIEW."""
     scores: FloatArray
@@ -153,7 +154,7 @@ def state_of(given: SimulationInput, workload: Workload, cluster: Cluster, knobs
     return State(
         wake_s=np.full(num_replicas, np.inf),
         load=np.zeros(num_replicas, dtype=np.int64),
-        seen=np.zeros((max(1, num_adapters), num_replicas), dtype=np.bool_),
+        seen=np.zeros((max(1, num_adapters), num_replicas), dtype=np.uint8),
         views=_views(given, cluster),
         scores=np.zeros(num_replicas),
         mean_output=np.full(num_bases, float(given.router.expected_output_tokens)),
