@@ -32,6 +32,7 @@ from loraplex.core.tenant import Role, TenantLimits, UsageRow
 from loraplex.tenancy.keys import hash_key
 from loraplex.testing.tiny_adapter import tiny_adapter
 from loraplex.testing.tiny_controller import upload_adapter
+from loraplex.traces.schema import encode_batch
 
 ACME, GLOBEX = TenantName("acme"), TenantName("globex")
 GATEWAY = GatewayId("gateway-1")
@@ -400,9 +401,10 @@ async def test_usage_traces_and_leases(controller: Controller, traces: Any) -> N
         await controller.report_usage(GATEWAY, rows)
     await controller.report_usage(GATEWAY, ())
     assert await controller.usage(ACME) == UsageRow(tenant=ACME, requests=4, prompt_tokens=40, output_tokens=14)
-    await asyncio.gather(*(controller.record_traces(GATEWAY, bytes([n])) for n in range(50)))
-    assert traces.batches == [bytes([n]) for n in range(50)]
-    assert (await controller.record_traces(GATEWAY, b"one more")).dropped_rows == 51
+    batches = [encode_batch((), source="gateway", sequence=n) for n in range(51)]
+    await asyncio.gather(*(controller.record_traces(GATEWAY, batch) for batch in batches[:50]))
+    assert traces.batches == batches[:50]
+    assert (await controller.record_traces(GATEWAY, batches[50])).dropped_rows == 51
     demand = (TenantDemand(tenant=ACME, requests=5, tokens=100, running=1),)
     shares = await controller.lease_quota(GATEWAY, demand, ())
     assert [(row.tenant, row.share) for row in shares] == [("*", 1.0), (ACME, 1.0)]
