@@ -30,6 +30,9 @@ _IDLE = 2000
 """Proposals in a row that bring nothing new, after which the search ends."""
 _CONFIRMATION = 1.3
 """A request of the whole trace costs at most so many times what one of the shorter costs."""
+_FIRST, _FIRST_SHARE = 12, 0.4
+"""Evaluations before the pace counts, which the overload of a poor first choice slows down, if they take no more than
+this share of the time."""
 HYSTERESIS = 0.005
 """Attainment by which a plan must beat the current one, its move paid."""
 
@@ -179,10 +182,12 @@ class Search:
     def _over(self, scorer: Scorer) -> bool:
         if scorer.evaluations >= self.evaluations or self.out_of_time():
             return True
+        used = self.time_used()
+        if scorer.evaluations < _FIRST and used < _FIRST_SHARE:
+            return False
         whole = len(self.problem.arrivals)
         # Leaders share parts, which are simulated once.
         left = (_LEADERS / 2 * (whole != scorer.num_requests) + 1 + (self.current is not None)) * whole
-        used = self.time_used()
         of_request = (used - self._used_before) / max(scorer.num_simulated, 1)
         return used + _CONFIRMATION * of_request * left >= 1
 
