@@ -1,5 +1,7 @@
 """The study of LLM plans: hours made from functions and clients, tables that agree with the simulator."""
 
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -108,3 +110,9 @@ def test_fewest_gpus_by_whole_nodes() -> None:
     assert fewest_gpus(lambda gpus: 0.9 + gpus / 1000, least=8, most=160) == (96, pytest.approx(0.996))
     assert fewest_gpus(lambda gpus: 0.5, least=8, most=64) == (None, 0.5)
     assert [node.num_gpus for node in nodes(20)] == [8, 8, 4]
+
+
+def test_the_command_says_what_it_takes() -> None:
+    command = [sys.executable, "-m", "loraplex.planner.study", "--help"]
+    said = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    assert "--most-gpus" in said

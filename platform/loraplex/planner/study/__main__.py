@@ -46,7 +46,7 @@ def main() -> None:
         help="Count CPU seconds of this process instead: on a machine that others use",
     )
     parser.add_argument("--seed", type=int, default=0, help="Of arrivals, lengths and search")
-    parser.add_argument("--most-gpus", type=int, default=0, help=f"Also the fewest GPUs for {SHARE:.0%}, up to these")
+    parser.add_argument("--most-gpus", type=int, default=0, help=f"Also the fewest GPUs for {SHARE}, up to these")
     parser.add_argument("--out", type=Path, help="File for the figures, JSON")
     arguments = parser.parse_args()
     functions = Functions.read(arguments.functions)
