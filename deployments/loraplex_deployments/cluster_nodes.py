@@ -12,7 +12,10 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from loraplex_deployments.build_id import build_id
 
-_HEAD = "node:__internal_head__"
+HEAD = "node:__internal_head__"
+"""Ray's resource that the head alone has."""
+TOUCH = 0.001
+"""Of ``HEAD``: whoever takes some of it runs there."""
 _ACCELERATOR = "accelerator_type:"
 _BUILD_TIMEOUT_S = 60.0
 
@@ -92,7 +95,7 @@ def _node(entry: dict[str, Any]) -> ClusterNode:
     return ClusterNode(
         node_id=entry["NodeID"],
         address=entry["NodeManagerAddress"],
-        is_head=_HEAD in resources,
+        is_head=HEAD in resources,
         num_cpus=resources.get("CPU", 0.0),
         num_gpus=resources.get("GPU", 0.0),
         gpu_type=gpu_types[0] if gpu_types else None,

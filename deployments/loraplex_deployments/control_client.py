@@ -1,9 +1,10 @@
 """ControlPlane over Ray: one call of the controller actor per method, its errors unwrapped to ours.
 
 Used by gateways, replicas and the launcher. Holds no state but the actor handle; Ray restarts the controller and
-retries go to the new one. While it is away, every call raises Unavailable.
+retries go to the new one, likewise if it died for good and another was created. While it is away, every call raises Unavailable.
 """
 
+import asyncio
 from typing import Any, cast
 
 import ray
@@ -21,7 +22,7 @@ from loraplex.core.ids import BaseModelId, Digest, GatewayId, TenantName
 from loraplex.core.plan import Plan
 from loraplex.core.rollout import DecisionRecord, FleetStatus, PlanRecord
 from loraplex.core.tenant import Role, TenantLimits, TenantView, UsageRow
-from ray.exceptions import GetTimeoutError, RayError, RayTaskError
+from ray.exceptions import ActorDiedError, GetTimeoutError, RayError, RayTaskError
 
 NAMESPACE = "loraplex"
 CONTROLLER_NAME = "loraplex-controller"
@@ -44,6 +45,14 @@ def unwrap(error: Exception) -> Exception:
     return cause if isinstance(cause, LoraplexError) else error
 
 
+def _successor(handle: Any) -> Any:
+    """Of a controller that is gone for good: the one that was created since, or itself. Blocking."""
+    try:
+        return controller_handle()
+    except Unavailable:
+        return handle
+
+
 class RayControlPlane:
     """Implements ``loraplex.core.control.ControlPlane``."""
 
@@ -54,6 +63,8 @@ class RayControlPlane:
         try:
             return await self._handle.call.remote(method, args, kwargs)
         except RayError as error:
+            if isinstance(error, ActorDiedError):
+                self._handle = await asyncio.to_thread(_successor, self._handle)
             raise unwrap(error) from None
 
     async def snapshot(self, *, after_epoch: int, after_version: int, timeout_s: float) -> ControlSnapshot | None:
@@ -153,6 +164,8 @@ class RayArtifactReader:
         except GetTimeoutError:
             raise Unavailable("the controller did not answer in time") from None
         except RayError as error:
+            if isinstance(error, ActorDiedError):
+                self._handle = _successor(self._handle)
             raise unwrap(error) from None
 
     def info(self, digest: Digest) -> ArtifactInfo:

@@ -86,7 +86,7 @@ def deploy(
                 _remove(found.deployed)
             elif _controller() is not None:
                 raise Conflict("a platform of `loraplex serve` runs on this cluster; end that first")
-            _write_record(config)
+            write_record(config)
         platform = None
         try:
             platform = start_platform(config, progress)
@@ -106,7 +106,7 @@ def undeploy(address: str, progress: Progress) -> bool:
     """Removes what ``deploy`` put on the cluster, also half of it; False when there was nothing. Requests that run are
     given up. Data (database, artifacts, traces, keys) stays. Raises Unavailable when there is no cluster."""
     with joined(address):
-        record = _read_record()
+        record = read_record()
         if record is None:
             return False
         with contextlib.closing(ServeProxy(record.config)):
@@ -119,7 +119,7 @@ def find_deployment() -> Deployment | None:
     """Of the cluster that this process has joined."""
     from loraplex_deployments.gateways import gateways_run
 
-    record = _read_record()
+    record = read_record()
     if record is None:
         return None
     controller, failures = _controller(), None
@@ -243,14 +243,17 @@ def _controller() -> Any:
         return None
 
 
-def _write_record(config: PlatformConfig) -> None:
+def write_record(config: PlatformConfig) -> None:
+    """Before anything is started for ``config`` on the cluster that this process has joined."""
     from loraplex_deployments.gateways import serve_runs
 
     record = Deployed(config=config, build=build_id(), unix_s=time.time(), began_serve=not serve_runs())
     _internal_kv_put(_KEY, msgspec.json.encode(record), overwrite=True, namespace=_KV_NAMESPACE)
 
 
-def _read_record() -> Deployed | None:
+def read_record() -> Deployed | None:
+    """What was deployed on the cluster that this process has joined, or is being deployed. Raises Conflict when another
+    version wrote it."""
     held = _internal_kv_get(_KEY, namespace=_KV_NAMESPACE)
     if held is None:
         return None

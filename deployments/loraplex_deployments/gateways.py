@@ -14,27 +14,33 @@ from ray.serve.schema import ApplicationStatus, LoggingConfig
 from loraplex_deployments.gateway_app import APP_NAME, GRPC_SERVICERS, MAX_REFUSALS, GatewayDeployment
 from loraplex_deployments.proxy import ServeProxy
 
+_QUIET = LoggingConfig(log_level="WARNING", enable_access_log=False)
+
 
 def start_gateways(config: PlatformConfig, proxy: ServeProxy) -> None:
     """Starts Serve, or joins the cluster's, and deploys the gateways; returns when they answer."""
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     local = config.ray.address == "local"
-    quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
     serve.start(
         proxy_location=(ProxyLocation.HeadOnly if local or config.ray.single_machine else ProxyLocation.EveryNode),
         http_options=HTTPOptions(host=config.listen.host, port=config.listen.http_port),
         grpc_options=gRPCOptions(port=config.listen.grpc_port, grpc_servicer_functions=list(GRPC_SERVICERS)),
-        logging_config=quiet,
+        logging_config=_QUIET,
         # A local Ray has them from us; on a cluster the first start of Serve takes them along, to its proxies as well.
         controller_options=None if local else {"runtime_env": {"env_vars": dict(proxy.variables)}},
     )
+    serve.run(gateway_application(config), name=APP_NAME, route_prefix="/")
+
+
+def gateway_application(config: PlatformConfig) -> serve.Application:
+    """The gateways as Serve deploys them."""
     deployment = GatewayDeployment.options(  # type: ignore[attr-defined]
         num_replicas=config.serve.gateways,
         max_ongoing_requests=config.serve.max_ongoing_requests + MAX_REFUSALS,
         ray_actor_options={"num_cpus": config.serve.gateway_num_cpus, "resources": config.serve.gateway_resources},
-        logging_config=quiet,
+        logging_config=_QUIET,
     )
-    serve.run(deployment.bind(config), name=APP_NAME, route_prefix="/")
+    return deployment.bind(config)
 
 
 def runs_haproxy() -> bool:

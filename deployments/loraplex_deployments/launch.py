@@ -22,6 +22,7 @@ from loraplex.config.platform import PlatformConfig
 from loraplex.core.errors import BadConfig, Conflict, Unavailable
 
 from loraplex_deployments.actuator import remove_all_replicas
+from loraplex_deployments.cluster_nodes import HEAD, TOUCH
 from loraplex_deployments.control_actor import ControllerActor
 from loraplex_deployments.control_client import CONTROLLER_NAME, NAMESPACE
 from loraplex_deployments.proxy import ServeProxy
@@ -129,23 +130,24 @@ def _start_ray(config: PlatformConfig, progress: Progress) -> None:
 
 
 def _start_controller(config: PlatformConfig, started: contextlib.ExitStack) -> Any:
-    try:
-        controller = ControllerActor.options(  # type: ignore[attr-defined]
-            name=CONTROLLER_NAME,
-            namespace=NAMESPACE,
-            lifetime="detached",
-            scheduling_strategy=ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
-                node_id=ray.get_runtime_context().get_node_id(), soft=False
-            ),
-        ).remote(config)
-    except ValueError:
-        raise Conflict("a loraplex controller already runs on this Ray cluster") from None
+    controller = create_controller(config)
     started.callback(stop_controller, controller)
     try:
         ray.get(controller.start.remote())
     except ray.exceptions.RayTaskError as error:
         raise (error.cause if isinstance(error.cause, Exception) else error) from None
     return controller
+
+
+def create_controller(config: PlatformConfig) -> Any:
+    """The actor, on whichever node is the head: Ray restarts it there, also after the head was replaced. Its ``start``
+    is yet to be called. Raises Conflict when there is one."""
+    try:
+        return ControllerActor.options(  # type: ignore[attr-defined]
+            name=CONTROLLER_NAME, namespace=NAMESPACE, lifetime="detached", resources={HEAD: TOUCH}
+        ).remote(config)
+    except ValueError:
+        raise Conflict("a loraplex controller already runs on this Ray cluster") from None
 
 
 def stop_controller(controller: Any) -> None:
