@@ -1,7 +1,8 @@
 """ControlPlane over Ray: one call of the controller actor per method, its errors unwrapped to ours.
 
 Used by gateways, replicas and the launcher. Holds no state but the actor handle; Ray restarts the controller and
-retries go to the new one, likewise if it died for good and another was created. While it is away, every call raises Unavailable.
+retries go to the new one, likewise if it died for good and another was created. While it is away,
+every call raises Unavailable.
 """
 
 import asyncio
