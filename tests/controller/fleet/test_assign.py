@@ -1,6 +1,6 @@
 """The fast loop's decision: adapters move to where there is room, none is lost, and even loads are left alone."""
 
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from loraplex.controller.fleet.assign import reassigned
 from loraplex.core.plan import Plan
@@ -51,6 +51,7 @@ def test_where_every_replica_takes_every_adapter_nothing_moves() -> None:
 
 
 @settings(max_examples=200, deadline=None)
+@example([[], ["p"]], {"p": 5e-324})
 @given(
     st.lists(st.lists(st.sampled_from(NAMES), unique=True), min_size=2, max_size=4),
     st.dictionaries(st.sampled_from(NAMES), st.floats(0.0, 100.0)),

@@ -13,6 +13,8 @@ from loraplex.core.plan import AdapterShare, Plan
 
 _UNEVEN = 1.25
 """A replica with less than so many times the mean load is left in peace."""
+_QUIET = 1e-3
+"""So is one with fewer requests per second and GPU: nothing that moves would be noticed."""
 _GAIN = 0.1
 """Part of the fullest replica's load that a change must take away."""
 _COLD = 0.1
@@ -95,7 +97,7 @@ def _evened(base: BaseModelId, homes: list[_Home], rates: Rates) -> list[str]:
         mean = sum(loads) / len(loads)
         fullest = max(range(len(homes)), key=lambda index: loads[index])
         emptiest = min(range(len(homes)), key=lambda index: loads[index])
-        if loads[fullest] <= _UNEVEN * mean:
+        if loads[fullest] <= max(_UNEVEN * mean, _QUIET):
             break
         best: tuple[float, str, dict[int, dict[tuple[str | None, str], AdapterShare]]] | None = None
         for key, share in homes[fullest].shares.items():
