@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from loraplex.core.ids import TenantName
-from loraplex.router.fairness import ServiceCounters
 from loraplex.router.queue import Ticket, WaitingQueue
+from loraplex.tenancy.fairness import ServiceCounters
 
 A, B = TenantName("a"), TenantName("b")
 

@@ -27,12 +27,12 @@ from math import inf
 
 from loraplex.core.ids import Digest, TenantName
 from loraplex.engine.config import EngineConfig
-from loraplex.engine.fairness import TenantCounters
 from loraplex.engine.memory import Memory
 from loraplex.engine.prefetch import prefetch_adapters, warm_adapter
 from loraplex.engine.quarantine import Quarantine
 from loraplex.engine.queue import WaitingQueue
 from loraplex.engine.sequence import Sequence
+from loraplex.tenancy.fairness import ServiceCounters
 
 _PREFETCH_DEPTH = 64
 """Heads of the queue, of each class, that are looked at for adapters to load ahead."""
@@ -70,7 +70,7 @@ class Scheduler:
         self._leaving: set[Sequence] = set()
         """Ended, but in a step in flight."""
         self.quarantine = Quarantine()
-        self.counters = TenantCounters()
+        self.counters = ServiceCounters()
         self.num_preemptions = 0
 
     def add(self, sequence: Sequence) -> None:

@@ -13,13 +13,13 @@ from loraplex.core.errors import LoraplexError, Overloaded, ReplicaLost, Unavail
 from loraplex.core.ids import BaseModelId, ReplicaId
 from loraplex.core.request import EngineRequest, Priority
 from loraplex.router.config import RouterConfig
-from loraplex.router.fairness import ServiceCounters
 from loraplex.router.link import Link
 from loraplex.router.policy import Choice, Demand, choose_replica, hash64, prefix_key, wait_in_queue_s
 from loraplex.router.prediction import OutputLength
 from loraplex.router.prefixes import PrefixMap
 from loraplex.router.queue import Ticket, WaitingQueue
 from loraplex.router.stream import Generation, RoutedStream
+from loraplex.tenancy.fairness import ServiceCounters
 
 _REMIND_S = 1.0
 _MAX_RETRY_AFTER_S = 30.0

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from loraplex.core.ids import TenantName
-from loraplex.router.fairness import ServiceCounters
+from loraplex.tenancy.fairness import ServiceCounters
 
 Item = TypeVar("Item", bound=Hashable)
 

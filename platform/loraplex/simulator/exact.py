@@ -18,7 +18,6 @@ from loraplex.core.errors import InvalidInput
 from loraplex.core.ids import Digest, RequestId, TenantName
 from loraplex.core.request import EngineRequest, RequestOutput, SamplingParams
 from loraplex.router.config import RouterConfig
-from loraplex.router.fairness import ServiceCounters
 from loraplex.router.policy import Choice, Demand, ReplicaView, choose_replica, hash64, wait_in_queue_s
 from loraplex.router.prediction import OutputLength
 from loraplex.router.queue import Ticket, WaitingQueue
@@ -28,6 +27,7 @@ from loraplex.simulator.results import Happened, result_of
 from loraplex.simulator.types import Outcome, Serving, SimulationInput, SimulationResult
 from loraplex.simulator.unbatched import simulate_unbatched_exact
 from loraplex.simulator.workload import Workload
+from loraplex.tenancy.fairness import ServiceCounters
 
 RoutingPolicy = Callable[[Sequence[ReplicaView], Demand, RouterConfig], Choice | None]
 

@@ -1,4 +1,4 @@
-"""The service of tenants by base in the fast simulator: ``router.fairness`` in arrays, and who waits in the router.
+"""The service of tenants by base in the fast simulator: ``tenancy.fairness`` in arrays, and who waits in the router.
 
 Compiled; called by ``fast_router`` and ``fast_scheduler``.
 """
