@@ -37,8 +37,9 @@ check: setup-dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# The same examples of every property each time, so that a change is judged by what it changed; `test-all` draws new ones.
 test: check
-	$(BIN)/python -m pytest -m "not slow and not gpu and not multigpu"
+	$(BIN)/python -m pytest --hypothesis-profile=ci -m "not slow and not gpu and not multigpu"
 
 test-all: check
 	$(BIN)/python -m pytest

@@ -33,7 +33,8 @@ class Scale:
             last = math.floor(math.log(self.high, base) + 1e-9)
             every = math.ceil((last - first + 1) / (2 * count))
             return [base**power for power in range(first, last + 1, every)]
-        step = round_up((self.high - self.low) / count)
+        # A third of the span at most, so that even the coarsest rounding of the step leaves a tick within it.
+        step = round_up((self.high - self.low) / max(count, 3))
         first = math.ceil(self.low / step - 1e-9)
         last = math.floor(self.high / step + 1e-9)
         return [number * step for number in range(first, last + 1)]
