@@ -1,54 +1,15 @@
-"""The exact simulator with other policies, and what the studies say of them."""
+"""The simulators with other policies, and what the studies say of them."""
 
 import dataclasses
 
 import numpy as np
 import pytest
-from loraplex.core.ids import Digest, ReplicaId
+from loraplex.core.errors import InvalidInput
 from loraplex.router.config import RouterConfig
-from loraplex.router.policy import Demand, ReplicaView
-from loraplex.router.prediction import Rates
 from loraplex.simulator import fast, routing_study
 from loraplex.simulator.exact import simulate_exact
-from loraplex.simulator.rivals import PowerOfTwoMultiplexed, consistent_hash, least_loaded
 from loraplex.simulator.scenarios import make_arrivals, make_input
 from loraplex.simulator.types import Outcome, SimulationInput
-
-CONFIG = RouterConfig()
-ADAPTER = Digest("x")
-
-
-def view(name: str, *, rows: int = 0, credits: int = 9, resident: tuple[str, ...] = ()) -> ReplicaView:
-    return ReplicaView(
-        replica_id=ReplicaId(name),
-        rates=Rates(step_s=0.01),
-        rows=rows,
-        credits=credits,
-        resident=frozenset(map(Digest, resident)),
-    )
-
-
-def demand(key: int = 0) -> Demand:
-    return Demand(key=key, prompt_tokens=10, output_tokens=10.0, digest=ADAPTER)
-
-
-def test_the_rivals_choose_as_their_names_say() -> None:
-    a, b, c = view("a", rows=5, resident=("x",)), view("b", rows=1), view("c", rows=2, resident=("y", "z"))
-    chosen = least_loaded((a, b, c), demand(), CONFIG)
-    assert chosen is not None
-    assert chosen.view is b
-    homes = {consistent_hash((a, b, c), demand(key), CONFIG).view.replica_id for key in range(50)}  # type: ignore[union-attr]
-    assert homes == {"a", "b", "c"}
-    multiplexed = PowerOfTwoMultiplexed()
-    for _ in range(20):
-        found = multiplexed((a, b, c), demand(), CONFIG)
-        assert found is not None
-        assert found.view is a
-    full = dataclasses.replace(a, credits=0)
-    assert multiplexed((full, b, c), demand(), CONFIG) is None
-    cold = multiplexed((b, c), demand(), CONFIG)
-    assert cold is not None
-    assert cold.view is b
 
 
 def _overloaded(router: RouterConfig) -> SimulationInput:
@@ -56,6 +17,17 @@ def _overloaded(router: RouterConfig) -> SimulationInput:
     given = make_input(arrivals, num_groups=2)
     engine = type(given.engine)(max_running=16, max_waiting=4)
     return dataclasses.replace(given, engine=engine, router=router)
+
+
+def test_other_policies_run_in_the_exact_simulator_alone() -> None:
+    given = dataclasses.replace(routing_study.flash_crowd(0), router=RouterConfig(policy="consistent-hash"))
+    with pytest.raises(InvalidInput, match="consistent-hash"):
+        fast.simulate(given)
+    arrivals = make_arrivals(num_requests=60, rate=100, num_adapters=1)
+    given = dataclasses.replace(make_input(arrivals, num_groups=3), router=given.router)
+    assert len(set(simulate_exact(given).group.tolist())) == 1
+    given = dataclasses.replace(given, router=RouterConfig(policy="least-loaded"))
+    assert len(set(simulate_exact(given).group.tolist())) == 3
 
 
 @pytest.mark.parametrize("patience", [1.0, 3.0])

@@ -1,6 +1,6 @@
 """The router's own settings: how long requests wait, for what, and how replicas are preferred."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -8,6 +8,8 @@ _Positive = Annotated[float, msgspec.Meta(gt=0)]
 
 
 class RouterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    policy: Literal["predicted-finish", "least-loaded", "consistent-hash", "pow2-multiplexed"] = "predicted-finish"
+    """Who chooses among replicas with room. The others are there to be compared with; the queue is the same."""
     max_queued_requests: Annotated[int, msgspec.Meta(ge=0)] = 512
     """Generations of one base that wait in this router for a replica's credit; what is more is refused."""
     max_queue_wait_s: _Positive = 60.0

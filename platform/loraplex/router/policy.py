@@ -94,6 +94,10 @@ class Choice:
     """Predicted time to the first token."""
 
 
+RoutingPolicy = Callable[[Sequence[ReplicaView], Demand, RouterConfig], Choice | None]
+"""None when no replica that it would choose has a credit."""
+
+
 def choose_replica(views: Sequence[ReplicaView], demand: Demand, config: RouterConfig) -> Choice | None:
     """None when no replica has a credit."""
     digest, pace_weight = demand.digest, config.decode_weight * demand.output_tokens

@@ -14,10 +14,11 @@ from loraplex.core.ids import BaseModelId, ReplicaId
 from loraplex.core.request import EngineRequest, Priority
 from loraplex.router.config import RouterConfig
 from loraplex.router.link import Link
-from loraplex.router.policy import Choice, Demand, choose_replica, hash64, prefix_key, wait_in_queue_s
+from loraplex.router.policy import Choice, Demand, hash64, prefix_key, wait_in_queue_s
 from loraplex.router.prediction import OutputLength
 from loraplex.router.prefixes import PrefixMap
 from loraplex.router.queue import Ticket, WaitingQueue
+from loraplex.router.rivals import routing_policy
 from loraplex.router.stream import Generation, RoutedStream
 from loraplex.tenancy.fairness import ServiceCounters
 
@@ -42,6 +43,7 @@ class Pool:
         """``on_unserved`` as of ``Router``; ``on_empty`` hears that nothing runs on a link that left the table."""
         self._base_model_id = base_model_id
         self._config = config
+        self._policy = routing_policy(config)
         self._on_unserved = on_unserved
         self._on_empty = on_empty
         self._links: dict[ReplicaId, Link] = {}
@@ -209,7 +211,7 @@ class Pool:
         takers = self._takers(stream)
         if stream.refused_by:
             takers = [link for link in takers if link.route.replica_id not in stream.refused_by] or takers
-        return choose_replica([link.view for link in takers], demand, self._config)
+        return self._policy([link.view for link in takers], demand, self._config)
 
     def _demand(self, stream: RoutedStream) -> Demand:
         request = stream.first

@@ -1,4 +1,4 @@
-"""The cluster on a virtual clock, decided by the real parts: ``engine.Engine`` and ``router.policy.choose_replica``.
+"""The cluster on a virtual clock, decided by the real parts: ``engine.Engine`` and the router's policies.
 
 What is modelled is time alone: a step takes what the cost model says, an adapter load what its bytes take on the host
 link. One router; its messages and those of the replicas take no time. Slow (some thousand requests a second): the
@@ -7,7 +7,7 @@ yardstick of ``fast``, and for a last look at a plan.
 
 import heapq
 from collections import deque
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable
 from enum import IntEnum
 from math import inf
 
@@ -17,10 +17,10 @@ from loraplex.core.adapter import AdapterRef
 from loraplex.core.errors import InvalidInput
 from loraplex.core.ids import Digest, RequestId, TenantName
 from loraplex.core.request import EngineRequest, RequestOutput, SamplingParams
-from loraplex.router.config import RouterConfig
-from loraplex.router.policy import Choice, Demand, ReplicaView, choose_replica, hash64, wait_in_queue_s
+from loraplex.router.policy import Choice, Demand, hash64, wait_in_queue_s
 from loraplex.router.prediction import OutputLength
 from loraplex.router.queue import Ticket, WaitingQueue
+from loraplex.router.rivals import routing_policy
 from loraplex.simulator.cluster import Cluster
 from loraplex.simulator.exact_replica import Device, VirtualReplica
 from loraplex.simulator.results import Happened, result_of
@@ -28,8 +28,6 @@ from loraplex.simulator.types import Outcome, Serving, SimulationInput, Simulati
 from loraplex.simulator.unbatched import simulate_unbatched_exact
 from loraplex.simulator.workload import Workload
 from loraplex.tenancy.fairness import ServiceCounters
-
-RoutingPolicy = Callable[[Sequence[ReplicaView], Demand, RouterConfig], Choice | None]
 
 
 class _Kind(IntEnum):
@@ -40,11 +38,8 @@ class _Kind(IntEnum):
     EXPIRED = 2
 
 
-def simulate_exact(
-    given: SimulationInput, workload: Workload | None = None, *, policy: RoutingPolicy = choose_replica
-) -> SimulationResult:
+def simulate_exact(given: SimulationInput, workload: Workload | None = None) -> SimulationResult:
     """Runs the whole trace, to the last token. ``workload``: of ``given.arrivals``, to save making it again.
-    ``policy``: another one than the router's, to compare.
 
     InvalidInput as ``Workload.of`` and ``Cluster.of``.
     """
@@ -53,14 +48,14 @@ def simulate_exact(
     if given.serving is Serving.UNBATCHED:
         happened = simulate_unbatched_exact(given, workload, cluster)
     else:
-        happened = _Run(given, workload, cluster, policy).run()
+        happened = _Run(given, workload, cluster).run()
     return result_of(given, workload, cluster, happened)
 
 
 class _Run:
-    def __init__(self, given: SimulationInput, workload: Workload, cluster: Cluster, policy: RoutingPolicy) -> None:
+    def __init__(self, given: SimulationInput, workload: Workload, cluster: Cluster) -> None:
         self._given, self._workload, self._cluster = given, workload, cluster
-        self._policy = policy
+        self._policies = [routing_policy(given.router) for _ in cluster.bases]
         self._arrivals = workload.arrivals
         self._devices = [Device() for _ in given.plan.groups]
         self._replicas = [
@@ -136,7 +131,8 @@ class _Run:
 
     def _choose(self, row: int) -> Choice | None:
         views = [self._replicas[index].view for index, _ in self._candidates(row)]
-        return self._policy(views, self._demand(row), self._given.router)
+        policy = self._policies[int(self._cluster.request_base[row])]
+        return policy(views, self._demand(row), self._given.router)
 
     def _wait_s(self, row: int) -> float:
         """As ``router.pool`` predicts it while no candidate has a credit."""

@@ -6,6 +6,7 @@ by one. How near it comes to ``exact`` is what ``loraplex.simulator.compare`` pr
 
 import numpy as np
 
+from loraplex.core.errors import InvalidInput
 from loraplex.simulator.cluster import Cluster
 from loraplex.simulator.compiled import compiled, inner
 from loraplex.simulator.fast_router import arrive, pump, refuse_all
@@ -21,8 +22,10 @@ def simulate(given: SimulationInput, workload: Workload | None = None) -> Simula
     """Runs the whole trace, to the last token; releases the GIL meanwhile. ``workload``: of ``given.arrivals``, to save
     making it again.
 
-    InvalidInput as ``Workload.of`` and ``Cluster.of``.
+    InvalidInput as ``Workload.of`` and ``Cluster.of``, and for another policy than the router's own.
     """
+    if given.router.policy != "predicted-finish":
+        raise InvalidInput(f"policy {given.router.policy} runs in the exact simulator alone", param="policy")
     workload = workload or Workload.of(given.arrivals, given.adapters)
     cluster = Cluster.of(given, workload)
     if given.serving is Serving.UNBATCHED:
