@@ -21,6 +21,7 @@ def test_parts_keep_their_defaults_and_derive_from_the_data_directory() -> None:
     assert config.trace_url == "/somewhere/traces"
     assert config.controller_options().data_dir == Path("/somewhere")
     assert config.base_models[0].base_model_id == "a"
+    assert parse_platform_config(GOOD + "data_dir: ~/x\n", source="x.yaml").root == Path.home() / "x"
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from loraplex.model_runner.config import ExecutorConfig
 from loraplex.registry.config import RegistryConfig
 from loraplex.replica.config import ReplicaConfig
 from loraplex.router.config import RouterConfig
+from loraplex.telemetry.config import TelemetryConfig
 from loraplex.tenancy.config import TenancyConfig
 from loraplex.testing.paced_config import PacedConfig
 from loraplex.traces.config import TraceConfig
@@ -116,6 +117,7 @@ class PlatformConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     registry: RegistryConfig = msgspec.field(default_factory=RegistryConfig)
     tenancy: TenancyConfig = msgspec.field(default_factory=TenancyConfig)
     traces: TraceConfig = msgspec.field(default_factory=TraceConfig)
+    telemetry: TelemetryConfig = msgspec.field(default_factory=TelemetryConfig)
     tenants: tuple[TenantBootstrap, ...] = ()
     admin_key_file: str | None = None
     """Holds the administrator's key; made at the first start when it does not exist. By default
@@ -123,11 +125,11 @@ class PlatformConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
     @property
     def root(self) -> Path:
-        return Path(self.data_dir)
+        return Path(self.data_dir).expanduser()
 
     @property
     def admin_key_path(self) -> Path:
-        return Path(self.admin_key_file) if self.admin_key_file else self.root / "admin.key"
+        return Path(self.admin_key_file).expanduser() if self.admin_key_file else self.root / "admin.key"
 
     @property
     def trace_url(self) -> str:
