@@ -41,6 +41,8 @@ class ReplicaInfo:
     """Requests that compute at the same time; 0 from a replica that does not tell."""
     max_step_tokens: int = 0
     """Of one step, prompts and decoding together; 0 likewise."""
+    heartbeat_s: float = 0.0
+    """A frame comes at least this often as long as the replica lives; 0 from a replica that does not promise it."""
     protocol_version: int = PROTOCOL_VERSION
 
 

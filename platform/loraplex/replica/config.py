@@ -16,6 +16,8 @@ class ReplicaConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """A gateway that has not taken this many tokens loses its stream, which aborts its requests."""
     max_frame_bytes: Annotated[int, msgspec.Meta(ge=1 << 20)] = 64 << 20
     """Longest message that a gateway may send."""
+    heartbeat_s: Annotated[float, msgspec.Meta(gt=0)] = 1.0
+    """A gateway hears from a living replica this often, whatever there is to say."""
     keepalive_s: Annotated[float, msgspec.Meta(gt=0)] = 10.0
     """A gateway that answers no ping for this long is taken for dead."""
     stop_grace_s: Annotated[float, msgspec.Meta(ge=0)] = 5.0

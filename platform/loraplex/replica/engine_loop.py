@@ -95,6 +95,7 @@ class EngineLoop:
             page_size=executor.arena.page_size,
             max_running=engine_config.max_running,
             max_step_tokens=engine_config.max_step_tokens,
+            heartbeat_s=config.heartbeat_s,
         )
 
     @property

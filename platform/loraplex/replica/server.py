@@ -140,7 +140,14 @@ class ReplicaServer:
                 self._loop.abort(session, frame.aborts)
 
     async def _write_frames(self, outbox: Outbox, context: _Context) -> None:
-        while (frame := await outbox.take()) is not None:
+        while True:
+            try:
+                async with asyncio.timeout(self._config.heartbeat_s):
+                    frame = await outbox.take()
+            except TimeoutError:
+                frame = ReplicaFrame()
+            if frame is None:
+                return
             await context.write(encode(frame))
 
     def _open(self, gateway_id: GatewayId) -> int:

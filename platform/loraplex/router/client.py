@@ -21,6 +21,9 @@ from loraplex.router.config import RouterConfig
 
 _log = logging.getLogger(__name__)
 
+_LOOKS = 6
+"""Within the silence after which a replica is given up."""
+
 
 class ReplicaListener(Protocol):
     """Called on the event loop, never concurrently."""
@@ -60,6 +63,11 @@ class GrpcReplicaClient:
         self._aborts: list[RequestId] = []
         self._pending = asyncio.Event()
         self._received = False
+        self._heard = False
+        """Since the watch looked last."""
+        self._heartbeat_s = 0.0
+        self._silent_s = 0.0
+        """After which the stream was given up; 0: it was not."""
         self._task = asyncio.create_task(self._run(), name=f"replica {address}")
 
     def send(self, submits: tuple[EngineRequest, ...], aborts: tuple[RequestId, ...]) -> None:
@@ -88,7 +96,8 @@ class GrpcReplicaClient:
 
     async def _connect_once(self) -> str:
         """Holds one stream until it breaks; returns why."""
-        keepalive_ms = int(self._config.keepalive_s * 1000)
+        # More often the replica's server would not have it.
+        keepalive_ms = max(1000, int(self._config.silence_s * 1000))
         options = (
             ("grpc.max_receive_message_length", -1),
             ("grpc.max_send_message_length", -1),
@@ -101,15 +110,22 @@ class GrpcReplicaClient:
         async with grpc.aio.insecure_channel(self._address, options=options) as channel:
             method = channel.stream_stream(STREAM_METHOD, request_serializer=bytes, response_deserializer=bytes)
             call = method(None, metadata=((SECRET_METADATA_KEY, self._cluster_secret()),))
-            writer: asyncio.Task[None] | None = None
+            tasks: list[asyncio.Task[None]] = []
+            self._heartbeat_s = self._silent_s = 0.0
             try:
                 await call.write(encode(GatewayFrame(hello=Hello(gateway_id=self._gateway_id))))
-                writer = asyncio.create_task(self._write(call))
+                tasks = [asyncio.create_task(self._write(call)), asyncio.create_task(self._watch(call))]
                 while isinstance(data := await call.read(), bytes):
                     frame = decode(data)
-                    self._received = True
+                    self._received = self._heard = True
+                    if frame.replica is not None:
+                        self._heartbeat_s = frame.replica.heartbeat_s
                     self._listener.on_frame(frame)
                 return f"the replica ended the stream: {(await call.code()).name} {await call.details()}".rstrip()
+            except asyncio.CancelledError:
+                if not self._silent_s:
+                    raise
+                return f"nothing was heard of the replica for {self._silent_s:.1f} s"
             except grpc.aio.AioRpcError as error:
                 return f"{error.code().name}: {error.details()}"
             except msgspec.MsgspecError as error:
@@ -120,9 +136,9 @@ class GrpcReplicaClient:
                 return f"{type(error).__name__}: {error}"
             finally:
                 call.cancel()
-                if writer is not None:
-                    writer.cancel()
-                    await asyncio.gather(writer, return_exceptions=True)
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _write(self, call: grpc.aio.StreamStreamCall[bytes, bytes]) -> None:
         # A failed write ends the call as well, and the reader tells why.
@@ -134,3 +150,15 @@ class GrpcReplicaClient:
                 self._submits.clear()
                 self._aborts.clear()
                 await call.write(encode(frame))
+
+    async def _watch(self, call: grpc.aio.StreamStreamCall[bytes, bytes]) -> None:
+        """Gives the stream up when the replica was silent. Looks are counted, not seconds: while this event loop is
+        held up, nobody looks, and what came meanwhile is read before the next look."""
+        looks = 0
+        while looks < _LOOKS:
+            limit_s = max(self._config.silence_s, 3 * self._heartbeat_s)
+            await asyncio.sleep(limit_s / _LOOKS)
+            looks = 0 if self._heard or not self._heartbeat_s else looks + 1
+            self._heard = False
+        self._silent_s = limit_s
+        call.cancel()
