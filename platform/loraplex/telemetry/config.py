@@ -1,0 +1,23 @@
+"""The telemetry's own settings: metrics, logs, traces. Composed into the platform's YAML by ``loraplex.config``."""
+
+from typing import Annotated, Literal
+
+import msgspec
+
+
+class LogConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    json: bool = False
+    """One JSON object a line; otherwise plain lines for terminals."""
+
+
+class TelemetryConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    max_tenants: Annotated[int, msgspec.Meta(ge=0)] = 100
+    """Tenants with metric labels of their own, in each gateway; further ones are counted together as ``other``."""
+    max_adapters: Annotated[int, msgspec.Meta(ge=0)] = 20
+    """Adapters with metric labels of their own, in each gateway: those with the most requests."""
+    adapter_window_s: Annotated[float, msgspec.Meta(gt=0)] = 300.0
+    """How often they are chosen anew."""
+    fleet_poll_s: Annotated[float, msgspec.Meta(gt=0)] = 10.0
+    """How often a gateway asks the controller for what it tells of plan and groups in its metrics."""
+    logs: LogConfig = msgspec.field(default_factory=LogConfig)
