@@ -23,7 +23,7 @@ from loraplex_deployments.base_models import base_model_views, default_plan, fle
 @ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=0, max_concurrency=1000)
 class ControllerActor:
     def __init__(self, config: PlatformConfig) -> None:
-        configure_logging()
+        configure_logging(config.telemetry.logs)
         self._config = config
         self._traces = TraceWriter(config.traces, config.trace_url)
         self._controller: Controller | None = None

@@ -64,7 +64,7 @@ def behind_serve(app: ASGIApp, gateway_id: GatewayId) -> ASGIApp:
 @serve.ingress()
 class GatewayDeployment:
     async def __init__(self, config: PlatformConfig) -> None:  # type: ignore[misc]  # Serve awaits it
-        configure_logging()
+        configure_logging(config.telemetry.logs)
         gateway_id = self._gateway_id = GatewayId(f"gateway-{uuid.uuid4().hex[:8]}")
         control = RayControlPlane(controller_handle())
         self._waking: set[asyncio.Task[None]] = set()
@@ -79,6 +79,7 @@ class GatewayDeployment:
             dispatcher=self._router,
             tracer=self._recorder,
             tenancy=config.tenancy,
+            telemetry=config.telemetry,
             on_routes=self._router.update,
             loads=self._router.loads,
             num_queued=self._router.num_queued,

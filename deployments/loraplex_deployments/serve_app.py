@@ -75,7 +75,7 @@ class ControllerKeeper:
     def __init__(self, config: PlatformConfig, database_url_file: str | None) -> None:
         """Returns when the controller works, with the config's tenants and the administrator's key. One with another
         config is stopped, with its replicas. Raises BadConfig for an unusable model or key file."""
-        configure_logging()
+        configure_logging(config.telemetry.logs)
         self._config = config
         self._database_url_file = database_url_file
         _claim(config)

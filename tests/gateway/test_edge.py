@@ -199,6 +199,6 @@ async def test_system_routes(world: Any) -> None:
     assert "acme" not in text
     async with world.client(ADMIN_KEY) as admin:
         told = (await admin.get("/metrics")).text
-    assert 'loraplex_gateway_requests_total{endpoint="chat.completions",status="200",tenant="acme"} 1.0' in told
+    assert 'loraplex_tenant_requests_total{outcome="ok",tenant="acme"} 1.0' in told
     assert "loraplex_gateway_running_requests 0.0" in text
     assert "lpx_" not in text

@@ -183,7 +183,7 @@ def test_the_platform_runs_from_the_charts_serve_config(cluster: Cluster) -> Non
         httpx.get(f"http://127.0.0.1:{cluster.gateway_port + index}/metrics", headers=cluster.admin, timeout=30).text
         for index in range(2)
     ]
-    assert any('loraplex_gateway_tokens_total{kind="output",tenant="acme"}' in text for text in scraped)
+    assert any('loraplex_tenant_tokens_total{kind="output",tenant="acme"}' in text for text in scraped)
 
     # A controller that is gone for good is created anew; replicas go on.
     first = cluster.controller("kill")

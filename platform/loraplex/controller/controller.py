@@ -10,6 +10,7 @@ import contextlib
 import logging
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -270,7 +271,8 @@ class Controller:
         return await self._running_fleet.plans.decisions(limit)
 
     async def fleet_status(self) -> FleetStatus:
-        return self._running_fleet.status()
+        window_s = self._options.controller.fleet.planning.window_s
+        return replace(self._running_fleet.status(), attainment=self._meter.attainment(window_s))
 
     async def wake_base(self, base_model_id: BaseModelId) -> None:
         await self._running_fleet.plans.wake_base(base_model_id)

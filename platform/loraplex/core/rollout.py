@@ -118,3 +118,5 @@ class FleetStatus:
     """Of the plan, in its order, then woken ones, then those that leave."""
     problem: str
     """Why nothing moves at the moment (database away, replaced by another controller); usually empty."""
+    attainment: float | None = None
+    """Share of the requests of the planning window that met all targets; None: there were none."""

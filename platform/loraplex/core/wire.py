@@ -52,6 +52,8 @@ class LoadReport:
 
     num_running: int = 0
     num_waiting: int = 0
+    num_pages: int = 0
+    """Of the arena; 0 from a replica that does not tell."""
     num_free_pages: int = 0
     """Free or reclaimable at once (cached prefixes, idle adapters)."""
     num_queued_tokens: int = 0
@@ -74,6 +76,10 @@ class LoadReport:
     """Copies begun before the turn of the request that they were for."""
     adapter_hits: int = 0
     """Admissions that found their adapter on the accelerator, or on its way there."""
+    cached_tokens: int = 0
+    """Prompt tokens that were found in the prefix cache."""
+    preemptions: int = 0
+    """Running requests that gave their pages to others."""
     resident_adapters: tuple[Digest, ...] | None = None
     """On the accelerator; None means unchanged since the last frame."""
 

@@ -281,6 +281,7 @@ class Engine:
         return LoadReport(
             num_running=len(scheduler.running),
             num_waiting=len(scheduler.waiting),
+            num_pages=self._arena.num_pages,
             num_free_pages=self._memory.num_available,
             num_queued_tokens=queued + scheduler.waiting.num_tokens,
             credits=max(0, self._config.max_running + self._config.max_waiting - len(self._sequences)),
@@ -289,6 +290,8 @@ class Engine:
             adapter_loads=self._memory.adapters.num_loads,
             adapter_prefetches=self._memory.adapters.num_prefetches,
             adapter_hits=self._memory.num_adapter_hits,
+            cached_tokens=self._memory.num_cached_tokens,
+            preemptions=self._scheduler.num_preemptions,
         )
 
     def validate(self) -> None:

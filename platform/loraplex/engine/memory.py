@@ -31,6 +31,8 @@ class Memory:
         """Id of the last step that ended."""
         self.num_adapter_hits = 0
         """Admissions that found their adapter resident."""
+        self.num_cached_tokens = 0
+        """Prompt tokens found in the prefix cache, at each request's first admission."""
         self._stamp = 0
         self._drops: dict[Digest, None] = {}
         self._loads: dict[Digest, tuple[int, ...]] = {}
@@ -102,6 +104,7 @@ class Memory:
         self.prefix.begin(sequence)
         if sequence.num_cached is None:
             sequence.num_cached = min(sequence.num_computed, sequence.num_prompt)
+            self.num_cached_tokens += sequence.num_cached
 
     def load_adapter(self, digest: Digest, *, ahead: bool) -> None:
         """Makes an adapter resident that lies in host memory, and idle; its pages can be had. Changes state."""

@@ -92,9 +92,11 @@ class Account:
             ttft_s = self._first_token_s - start_s
             if output_tokens > 1:
                 tpot_s = (e2e_s - ttft_s) / (output_tokens - 1)
+        adapter = None if self.model is None else self.model.adapter
         self._metrics.finished(
             endpoint=self._call.endpoint,
             tenant=self._tenant,
+            adapter=None if adapter is None else adapter.ref.name,
             status=status,
             prompt_tokens=prompt_tokens,
             cached_tokens=cached_tokens,
@@ -102,8 +104,8 @@ class Account:
             ttft_s=ttft_s,
             tpot_s=tpot_s,
             e2e_s=e2e_s,
+            now_s=now_s,
         )
-        adapter = None if self.model is None else self.model.adapter
         self._tracer.record(
             TraceRow(
                 arrival_s=self._info.arrival_s,

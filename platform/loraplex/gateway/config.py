@@ -44,5 +44,3 @@ class GatewayConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """Longest pause between calls to a controller that is away."""
     visibility_wait_s: float = 2.0
     """After a change, how long the gateway waits to see it in its own snapshot before it answers."""
-    max_metric_tenants: int = 100
-    """Tenants with metric labels of their own; further ones are counted together as ``other``."""

@@ -22,10 +22,12 @@ from loraplex.gateway.cluster_view import ClusterView
 from loraplex.gateway.config import GatewayConfig
 from loraplex.gateway.grpc_api import LoraplexServicer
 from loraplex.gateway.http_app import build_http_app
+from loraplex.gateway.observer import Observer
 from loraplex.gateway.routes.edge import Edge
 from loraplex.gateway.routes.system import ReplicaLoads
 from loraplex.gateway.service import GatewayService
 from loraplex.gateway.tokenizer import Codecs
+from loraplex.telemetry.config import TelemetryConfig
 from loraplex.telemetry.metrics import GatewayMetrics
 from loraplex.tenancy.config import TenancyConfig
 from loraplex.tenancy.quota_gate import QuotaGate
@@ -48,6 +50,7 @@ class Gateway:
         dispatcher: Dispatcher,
         tracer: Tracer,
         tenancy: TenancyConfig | None = None,
+        telemetry: TelemetryConfig | None = None,
         on_routes: OnRoutes | None = None,
         loads: ReplicaLoads | None = None,
         num_queued: Callable[[], int] = lambda: 0,
@@ -63,8 +66,6 @@ class Gateway:
         self._control = control
         self._on_routes = on_routes
         self._loads = loads
-        self._num_queued = num_queued
-        self._tracer = tracer
         self._clock = clock or SystemClock()
         activity = Activity(tracer, self._clock)
         self._view = ClusterView()
@@ -75,7 +76,18 @@ class Gateway:
         self._routes: tuple[tuple[ReplicaRoute, ...], str] | None = None
         self._leased = False
         self._loops: list[asyncio.Task[None]] = []
-        self.metrics = GatewayMetrics(max_tenants=config.max_metric_tenants)
+        telemetry = telemetry or TelemetryConfig()
+        self.metrics = GatewayMetrics(telemetry)
+        self._observer = Observer(
+            self.metrics,
+            control=control,
+            view=self._view,
+            tracer=tracer,
+            loads=loads,
+            num_queued=num_queued,
+            not_ready=self.not_ready,
+            fleet_poll_s=telemetry.fleet_poll_s,
+        )
         service = GatewayService(
             config,
             view=self._view,
@@ -97,14 +109,15 @@ class Gateway:
             activity=activity,
             num_queued=num_queued,
             not_ready=self.not_ready,
-            observe=self._observe,
+            observe=self._observer.observe,
         )
         self.grpc_servicer = LoraplexServicer(service, adapters)
 
     async def start(self, *, wait_s: float = 10.0) -> None:
         """Begins to follow the controller; returns once the gateway has a snapshot and a quota lease, or after
         ``wait_s`` without them: it goes on trying."""
-        self._loops = [asyncio.create_task(self._follow()), asyncio.create_task(self._lease())]
+        loops = (self._follow(), self._lease(), self._observer.watch_fleet())
+        self._loops = [asyncio.create_task(loop) for loop in loops]
         await self._view.wait_for(lambda _directory: self._leased, timeout_s=wait_s)
 
     async def stop(self) -> None:
@@ -129,20 +142,6 @@ class Gateway:
             return "Tokenizers are being loaded."
         num_replicas = len(snapshot.routes) if self._loads is None else len(self._loads())
         return None if num_replicas else "No replica is up."
-
-    def _observe(self) -> None:
-        """Brings up to date what the metrics tell of parts that do not count by themselves."""
-        if self._loads is not None:
-            self.metrics.replica_loads(self._loads())
-        self.metrics.queued(self._num_queued())
-        rows = self._tracer.counters
-        self.metrics.trace_recorder(
-            sent=rows.sent,
-            dropped=rows.dropped,
-            refused=rows.refused,
-            buffered=rows.buffered,
-            failed_sends=rows.failed_sends,
-        )
 
     async def _follow(self) -> None:
         """Long-polls snapshots for ever."""

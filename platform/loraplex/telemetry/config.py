@@ -7,6 +7,7 @@ import msgspec
 
 class LogConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    """What is less is not written."""
     json: bool = False
     """One JSON object a line; otherwise plain lines for terminals."""
 

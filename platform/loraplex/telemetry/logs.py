@@ -12,6 +12,8 @@ from typing import TextIO
 
 import msgspec
 
+from loraplex.telemetry.config import LogConfig
+
 request_id_var: ContextVar[str | None] = ContextVar("loraplex_request_id", default=None)
 """Set by the gateway's edge for each call; copied into tasks that the call starts."""
 
@@ -62,16 +64,17 @@ class PlainFormatter(logging.Formatter):
         return redact(line)
 
 
-def configure_logging(*, level: str = "INFO", json: bool = False, stream: TextIO | None = None) -> None:
+def configure_logging(config: LogConfig | None = None, *, stream: TextIO | None = None) -> None:
     """Sends the records of all ``loraplex`` loggers to ``stream`` (standard error by default). Idempotent: a second
     call replaces the first. Loggers of libraries are left alone."""
+    config = config or LogConfig()
     handler = logging.StreamHandler(stream or sys.stderr)
-    handler.setFormatter(JsonFormatter() if json else PlainFormatter())
+    handler.setFormatter(JsonFormatter() if config.json else PlainFormatter())
     handler.addFilter(_RequestIdFilter())
     for name in ("loraplex", "loraplex_deployments"):
         logger = logging.getLogger(name)
         for old in list(logger.handlers):
             logger.removeHandler(old)
         logger.addHandler(handler)
-        logger.setLevel(level)
+        logger.setLevel(config.level)
         logger.propagate = False

@@ -1,127 +1,53 @@
-"""Every metric of the platform, named once: name with unit, meaning, labels, buckets. Knows not who counts.
+"""What one gateway counts. A process makes one ``GatewayMetrics`` and gives it to the parts that count."""
 
-A process makes one ``GatewayMetrics`` over its own registry and gives it to the parts that count; ``render`` writes
-the Prometheus text of ``GET /metrics``.
-"""
-
-from collections.abc import Iterator, Mapping
-
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.exposition import CONTENT_TYPE_LATEST
-from prometheus_client.metrics_core import Metric
+from prometheus_client import CollectorRegistry
 
 from loraplex.core.control import TraceStoreStatus
-from loraplex.core.ids import ReplicaId
-from loraplex.core.wire import LoadReport
-from loraplex.telemetry.labels import LabelCap
+from loraplex.core.ids import TenantName
+from loraplex.telemetry import catalogue
+from loraplex.telemetry.config import TelemetryConfig
+from loraplex.telemetry.exposition import render
+from loraplex.telemetry.fleet_metrics import FleetMetrics
+from loraplex.telemetry.instruments import counter, gauge, histogram, summary
+from loraplex.telemetry.labels import OTHER, LabelCap, TopValues
+from loraplex.telemetry.replica_metrics import ReplicaMetrics
 
-CONTENT_TYPE = CONTENT_TYPE_LATEST
-
-_LATENCY_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
-_TOKEN_S = (0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.1, 0.25, 1.0)
+_AdapterName = tuple[TenantName, str]
 
 
 class GatewayMetrics:
-    """What one gateway exports. Label values are bounded: endpoints and statuses by code, tenants by ``max_tenants``,
-    replicas by the routes."""
-
-    def __init__(self, *, max_tenants: int = 100) -> None:
-        self.registry = CollectorRegistry()
-        self._tenant = LabelCap(max_tenants)
-        self._requests = Counter(
-            "loraplex_gateway_requests",
-            "Generation requests by HTTP status (gRPC mapped; 499: the client left).",
-            ("endpoint", "tenant", "status"),
-            registry=self.registry,
+    def __init__(self, config: TelemetryConfig | None = None) -> None:
+        config = config or TelemetryConfig()
+        registry = self._registry = CollectorRegistry()
+        self.replicas = ReplicaMetrics(registry)
+        self.fleet = FleetMetrics(registry)
+        self._requests = counter(catalogue.REQUESTS, registry)
+        self._tokens = counter(catalogue.TOKENS, registry)
+        self._running = gauge(catalogue.RUNNING, registry)
+        self._queued = gauge(catalogue.QUEUED, registry)
+        self._ready = gauge(catalogue.READY, registry)
+        self._ttft = histogram(catalogue.TTFT, registry)
+        self._tpot = histogram(catalogue.TPOT, registry)
+        self._e2e = histogram(catalogue.E2E, registry)
+        self._refused = counter(catalogue.REFUSED, registry)
+        self._control_errors = counter(catalogue.CONTROL_ERRORS, registry)
+        self._stale = counter(catalogue.STALE_SNAPSHOTS, registry)
+        self._epoch = gauge(catalogue.SNAPSHOT_EPOCH, registry)
+        self._version = gauge(catalogue.SNAPSHOT_VERSION, registry)
+        self._tenant = LabelCap(config.max_tenants)
+        self._tenant_requests = counter(catalogue.TENANT_REQUESTS, registry)
+        self._tenant_tokens = counter(catalogue.TENANT_TOKENS, registry)
+        self._adapters: TopValues[_AdapterName] = TopValues(
+            config.max_adapters, window_s=config.adapter_window_s, on_leave=self._forget_adapter
         )
-        self._tokens = Counter(
-            "loraplex_gateway_tokens",
-            "Tokens by kind: prompt, cached (part of prompt), output.",
-            ("tenant", "kind"),
-            registry=self.registry,
-        )
-        self._running = Gauge(
-            "loraplex_gateway_running_requests", "Generation requests in flight.", registry=self.registry
-        )
-        self._ttft = Histogram(
-            "loraplex_gateway_ttft_seconds",
-            "Arrival to first token.",
-            ("endpoint",),
-            buckets=_LATENCY_S,
-            registry=self.registry,
-        )
-        self._tpot = Histogram(
-            "loraplex_gateway_tpot_seconds",
-            "Mean time per output token after the first.",
-            ("endpoint",),
-            buckets=_TOKEN_S,
-            registry=self.registry,
-        )
-        self._e2e = Histogram(
-            "loraplex_gateway_e2e_seconds",
-            "Arrival to the end of the answer.",
-            ("endpoint",),
-            buckets=_LATENCY_S,
-            registry=self.registry,
-        )
-        self._refused = Counter(
-            "loraplex_gateway_refused_calls",
-            "Calls of any kind that ended in an error, by HTTP status (gRPC mapped).",
-            ("status",),
-            registry=self.registry,
-        )
-        self._control_errors = Counter(
-            "loraplex_gateway_control_errors",
-            "Failed calls to the controller.",
-            ("call",),
-            registry=self.registry,
-        )
-        self._epoch = Gauge("loraplex_snapshot_epoch", "Epoch of the snapshot in use.", registry=self.registry)
-        self._version = Gauge("loraplex_snapshot_version", "Version within the epoch.", registry=self.registry)
-        self._stale = Counter(
-            "loraplex_gateway_stale_snapshots", "Snapshots of an older epoch that were refused.", registry=self.registry
-        )
-        self._queued = Gauge(
-            "loraplex_gateway_queued_generations",
-            "Generations that wait in this gateway for a replica that takes them.",
-            registry=self.registry,
-        )
-        self._trace_rows = Counter(
-            "loraplex_trace_recorder_rows",
-            "Trace rows that left this gateway's buffer: sent, dropped (buffer full), refused (invalid).",
-            ("outcome",),
-            registry=self.registry,
-        )
-        self._trace_buffered = Gauge(
-            "loraplex_trace_recorder_buffered_rows", "Trace rows not yet delivered.", registry=self.registry
-        )
-        self._trace_failed_sends = Counter(
-            "loraplex_trace_recorder_failed_sends", "Deliveries that were repeated.", registry=self.registry
-        )
-        self._trace_store = Gauge(
-            "loraplex_trace_store_rows",
-            "Trace rows of all gateways in the controller since it started, as this gateway last heard: written to "
-            "files, buffered, dropped (files cannot be written).",
-            ("state",),
-            registry=self.registry,
-        )
+        self._adapter_requests = counter(catalogue.ADAPTER_REQUESTS, registry)
+        self._adapter_tokens = counter(catalogue.ADAPTER_OUTPUT_TOKENS, registry)
+        self._adapter_ttft = summary(catalogue.ADAPTER_TTFT, registry)
+        self._trace_rows = counter(catalogue.TRACE_ROWS, registry)
+        self._trace_buffered = gauge(catalogue.TRACE_BUFFERED, registry)
+        self._trace_failed_sends = counter(catalogue.TRACE_FAILED_SENDS, registry)
+        self._trace_store = gauge(catalogue.TRACE_STORE, registry)
         self._trace_totals: dict[str, int] = {}
-        replica = ("replica",)
-        self._replica_gauges = {
-            field: Gauge(f"loraplex_replica_{field}", meaning, replica, registry=self.registry)
-            for field, meaning in (
-                ("num_running", "Requests in the running batch."),
-                ("num_waiting", "Requests that wait in the replica."),
-                ("num_free_pages", "Pages free or reclaimable at once."),
-                ("num_queued_tokens", "Prompt tokens not yet prefilled."),
-                ("steps", "Steps since the replica started."),
-                ("generated_tokens", "Output tokens since the replica started."),
-                ("adapter_loads", "Adapter copies to the accelerator that a request waited for, since the start."),
-                ("adapter_prefetches", "Adapter copies begun before their request's turn, since the start."),
-                ("adapter_hits", "Admissions that found their adapter on the accelerator, since the start."),
-            )
-        }
-        self._replicas: set[ReplicaId] = set()
 
     def started(self) -> None:
         self._running.inc()
@@ -130,7 +56,8 @@ class GatewayMetrics:
         self,
         *,
         endpoint: str,
-        tenant: str,
+        tenant: TenantName,
+        adapter: str | None,
         status: int,
         prompt_tokens: int,
         cached_tokens: int,
@@ -138,19 +65,30 @@ class GatewayMetrics:
         ttft_s: float | None,
         tpot_s: float | None,
         e2e_s: float,
+        now_s: float,
     ) -> None:
-        """Ends what ``started`` began."""
-        tenant = self._tenant(tenant)
+        """Ends what ``started`` began. ``adapter``: a name of the tenant's; None: the plain base, or a model that is
+        unknown. ``now_s``: of a clock that never goes back."""
+        outcome = _outcome(status)
         self._running.dec()
-        self._requests.labels(endpoint, tenant, str(status)).inc()
+        self._requests.labels(endpoint, str(status)).inc()
+        tenant_label = self._tenant(tenant)
+        self._tenant_requests.labels(tenant_label, outcome).inc()
         for kind, amount in (("prompt", prompt_tokens), ("cached", cached_tokens), ("output", output_tokens)):
             if amount:
-                self._tokens.labels(tenant, kind).inc(amount)
+                self._tokens.labels(kind).inc(amount)
+                self._tenant_tokens.labels(tenant_label, kind).inc(amount)
         self._e2e.labels(endpoint).observe(e2e_s)
         if ttft_s is not None:
             self._ttft.labels(endpoint).observe(ttft_s)
         if tpot_s is not None:
             self._tpot.labels(endpoint).observe(tpot_s)
+        if adapter is not None:
+            labels = (tenant, adapter) if self._adapters.count((tenant, adapter), now_s) else (OTHER, OTHER)
+            self._adapter_requests.labels(*labels, outcome).inc()
+            self._adapter_tokens.labels(*labels).inc(output_tokens)
+            if ttft_s is not None:
+                self._adapter_ttft.labels(*labels).observe(ttft_s)
 
     def refused(self, status: int) -> None:
         self._refused.labels(str(status)).inc()
@@ -165,15 +103,8 @@ class GatewayMetrics:
         self._epoch.set(epoch)
         self._version.set(version)
 
-    def replica_loads(self, loads: Mapping[ReplicaId, LoadReport]) -> None:
-        """Replaces the gauges of all replicas; those that are gone disappear."""
-        for gone in self._replicas - set(loads):
-            for gauge in self._replica_gauges.values():
-                gauge.remove(gone)
-        self._replicas = set(loads)
-        for replica_id, load in loads.items():
-            for field, gauge in self._replica_gauges.items():
-                gauge.labels(replica_id).set(getattr(load, field))
+    def ready(self, is_ready: bool) -> None:
+        self._ready.set(is_ready)
 
     def queued(self, num_generations: int) -> None:
         self._queued.set(num_generations)
@@ -182,8 +113,8 @@ class GatewayMetrics:
         """Totals of this process's recorder, which only grow but for ``buffered``."""
         totals = {"sent": sent, "dropped": dropped, "refused": refused, "failed_sends": failed_sends}
         for name, total in totals.items():
-            counter = self._trace_failed_sends if name == "failed_sends" else self._trace_rows.labels(name)
-            counter.inc(total - self._trace_totals.get(name, 0))
+            series = self._trace_failed_sends if name == "failed_sends" else self._trace_rows.labels(name)
+            series.inc(total - self._trace_totals.get(name, 0))
         self._trace_totals = totals
         self._trace_buffered.set(buffered)
 
@@ -193,23 +124,20 @@ class GatewayMetrics:
         self._trace_store.labels("dropped").set(status.dropped_rows)
 
     def render(self, *, per_tenant: bool) -> bytes:
-        """Prometheus text, ``CONTENT_TYPE``. Without ``per_tenant``, sums over the tenants and names none."""
-        return generate_latest(self.registry if per_tenant else _WithoutTenants(self.registry))
+        """As ``exposition.render``."""
+        return render(self._registry, per_tenant=per_tenant)
+
+    def _forget_adapter(self, name: _AdapterName) -> None:
+        self._adapter_requests.remove_by_labels({"tenant": name[0], "adapter": name[1]})
+        self._adapter_tokens.remove(*name)
+        self._adapter_ttft.remove_by_labels({"tenant": name[0], "adapter": name[1]})
 
 
-class _WithoutTenants:
-    """A view of a registry in which samples that differ in their tenant alone are one."""
-
-    def __init__(self, registry: CollectorRegistry) -> None:
-        self._registry = registry
-
-    def collect(self) -> Iterator[Metric]:
-        for metric in self._registry.collect():
-            sums: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {}
-            for sample in metric.samples:
-                labels = tuple((name, value) for name, value in sample.labels.items() if name != "tenant")
-                sums[sample.name, labels] = sums.get((sample.name, labels), 0.0) + sample.value
-            summed = Metric(metric.name, metric.documentation, metric.type)
-            for (name, labels), value in sums.items():
-                summed.add_sample(name, dict(labels), value)
-            yield summed
+def _outcome(status: int) -> str:
+    if status < 400:
+        return "ok"
+    if status == 429:
+        return "limited"
+    if status == 499:
+        return "client_gone"
+    return "client_error" if status < 500 else "failed"

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from loraplex.controller.config import ControllerConfig, ControllerOptions
-from loraplex.controller.controller import Controller
+from loraplex.controller.controller import Controller, TraceSink
 from loraplex.controller.fleet.config import FleetConfig
 from loraplex.controller.fleet.state import FleetBase
 from loraplex.core.control import AdapterView, BaseModelView, ControlPlane, ReplicaRoute, TraceStoreStatus
@@ -42,6 +42,7 @@ async def start_tiny_controller(
     registry: RegistryConfig | None = None,
     machines: FakeActuator | None = None,
     fleet: FleetConfig | None = None,
+    trace_sink: TraceSink | None = None,
 ) -> Controller:
     """``keys``: (tenant, role, key); the tenants are made, without limits. ``adapters``: (tenant, name, seed), each a
     version of its name, the last one current. ``machines``: where plans are carried out, the first of which has one
@@ -52,7 +53,7 @@ async def start_tiny_controller(
         registry=registry or RegistryConfig(),
         tenancy=TenancyConfig(),
     )
-    controller = Controller(options, trace_sink=_NoTraces())
+    controller = Controller(options, trace_sink=trace_sink or _NoTraces())
     await controller.start()
     view = BaseModelView(
         base_model_id=TINY_BASE, directory=str(tokenizer), max_context_tokens=max_context_tokens, created_s=1.0

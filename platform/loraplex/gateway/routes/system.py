@@ -16,7 +16,7 @@ from loraplex.gateway.routes.access import Caller
 from loraplex.gateway.routes.edge import bearer_key
 from loraplex.gateway.routes.json_reply import json_reply
 from loraplex.gateway.service import GatewayService
-from loraplex.telemetry.metrics import CONTENT_TYPE
+from loraplex.telemetry.exposition import CONTENT_TYPE
 
 ReplicaLoads = Callable[[], Mapping[ReplicaId, LoadReport]]
 """Last load report of each connected replica."""
@@ -48,7 +48,7 @@ def system_routes(
 
     @router.get("/metrics", tags=["system"], response_model=None, responses={200: {"content": {CONTENT_TYPE: {}}}})
     async def metrics(request: Request) -> Response:
-        """Open to all; names tenants only to the administrator."""
+        """Open to all; names tenants and adapters only to the administrator."""
         observe()
         per_tenant = False
         key = bearer_key(request.headers.get("authorization"), request.headers.get("x-api-key"))
