@@ -6,9 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import yaml
-from loraplex.config.platform import PlatformConfig
+from loraplex.config.schema import platform_schema
 
 HERE = Path(__file__).parent
 OUTPUT = HERE / "loraplex" / "values.schema.json"
@@ -25,7 +24,7 @@ SET_BY_THE_CHART = {
 def values_schema() -> str:
     """The file's text."""
     schema = yaml.safe_load((HERE / "values_schema.yaml").read_text("utf-8"))
-    platform = _plain(msgspec.json.schema(PlatformConfig))
+    platform = _plain(platform_schema())
     for struct, names in SET_BY_THE_CHART.items():
         for name in names:
             del platform["$defs"][struct]["properties"][name]

@@ -31,7 +31,10 @@ def test_parts_keep_their_defaults_and_derive_from_the_data_directory() -> None:
         ("", "object"),
         ("[1, 2]", "object"),
         (GOOD + "gatway: {}\n", "gatway"),
-        ("base_models: [{id: a, model: m, engine: {max_runing: 3}}]\n", "$.base_models[0].engine"),
+        (
+            "base_models: [{id: a, model: m, engine: {max_runing: 3}}]\n",
+            "base_models[0].engine.max_runing: there is no such key",
+        ),
         ("base_models: [{id: a, model: m, engine: {max_running: 0}}]\n", "max_running"),
         ("base_models: [{id: a, model: m}, {id: a, model: m}]\n", "twice"),
         ("base_models: [{id: a, model: m, replicas: -1}]\n", "replicas"),
@@ -41,7 +44,7 @@ def test_parts_keep_their_defaults_and_derive_from_the_data_directory() -> None:
         (GOOD + "demo: true\n", "demo"),
         (GOOD + "listen: {http_port: 70000}\n", "http_port"),
         (GOOD + "listen: {http_port: eight}\n", "http_port"),
-        (GOOD + "serve: {proxy: nginx}\n", "$.serve.proxy"),
+        (GOOD + "serve: {proxy: nginx}\n", "serve.proxy"),
         ("a: [b\n", "not YAML"),
     ],
 )

@@ -29,6 +29,7 @@ class Root(LazyGroup):
             "loraplex.cli.plan_alpaserve:plan_alpaserve_command",
             "Place the models of AlpaServe cases with our planner.",
         ),
+        "config": ("loraplex.cli.config:app", "Check and explain the platform's configuration file; its schema."),
         "bench": ("loraplex.cli.bench:app", "Measure the engine alone or a running server."),
         "profile": ("loraplex.cli.profile:profile_command", "Measure what a step costs, as a profile for the planner."),
     }

@@ -4,12 +4,14 @@ Owns the composition and the rules between parts; each part owns its own fields.
 and the CLI read it. Unknown keys are errors that name their path.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
 import msgspec
 import yaml
 
+from loraplex.config.problems import Problem, wrong_values
 from loraplex.controller.config import ControllerConfig, ControllerOptions
 from loraplex.core.errors import BadConfig
 from loraplex.core.ids import BaseModelId
@@ -38,11 +40,13 @@ class BaseModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     tokenizer: str | None = None
     """Directory of the tokenizer; by default that of ``model``."""
     replicas: int = 1
+    """As long as no plan is in force: groups of one replica each. 0: one starts when the base is asked for."""
     num_cpus: float = 1
     """Logical CPUs that each rank of a group reserves in its placement group."""
     num_gpus: float = 0
     """Logical GPUs of each of its ranks; 0: it runs on CPUs. Several bases that a plan puts on one group share them."""
     executor: ExecutorConfig = msgspec.field(default_factory=ExecutorConfig)
+    """How it computes: device, number format, arena size."""
     engine: EngineConfig = msgspec.field(default_factory=EngineConfig)
     paced: PacedConfig | None = None
     """For tests and measurements of the platform without its GPUs: replicas compute nothing and take the time of a cost
@@ -54,13 +58,17 @@ class BaseModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
 
 
 class ListenConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Where clients reach the platform."""
+
     host: str = "127.0.0.1"
     """Of HTTP, and of gRPC behind HAProxy; with ``serve.proxy: python`` gRPC listens on all interfaces. So do, always,
     Serve's inner gRPC ports, one per gateway from 40000 on and one of its stand-by proxy: close them in the firewall of
     a machine that is not trusted. Every call but health and reflection needs a key there too. On a cluster of several
     nodes 0.0.0.0, so that a node's HAProxy reaches the gateways of the others."""
     http_port: int = 8000
+    """Of the OpenAI-compatible API."""
     grpc_port: int = 9000
+    """Of ``loraplex.v1.Loraplex``."""
 
 
 class ServeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -71,7 +79,9 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     passes bytes straight to a gateway. ``python``: Serve's own proxies, for other systems; slower. Serve reads it when
     it starts: on a cluster where it runs already, its own setting holds, and our start says so."""
     gateways: int = 1
+    """Gateway processes, spread over the nodes."""
     gateway_num_cpus: float = 0
+    """Logical CPUs that each of them reserves."""
     gateway_resources: dict[str, float] = {}
     """Further Ray resources that each gateway takes: ``{"node:__internal_head__": 0.001}`` keeps them on the head."""
     max_ongoing_requests: int = 4096
@@ -79,6 +89,8 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 class RayConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Which Ray the platform runs on."""
+
     address: str = "local"
     """``local`` starts a Ray of our own and ends it with us; ``auto`` or host:port joins a running cluster."""
     single_machine: bool = False
@@ -87,6 +99,7 @@ class RayConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     num_cpus: int | None = None
     """Logical CPUs of a local Ray; by default those of the machine."""
     num_gpus: int | None = None
+    """Logical GPUs of a local Ray; by default those that it finds."""
     object_store_bytes: int = 128 * 1024 * 1024
     """Of a local Ray. Tokens do not pass through it."""
     gpu_types: dict[str, str] = msgspec.field(default_factory=lambda: {"H100": "h100-80gb", "H200": "h200-141gb"})
@@ -98,6 +111,7 @@ class TenantBootstrap(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     """A tenant that is created at the first start; later changes through the API stay."""
 
     name: str
+    """1 to 63 of a-z, 0-9, '.', '_' and '-', the first a letter or digit."""
     limits: TenantLimits = msgspec.field(default_factory=TenantLimits)
 
 
@@ -148,54 +162,66 @@ class PlatformConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 def load_platform_config(path: str | Path) -> PlatformConfig:
     """Reads and checks one YAML file. Raises BadConfig naming the file and the key; relative ``data_dir`` and model
     paths are taken from the working directory."""
+    return parse_platform_config(read_text(path), source=str(path))
+
+
+def read_text(path: str | Path) -> str:
+    """Of a config file. Raises BadConfig naming it."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise BadConfig(f"{path}: cannot be read: {error}") from None
-    return parse_platform_config(text, source=str(path))
 
 
 def parse_platform_config(text: str, *, source: str) -> PlatformConfig:
-    """``source`` is named in errors. Raises BadConfig."""
-    try:
-        data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise BadConfig(f"{source}: not YAML: {' '.join(str(error).split())}") from None
-    try:
-        config = msgspec.convert(data, PlatformConfig)
-    except msgspec.ValidationError as error:
-        raise BadConfig(f"{source}: {error}") from None
-    _check(config, source)
+    """``source`` is named in errors. Raises BadConfig with the first of what is wrong; ``config check`` tells all."""
+    config, problems = read_config(text)
+    if config is None:
+        more = f" (and {len(problems) - 1} more: loraplex config check)" if len(problems) > 1 else ""
+        raise BadConfig(f"{source}: {problems[0]}{more}", param=problems[0].path.partition(".")[0].partition("[")[0])
     return config
 
 
-def _check(config: PlatformConfig, source: str) -> None:
+def read_config(text: str) -> tuple[PlatformConfig | None, tuple[Problem, ...]]:
+    """The config, or all that is wrong with it."""
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        return None, (Problem("", f"not YAML: {' '.join(str(error).split())}"),)
+    problems = wrong_values(data, PlatformConfig)
+    if problems:
+        return None, problems
+    config = msgspec.convert(data, PlatformConfig)
+    problems = tuple(_broken_rules(config))
+    return (None, problems) if problems else (config, ())
+
+
+def _broken_rules(config: PlatformConfig) -> Iterator[Problem]:
+    """Between parts."""
     if not config.base_models:
-        raise BadConfig(f"{source}: base_models is empty", param="base_models")
+        yield Problem("base_models", "there are none")
     seen: set[str] = set()
     for index, base in enumerate(config.base_models):
-        where = f"{source}: base_models[{index}]"
+        where = f"base_models[{index}]"
         if base.id in seen:
-            raise BadConfig(f"{where}.id: {base.id!r} appears twice", param="base_models")
+            yield Problem(f"{where}.id", f"{base.id!r} appears twice")
         seen.add(base.id)
         if base.replicas < 0:
-            raise BadConfig(f"{where}.replicas: must not be negative, got {base.replicas}", param="base_models")
+            yield Problem(f"{where}.replicas", f"must not be negative, got {base.replicas}")
         if base.num_cpus <= 0 and base.num_gpus <= 0:
-            raise BadConfig(f"{where}: a replica needs num_cpus or num_gpus", param="base_models")
-        if base.engine.max_running > base.executor.max_rows:
-            raise BadConfig(
-                f"{where}: engine.max_running ({base.engine.max_running}) is more than executor.max_rows "
-                f"({base.executor.max_rows})",
-                param="base_models",
-            )
-        if base.engine.max_step_tokens > base.executor.max_step_tokens:
-            raise BadConfig(
-                f"{where}: engine.max_step_tokens ({base.engine.max_step_tokens}) is more than "
-                f"executor.max_step_tokens ({base.executor.max_step_tokens})",
-                param="base_models",
-            )
+            yield Problem(where, "a replica needs num_cpus or num_gpus")
+        for limit, bound in (("max_running", "max_rows"), ("max_step_tokens", "max_step_tokens")):
+            asked, most = getattr(base.engine, limit), getattr(base.executor, bound)
+            if asked > most:
+                yield Problem(f"{where}.engine.{limit}", f"{asked} is more than executor.{bound} ({most})")
     if config.demo and not any(base.model == DEMO_MODEL for base in config.base_models):
-        raise BadConfig(f"{source}: demo is true but no base model is `model: {DEMO_MODEL}`", param="demo")
+        yield Problem("demo", f"is true but no base model is `model: {DEMO_MODEL}`")
     for name, port in (("http_port", config.listen.http_port), ("grpc_port", config.listen.grpc_port)):
         if not 0 <= port <= 65535:
-            raise BadConfig(f"{source}: listen.{name}: {port} is not a port", param="listen")
+            yield Problem(f"listen.{name}", f"{port} is not a port")
+    if config.listen.http_port == config.listen.grpc_port != 0:
+        yield Problem("listen.grpc_port", f"{config.listen.grpc_port} is http_port, too")
+    names = [tenant.name for tenant in config.tenants]
+    for index, name in enumerate(names):
+        if name in names[:index]:
+            yield Problem(f"tenants[{index}].name", f"{name!r} appears twice")

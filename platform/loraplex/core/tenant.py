@@ -20,10 +20,13 @@ class TenantLimits:
     """None means unlimited."""
 
     requests_per_minute: int | None = None
+    """Those that are admitted."""
     tokens_per_minute: int | None = None
     """Prompt + output tokens."""
     max_concurrent_requests: int | None = None
+    """Open at the same time, over all gateways."""
     max_adapters: int | None = None
+    """Names that are registered at the same time."""
     max_adapter_bytes: int | None = None
     """Sum over all stored versions."""
 

@@ -52,6 +52,7 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     reconnect_min_s: _Positive = 0.05
     """First pause after a broken stream; doubled with each failure in a row."""
     reconnect_max_s: _Positive = 2.0
+    """Longest of these pauses."""
     silence_s: _Positive = 3.0
     """A replica that was not heard of for this long, and for three of its heartbeats, is taken for lost: it hangs, or
     the network does."""

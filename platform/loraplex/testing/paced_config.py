@@ -18,4 +18,6 @@ class PacedConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     factor: Annotated[float, msgspec.Meta(gt=0)] = 1.0
     """How many times slower than the profile: 4 on a machine that cannot keep up with the real pace."""
     tp: Annotated[int, msgspec.Meta(ge=1)] = 1
+    """Of the shape whose times it keeps."""
     pp: Annotated[int, msgspec.Meta(ge=1)] = 1
+    """Likewise."""

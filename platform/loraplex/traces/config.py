@@ -25,6 +25,7 @@ class TraceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     retry_first_s: float = 0.1
     """Wait after the first failed send; doubles up to ``retry_max_s``."""
     retry_max_s: float = 2.0
+    """Longest wait between sends."""
     close_timeout_s: float = 10.0
     """How long a stopping gateway keeps trying to send what is left."""
 

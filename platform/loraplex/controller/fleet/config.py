@@ -15,20 +15,27 @@ class PlanningConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     profile_bases: dict[str, str] = {}
     """Base of ours -> base in the profiles, where they differ."""
     interval_s: float = 300.0
+    """Between two runs of the planner."""
     window_s: float = 1800.0
     """Of recorded traffic: what is planned from, and what attainment is measured over."""
     min_requests: int = 200
     """Fewer in the window tell nothing: the plan stays."""
     ttft_s: float = 0.5
+    """Target that a request must meet, from arrival to the first token."""
     tpot_s: float = 0.05
+    """And between tokens, on average."""
     max_evaluations: int = 400
+    """Plans that one run scores, at most."""
     max_search_s: float = 60.0
+    """A run ends after so long with the best that it has."""
     min_gain: float = 0.005
     """Attainment that a new plan must win, its move paid."""
     tenant_floor: float = 0.0
+    """Attainment that no tenant should fall under."""
     reassign_interval_s: float = 5.0
     """Between two looks at the rates of adapters; 0: adapters stay where the plan puts them."""
     rate_window_s: float = 30.0
+    """Over which these rates are measured."""
 
     def __post_init__(self) -> None:
         positive = ("interval_s", "window_s", "ttft_s", "tpot_s", "max_search_s", "rate_window_s")
@@ -37,6 +44,8 @@ class PlanningConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
 
 class FleetConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How plans come about and are carried out."""
+
     mode: Mode = "off"
     """``auto``: plans of the planner are applied, and adapters move with their rates. ``propose``: plans wait for
     ``loraplex plan apply --version``. ``off``: only administrators change anything."""
@@ -54,6 +63,7 @@ class FleetConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     retry_first_s: float = 0.5
     """Until the next start after a failed one; doubles up to ``retry_max_s``."""
     retry_max_s: float = 10.0
+    """Longest pause between starts."""
     stable_s: float = 60.0
     """A replica that ran for so long and dies is no failed start: its successor starts at once."""
     crowded_s: float = 120.0
@@ -61,6 +71,7 @@ class FleetConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     node_hold_s: float = 10.0
     """A node that came back must stay for so long before it is used, and twice as long after each further time."""
     node_max_hold_s: float = 300.0
+    """Longest of these times."""
     idle_s: float = 300.0
     """A base that has no group in the plan and was woken goes again after so long without a request."""
 
