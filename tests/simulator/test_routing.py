@@ -58,24 +58,3 @@ def test_a_full_queue_is_shared_among_tenants_in_both_simulators() -> None:
         refused = simulate(given).outcome == Outcome.REFUSED  # type: ignore[operator]
         by_tenant = np.bincount(given.arrivals.tenant[refused], minlength=routing_study.NUM_TENANTS)
         assert by_tenant[greedy] == by_tenant.sum() > 50
-
-
-def test_the_fair_division_gives_the_modest_what_they_ask_for() -> None:
-    assert routing_study._max_min(np.array([10.0, 2.0, 3.0]), 9.0).tolist() == [4.0, 2.0, 3.0]
-    assert routing_study._max_min(np.array([1.0, 2.0]), 9.0).tolist() == [1.0, 2.0]
-
-
-def test_the_crowd_is_all_that_differs_between_flash_and_calm() -> None:
-    flash, calm = routing_study.flash_crowd(0), routing_study.flash_crowd(0, flash=False)
-    hot = [len(given.arrivals.adapters) - 1 for given in (flash, calm)]
-    times = [
-        given.arrivals.arrival_s[given.arrivals.adapter != adapter]
-        for given, adapter in zip((flash, calm), hot, strict=True)
-    ]
-    assert np.array_equal(*times)
-    rates = [
-        np.count_nonzero((given.arrivals.adapter == adapter) & (np.abs(given.arrivals.arrival_s - 20) < 5)) / 10
-        for given, adapter in zip((flash, calm), hot, strict=True)
-    ]
-    assert rates[0] == pytest.approx(50.0, rel=0.2)
-    assert rates[1] == pytest.approx(2.5, rel=0.6)
