@@ -7,7 +7,7 @@ CONFIG ?= cluster-configs/fleets/laptop.yaml
 PROTO := platform/loraplex/gateway/proto/loraplex_v1.proto
 CODE := platform kernels deployments helm tests
 
-.PHONY: serve demo-replan test test-all check setup setup-dev lock proto figures figures-gpu clean
+.PHONY: serve demo-replan test test-all check tools setup setup-dev lock proto figures figures-gpu clean
 
 serve: setup
 	@exec $(BIN)/loraplex serve --config $(CONFIG)
@@ -43,6 +43,15 @@ test: check
 
 test-all: check
 	$(BIN)/python -m pytest
+
+# What the tests need and no Python package brings, from Debian's packages: promtool, for the alerts.
+TOOLS := .tools
+tools: $(TOOLS)/bin/promtool
+$(TOOLS)/bin/promtool:
+	@mkdir -p $(TOOLS)/bin $(TOOLS)/debian
+	@cd $(TOOLS)/debian && { apt-get download 'prometheus=2.42.0*' || { apt-get update && apt-get download 'prometheus=2.42.0*'; }; }
+	@dpkg-deb --fsys-tarfile $(TOOLS)/debian/prometheus_*.deb | tar --extract --to-stdout ./usr/bin/promtool > $@.part
+	@chmod +x $@.part && mv $@.part $@
 
 # Rewrites the lock from a fresh environment. torch stays a range, so that CPU and CUDA builds both satisfy it.
 lock:

@@ -3,7 +3,6 @@ what comes out."""
 
 import copy
 import json
-import re
 import runpy
 from typing import Any
 
@@ -11,7 +10,8 @@ import helm_python
 import pytest
 import yaml
 from loraplex.config.platform import parse_platform_config
-from loraplex.telemetry.catalogue import CATALOGUE
+from loraplex.telemetry.alerts import ALERTS
+from loraplex.telemetry.dashboards import DASHBOARDS
 from loraplex_deployments.gateway_app import APP_NAME, GRPC_SERVICERS
 from loraplex_deployments.proxy import proxy_variables
 from ray.serve.schema import ServeDeploySchema
@@ -218,14 +218,31 @@ def test_autoscaling_bounds_hold_only_with_the_autoscaler() -> None:
         assert json.loads(json.loads(group["rayStartParams"]["resources"])) == {"accelerator_type:H100": 1}
 
 
-def test_alerts_and_dashboards_name_metrics_that_gateways_have() -> None:
-    manifests = render(ci_values("full"))
-    (rules,) = of_kind(manifests, "PrometheusRule")
-    expressions = [rule["expr"] for group in rules["spec"]["groups"] for rule in group["rules"]]
-    (dashboard,) = of_kind(manifests, "ConfigMap")
-    panels = json.loads(dashboard["data"]["overview.json"])["panels"]
-    assert len({panel["title"] for panel in panels}) == len(panels) > 0
-    expressions += [target["expr"] for panel in panels for target in panel["targets"]]
-    named = {name for expression in expressions for name in re.findall(r"\bloraplex_\w+", expression)}
-    assert named <= {series for spec in CATALOGUE for series in spec.series_names}
-    assert all(re.search(rf'loraplex_\w+{{ ?namespace="ml", service="{NAME}-gateways"', text) for text in expressions)
+def test_dashboards_show_the_release_first() -> None:
+    boards = of_kind(render(ci_values("full")), "ConfigMap")
+    assert {name for board in boards for name in board["data"]} == {f"{board.name}.json" for board in DASHBOARDS}
+    for board in boards:
+        ((name, text),) = board["data"].items()
+        shown = json.loads(text)
+        current = {variable["name"]: variable.get("current", {}) for variable in shown["templating"]["list"]}
+        assert current["namespace"]["value"] == "ml"
+        assert current["service"]["value"] == f"{NAME}-gateways"
+        source = json.loads((CHART / "dashboards" / name).read_text())
+        assert shown["panels"] == source["panels"]
+        assert board["metadata"]["labels"]["grafana_dashboard"] == "1"
+
+
+def test_alerts_are_about_the_release_and_its_targets() -> None:
+    values = ci_values("full")
+    values["prometheusRule"] = {"enabled": True, "errorRatio": 0.125, "ttftSeconds": 7.5, "tpotSeconds": 0.375}
+    (rules,) = of_kind(render(values), "PrometheusRule")
+    (group,) = rules["spec"]["groups"]
+    expressions = {rule["alert"]: rule["expr"] for rule in group["rules"]}
+    assert set(expressions) == {alert.name for alert in ALERTS}
+    assert not [text for text in expressions.values() if "LORAPLEX" in text]
+    for text in expressions.values():
+        assert text.count("loraplex_") == text.count(f'namespace="ml", service="{NAME}-gateways"')
+    assert expressions["LoraplexErrors"].endswith("> 0.125")
+    assert expressions["LoraplexSlowFirstToken"].endswith("> 7.5")
+    assert expressions["LoraplexSlowTokens"].endswith("> 0.375")
+    assert expressions["LoraplexQueue"].endswith("> 100")
