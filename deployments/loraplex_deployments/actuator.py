@@ -33,7 +33,7 @@ from loraplex_deployments.replica_handles import (
 )
 
 _MAX_BASES_PER_GROUP = 16
-"""Each replica takes this part of its bundle's GPU, so that so many find room in it."""
+"""So many find room in a group: the engine of each, and each of its ranks, take half of this part of a bundle's GPU."""
 _ANSWER_TIMEOUT_S = 5.0
 """For what a replica answers at once, also while it loads."""
 _CONNECT_TIMEOUT_S = 0.5
@@ -95,8 +95,10 @@ class RayActuator:
 
     async def start(self, target: ReplicaTarget, *, epoch: int) -> ReplicaRoute:
         """As the protocol says. Unavailable also for a base that the config does not have, and for a shape that it
-        cannot run: of more than one rank with anything but the paced executor. What did not start is gone again."""
-        base = self._checked_base(target)
+        cannot be cut into. What did not start is gone again."""
+        base = self._bases.get(target.base_model_id)
+        if base is None:
+            raise Unavailable(f"the config has no base model {target.base_model_id}")
         await asyncio.to_thread(self._epochs.check, epoch)
         try:
             found = await asyncio.to_thread(find_replica, target.replica_id)
@@ -177,17 +179,6 @@ class RayActuator:
         nodes.leave_out(self._silent)
         return nodes
 
-    def _checked_base(self, target: ReplicaTarget) -> BaseModelConfig:
-        base = self._bases.get(target.base_model_id)
-        if base is None:
-            raise Unavailable(f"the config has no base model {target.base_model_id}")
-        if target.shape.num_ranks > 1 and base.paced is None:
-            raise Unavailable(
-                f"{target.base_model_id} runs on one rank per replica, "
-                f"not on tp {target.shape.tp} x pp {target.shape.pp}"
-            )
-        return base
-
     async def _create(self, target: ReplicaTarget, base: BaseModelConfig, epoch: int) -> Any:
         """Waits for room. Unavailable when it is stopped meanwhile."""
         name = ReplicaName.of(target)
@@ -222,16 +213,17 @@ class RayActuator:
     def _create_actor(
         self, name: ReplicaName, group: PlacementGroup, target: ReplicaTarget, base: BaseModelConfig, epoch: int
     ) -> Any:
+        num_gpus = base.num_gpus / _MAX_BASES_PER_GROUP / 2
         return ReplicaActor.options(  # type: ignore[attr-defined]
             name=name.actor,
             namespace=NAMESPACE,
             lifetime="detached",
             # The bundle holds the CPUs for all replicas in it.
             num_cpus=0,
-            num_gpus=base.num_gpus / _MAX_BASES_PER_GROUP,
+            num_gpus=num_gpus,
             max_concurrency=1000,
             scheduling_strategy=PlacementGroupSchedulingStrategy(placement_group=group, placement_group_bundle_index=0),
-        ).remote(target, base, self._config, self._cluster_secret, epoch)
+        ).remote(target, base, self._config, self._cluster_secret, epoch, num_gpus)
 
     async def _release_abandoned(self) -> dict[str, tuple[str, ...]]:
         """Frees the GPUs of groups that no replica has or waits for; Ray's id of each rank's node of the others."""

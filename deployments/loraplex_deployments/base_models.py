@@ -77,7 +77,8 @@ def default_plan(config: PlatformConfig) -> Plan:
 
 
 def _default_shape(base: BaseModelConfig) -> Shape:
-    return Shape() if base.paced is None else Shape(tp=base.paced.tp, pp=base.paced.pp)
+    runs = base.executor if base.paced is None else base.paced
+    return Shape(tp=runs.tp, pp=runs.pp)
 
 
 def _tokenizer(config: PlatformConfig, base: BaseModelConfig, source: str, spec: ModelSpec) -> Path:

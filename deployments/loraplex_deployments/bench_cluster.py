@@ -22,6 +22,7 @@ from loraplex.bench.random_adapters import random_manifests
 from loraplex.config.platform import PlatformConfig, parse_platform_config
 from loraplex.core.errors import Unavailable
 from loraplex.core.ids import BaseModelId, ReplicaId, TenantName
+from loraplex.core.plan import Shape
 from loraplex.core.rollout import FleetStatus
 from loraplex.core.tenant import Role, TenantLimits
 from loraplex.loadgen.targets import Target
@@ -60,6 +61,8 @@ class ClusterSetup(msgspec.Struct, frozen=True, kw_only=True):
     gateways: int = 1
     adapters: int = 8
     proxy: str = "haproxy"
+    shape: Shape = Shape()
+    """Of each replica, until a plan says otherwise."""
     paced: PacedSetup | None = None
     """None: the replicas compute, a tiny model with random weights."""
 
@@ -121,6 +124,32 @@ class BenchCluster:
                     found.append(process)
         return found
 
+    def busiest_replica(self) -> ReplicaId:
+        """That with most requests."""
+        return max(self.replica_ids(), key=self._num_unfinished)
+
+    def ranks(self) -> list[psutil.Process]:
+        """Of all replicas of several ranks that compute."""
+        return [
+            process
+            for index in range(self.setup.nodes)
+            for process in self.cluster.processes(node_name(index))
+            if "RankActor" in " ".join(process.cmdline())
+        ]
+
+    def ranks_of(self, replica_id: ReplicaId) -> list[psutil.Process]:
+        """Those that its engine has connections to."""
+        ends = {(end.raddr, end.laddr) for end in self.process_of(replica_id).net_connections("tcp") if end.raddr}
+        return [
+            process
+            for process in self.ranks()
+            if any((end.laddr, end.raddr) in ends for end in process.net_connections("tcp"))
+        ]
+
+    def _num_unfinished(self, replica_id: ReplicaId) -> int:
+        found = find_replica(replica_id)
+        return 0 if found is None else int(ray.get(found[1].num_unfinished.remote()))
+
     def add_node(self, index: int) -> None:
         gpus = self.setup.gpus_per_node
         self.cluster.add_node(node_name(index), num_cpus=gpus, num_gpus=gpus)
@@ -164,10 +193,13 @@ def platform_config(setup: ClusterSetup, address: str, folder: Path) -> Platform
         "num_cpus": 0.5,
         "num_gpus": 1,
         "replicas": setup.replicas,
-        "executor": {"num_threads": 1, "num_pages": _NUM_PAGES},
+        "executor": {"num_threads": 1},
     }
-    if setup.paced is not None:
-        base["paced"] = msgspec.to_builtins(setup.paced)
+    shape = msgspec.to_builtins(setup.shape)
+    if setup.paced is None:
+        base["executor"] |= shape | {"num_pages": _NUM_PAGES}
+    else:
+        base["paced"] = msgspec.to_builtins(setup.paced) | shape
     settings = {
         "data_dir": str(folder),
         "listen": {"http_port": http_port, "grpc_port": grpc_port},

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import msgspec
 import typer
 from loraplex.cli.output import print_json
+from loraplex.cli.shapes import parse_shape
 
 NodesOption = Annotated[int, typer.Option(min=2, help="Ray nodes on this machine, beside the head.")]
 ReplicasOption = Annotated[int, typer.Option(min=2, help="Replicas of the base.")]
@@ -18,7 +19,11 @@ FactorOption = Annotated[float, typer.Option(min=0.01, help="How many times slow
 
 def faults_command(
     faults: Annotated[
-        str, typer.Option(help="What is killed in turn: replica, node, controller, serve-controller, gateway.")
+        str,
+        typer.Option(
+            help="What is killed in turn: replica, node, controller, serve-controller, gateway, rank (of a replica "
+            "that computes on several), rank-hangs (stopped, not killed)."
+        ),
     ] = "replica,node,controller,serve-controller,gateway",
     streams: Annotated[int, typer.Option(min=1, help="Open streams.")] = 32,
     output_tokens: Annotated[int, typer.Option("--output", min=50, help="Tokens of each.")] = 400,
@@ -34,18 +39,21 @@ def faults_command(
         ),
     ] = True,
     factor: FactorOption = 8.0,
+    shape: Annotated[str, typer.Option(help="TPxPP: shards and stages of each replica.")] = "1x1",
 ) -> None:
     """Kills processes under open streams: who broke, who said the same, how long was silence.
 
     Starts a Ray of several nodes on this machine, and a platform on it, and ends both; prints JSON.
     """
-    from loraplex_deployments.bench_faults import Fault, FaultOptions, run_fault_bench
+    from loraplex_deployments.bench_faults import RANK_FAULTS, Fault, FaultOptions, run_fault_bench
 
     try:
         chosen = tuple(Fault(name.strip()) for name in faults.split(","))
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--faults") from None
-    cluster = _cluster(nodes, replicas, gateways, adapters, factor if paced else None)
+    cluster = _cluster(nodes, replicas, gateways, adapters, factor if paced else None, shape)
+    if RANK_FAULTS.intersection(chosen) and (paced or cluster.shape.num_ranks == 1):
+        raise typer.BadParameter("ranks are there with --no-paced and a --shape of several", param_hint="--faults")
     options = FaultOptions(cluster=cluster, streams=streams, output_tokens=output_tokens, faults=chosen)
     with contextlib.redirect_stdout(sys.stderr):  # Ray prints there
         result = run_fault_bench(options, _say)
@@ -84,12 +92,14 @@ def replan_command(
     print_json(msgspec.to_builtins(result))
 
 
-def _cluster(nodes: int, replicas: int, gateways: int, adapters: int, factor: float | None) -> Any:
+def _cluster(nodes: int, replicas: int, gateways: int, adapters: int, factor: float | None, shape: str = "1x1") -> Any:
     # Imported here: ray takes a second, and `--help` needs none of it.
     from loraplex_deployments.bench_cluster import ClusterSetup, PacedSetup
 
     paced = None if factor is None else PacedSetup(factor=factor)
-    return ClusterSetup(nodes=nodes, replicas=replicas, gateways=gateways, adapters=adapters, paced=paced)
+    return ClusterSetup(
+        nodes=nodes, replicas=replicas, gateways=gateways, adapters=adapters, paced=paced, shape=parse_shape(shape)
+    )
 
 
 def _say(line: str) -> None:

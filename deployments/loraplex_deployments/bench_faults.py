@@ -4,6 +4,7 @@ Called by ``loraplex bench faults`` and by the fault test.
 """
 
 import asyncio
+import contextlib
 import itertools
 import os
 import random
@@ -12,6 +13,7 @@ from collections.abc import Callable, Sequence
 from enum import StrEnum
 
 import msgspec
+import ray
 from loraplex.model_runner.build import load_model_spec
 
 from loraplex_deployments.bench_cluster import BASE, MODEL, BenchCluster, ClusterSetup, bench_cluster, node_name
@@ -19,12 +21,13 @@ from loraplex_deployments.bench_processes import CpuMeter, CpuUse
 from loraplex_deployments.bench_streams import StreamWatch, WatchedStream, same_request
 
 _PROMPT_TOKENS = 24
+_POLL_S = 0.05
 _PIECES_BEFORE = 5
 """Each stream has said so much before anything is killed."""
 
 
 class Fault(StrEnum):
-    """What is killed, by SIGKILL."""
+    """What is killed, by SIGKILL unless it says otherwise."""
 
     REPLICA = "replica"
     NODE = "node"
@@ -32,13 +35,20 @@ class Fault(StrEnum):
     CONTROLLER = "controller"
     SERVE_CONTROLLER = "serve-controller"
     GATEWAY = "gateway"
+    RANK = "rank"
+    """Of the busiest replica, one of several ranks that compute."""
+    RANK_HANGS = "rank-hangs"
+    """The same, stopped by SIGSTOP: it is there and does nothing."""
+
+
+RANK_FAULTS = frozenset((Fault.RANK, Fault.RANK_HANGS))
 
 
 class FaultOptions(msgspec.Struct, frozen=True, kw_only=True):
     cluster: ClusterSetup
     streams: int = 32
     output_tokens: int = 400
-    faults: tuple[Fault, ...] = tuple(Fault)
+    faults: tuple[Fault, ...] = tuple(fault for fault in Fault if fault not in RANK_FAULTS)
     seed: int = 0
 
 
@@ -61,6 +71,8 @@ class FaultResult(msgspec.Struct, frozen=True, kw_only=True):
     """Longest pause of any stream that ended well, from the kill on."""
     silence_before_s: float
     """The same before the kill."""
+    noticed_s: float | None
+    """From the kill until the controller knew that something is not as planned; None: it never was."""
     settled_s: float
     """From the kill until the machines were as the plan says again, the node given back where one was killed."""
     errors: tuple[str, ...]
@@ -150,6 +162,7 @@ class _Run:
             unfinished = sum(not stream.done for stream in self.streams)
             killed_s = time.monotonic()
             await asyncio.to_thread(self._kill, fault)
+            noticing = asyncio.create_task(self._unsettled())
             await watch.wait_end()
         finally:
             await watch.close()
@@ -158,7 +171,27 @@ class _Run:
             # Ray starts nodes from the main thread alone; no stream is open now.
             self._bench.add_node(0)
         await asyncio.to_thread(self._bench.wait_settled)
-        return self._result(fault, texts, unfinished, killed_s, retried)
+        settled_s = time.monotonic() - killed_s
+        # What nobody has noticed by now was nothing to the controller.
+        noticing.cancel()
+        (noticed,) = await asyncio.gather(noticing, return_exceptions=True)
+        return self._result(
+            fault,
+            texts,
+            unfinished=unfinished,
+            killed_s=killed_s,
+            retried=retried,
+            noticed_s=noticed - killed_s if isinstance(noticed, float) else None,
+            settled_s=settled_s,
+        )
+
+    async def _unsettled(self) -> float:
+        """When the controller says so; time.monotonic()."""
+        while True:
+            with contextlib.suppress(ray.exceptions.RayError):  # it is away
+                if not (await asyncio.to_thread(self._bench.status)).settled:
+                    return time.monotonic()
+            await asyncio.sleep(_POLL_S)
 
     def _watch(self) -> StreamWatch:
         return StreamWatch(self._bench.url, self._bench.key, output_tokens=self._options.output_tokens)
@@ -178,6 +211,10 @@ class _Run:
                 process.kill()
             case Fault.GATEWAY:
                 bench.processes("ServeReplica:loraplex:gateway")[0].kill()
+            case Fault.RANK:
+                bench.ranks_of(bench.busiest_replica())[-1].kill()
+            case Fault.RANK_HANGS:
+                bench.ranks_of(bench.busiest_replica())[-1].suspend()
 
     async def _retry(self, texts: Sequence[str]) -> int:
         """Sends the broken ones again, as clients do, until a gateway takes them."""
@@ -197,9 +234,16 @@ class _Run:
         return num_right
 
     def _result(
-        self, fault: Fault, texts: Sequence[str], unfinished: int, killed_s: float, retried: int
+        self,
+        fault: Fault,
+        texts: Sequence[str],
+        *,
+        unfinished: int,
+        killed_s: float,
+        retried: int,
+        noticed_s: float | None,
+        settled_s: float,
     ) -> FaultResult:
-        settled_s = time.monotonic() - killed_s
         whole = [stream.done and not stream.error for stream in self.streams]
         # The gateway whose streams broke is the one that was killed.
         hit = {stream.gateway for stream, good in zip(self.streams, whole, strict=True) if not good}
@@ -223,6 +267,7 @@ class _Run:
                 default=0.0,
             ),
             silence_before_s=max(_pause_before(stream, killed_s) for stream in self.streams),
+            noticed_s=noticed_s,
             settled_s=settled_s,
             errors=tuple(sorted({stream.error for stream in self.streams if stream.error})),
         )

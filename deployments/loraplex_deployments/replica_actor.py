@@ -14,14 +14,15 @@ from loraplex.core.ids import Digest
 from loraplex.core.plan import Shape
 from loraplex.core.step import Executor
 from loraplex.model_runner.build import build_executor, load_model_spec
-from loraplex.registry.cache import NodeCache
+from loraplex.model_runner.config import ExecutorConfig
 from loraplex.replica.engine_loop import EngineLoop
 from loraplex.replica.server import ReplicaServer
 from loraplex.telemetry.logs import configure_logging
+from ray.util.placement_group import get_current_placement_group
 
 from loraplex_deployments.base_models import model_source
-from loraplex_deployments.control_client import RayArtifactReader, controller_handle
 from loraplex_deployments.epoch_register import superseded
+from loraplex_deployments.rank_actors import RayRankLauncher, node_cache
 
 
 @ray.remote(max_restarts=0)
@@ -30,11 +31,19 @@ class ReplicaActor:
     raises Unavailable, ``superseded``, when this replica has heard from a later one."""
 
     def __init__(
-        self, target: ReplicaTarget, base: BaseModelConfig, config: PlatformConfig, cluster_secret: str, epoch: int
+        self,
+        target: ReplicaTarget,
+        base: BaseModelConfig,
+        config: PlatformConfig,
+        cluster_secret: str,
+        epoch: int,
+        num_gpus: float,
     ) -> None:
+        """``num_gpus``: what it takes of its bundle's GPU, and each of its ranks of theirs."""
         configure_logging()
         self._target = target
         self._epoch = epoch
+        self._num_gpus = num_gpus
         self._base = base
         self._config = config
         self._cluster_secret = cluster_secret
@@ -76,15 +85,11 @@ class ReplicaActor:
         await asyncio.wrap_future(self._loop.warm(digests))
 
     def _build_loop(self) -> EngineLoop:
-        executor = _executor(self._base, self._target.shape, model_source(self._config, self._base))
-        source = NodeCache(
-            self._config.registry, directory=self._config.root / "cache", reader=RayArtifactReader(controller_handle())
-        )
         loop = EngineLoop(
             replica_id=self._target.replica_id,
-            executor=executor,
+            executor=self._build_executor(),
             engine_config=self._base.engine,
-            source=source,
+            source=node_cache(self._config),
             config=self._config.replica,
         )
         loop.start()
@@ -96,13 +101,36 @@ class ReplicaActor:
         assert self._loop is not None
         await asyncio.to_thread(self._loop.join)
 
+    def _build_executor(self) -> Executor:
+        base, shape = self._base, self._target.shape
+        model = model_source(self._config, base)
+        if base.paced is not None:
+            return _paced_executor(base, shape, model)
+        launcher = None
+        if shape.num_ranks > 1:
+            group = get_current_placement_group()
+            assert group is not None, "the actuator starts replicas in their group"
+            launcher = RayRankLauncher(group, base, self._config, num_gpus=self._num_gpus)
+        return build_executor(
+            _executor_config(base, shape), model=model, base_model_id=base.base_model_id, launcher=launcher
+        )
 
-def _executor(base: BaseModelConfig, shape: Shape, model: str) -> Executor:
-    if base.paced is None:
-        # The bundle reserves the CPUs, so Ray does not tell torch of them.
-        num_threads = base.executor.num_threads or max(1, int(base.num_cpus))
-        config = msgspec.structs.replace(base.executor, num_threads=num_threads)
-        return build_executor(config, model=model, base_model_id=base.base_model_id)
+
+def _executor_config(base: BaseModelConfig, shape: Shape) -> ExecutorConfig:
+    """The config's, in the shape of the plan. A cut into stages holds for as many stages as it has."""
+    config = base.executor
+    return msgspec.structs.replace(
+        config,
+        # Each rank's bundle reserves the CPUs, so Ray does not tell torch of them.
+        num_threads=config.num_threads or max(1, int(base.num_cpus)),
+        tp=shape.tp,
+        pp=shape.pp,
+        stage_layers=config.stage_layers if config.pp == shape.pp else None,
+    )
+
+
+def _paced_executor(base: BaseModelConfig, shape: Shape, model: str) -> Executor:
+    assert base.paced is not None, "it computes"
     # Only here: no replica that computes needs the cost model and numba.
     from loraplex.testing.paced_executor import build_paced_executor
 

@@ -209,7 +209,7 @@ async def fail(machines: RayActuator) -> None:
     for wrong, reason in (
         (target("a", base="broken"), "missing"),
         (target("a", base="unknown"), "no base model unknown"),
-        (target("a", shape=Shape(tp=2)), "one rank per replica, not on tp 2 x pp 1"),
+        (target("a", shape=Shape(pp=3)), "2 layers are too few"),
         (target("a", nodes=("nowhere",)), "node nowhere is not up"),
     ):
         with pytest.raises(Unavailable, match=reason):

@@ -6,12 +6,11 @@ Legend: T tokens, D hidden, B sampled rows, V vocabulary.
 """
 
 import os
-import sys
+import socket
 from collections import deque
 from datetime import timedelta
-from ipaddress import ip_address
-from socket import gethostbyname
 
+import psutil
 import torch
 from torch import distributed
 from torch._C._distributed_c10d import TCPStore
@@ -31,9 +30,10 @@ class Exchange:
     ) -> None:
         """Returns when all ranks are there. ``dtype`` of the hidden states."""
         shape = shard.shape
-        if ip_address(gethostbyname(host)).is_loopback:
-            # gloo would listen where this machine's name leads; ranks of one machine need nobody else.
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
+        # gloo would listen where this machine's name leads, which need not be where the other ranks reach it.
+        interface = _interface_towards(host)
+        if interface is not None:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
         store = TCPStore(host, store_port, is_master=False, timeout=_TIMEOUT)
         backend = "nccl" if device.type == "cuda" else "gloo"
         distributed.init_process_group(
@@ -82,3 +82,15 @@ class Exchange:
         assert work is not None, "the rank is not in its own group"
         self._sent.append((work, residual_TD))
         self.progress += 1
+
+
+def _interface_towards(host: str) -> str | None:
+    """Of this machine's network interfaces the one that leads there; None when that cannot be told."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        # Nothing is sent: the system only chooses the way.
+        probe.connect((host, 9))
+        address = probe.getsockname()[0]
+    for name, found in psutil.net_if_addrs().items():
+        if any(one.address == address for one in found):
+            return str(name)
+    return None

@@ -183,29 +183,37 @@ class RankGroup:
         ranks = {connection: rank for rank, connection in enumerate(self._events)}
         pulse = Pulse(len(ranks), timeout_s=self._timeout_s, now_s=time.monotonic())
         while not self._closed and self._lost is None:
-            trouble: str | None = None
+            ended: list[int] = []
+            failed: list[str] = []
             for connection in wait(list(ranks), timeout=_WATCH_S):
                 assert isinstance(connection, Connection)
-                trouble = self._hear(ranks[connection], connection, pulse) or trouble
-            trouble = self._ended() or trouble or pulse.trouble(time.monotonic(), busy_since_s=self._busy_since_s)
+                rank = ranks[connection]
+                try:
+                    event = _event.decode(connection.recv_bytes())
+                except (OSError, EOFError):
+                    ended.append(rank)
+                    continue
+                if isinstance(event, Beat):
+                    pulse.beat(rank, event.progress, time.monotonic())
+                elif isinstance(event, Failed):
+                    failed.append(f"rank {rank} failed: {event.message}")
+                else:
+                    self._on_staged(event)
+            # One that just ended is the reason why its peers fail.
+            trouble = self._end_of(ended) or next(iter(failed), None) or self._ended()
+            trouble = trouble or pulse.trouble(time.monotonic(), busy_since_s=self._busy_since_s)
             if trouble is not None and not self._closed:
                 self._lose(trouble)
 
-    def _hear(self, rank: int, connection: Connection, pulse: Pulse) -> str | None:
-        """Takes one event; what is wrong, if it says so."""
-        try:
-            event = _event.decode(connection.recv_bytes())
-        except (OSError, EOFError):
-            # Its process ends within a moment, and says how.
-            time.sleep(_WATCH_S / 10)
-            return f"rank {rank} ended"
-        if isinstance(event, Beat):
-            pulse.beat(rank, event.progress, time.monotonic())
-        elif isinstance(event, Failed):
-            return f"rank {rank} failed: {event.message}"
-        else:
-            self._on_staged(event)
-        return None
+    def _end_of(self, ranks: list[int]) -> str | None:
+        """What became of the first of ``ranks``, whose connections broke; None without any."""
+        if not ranks:
+            return None
+        # Its process ends within a moment, and says how.
+        until_s = time.monotonic() + _WATCH_S
+        while (how := self._processes[ranks[0]].ended()) is None and time.monotonic() < until_s:
+            time.sleep(_WATCH_S / 50)
+        return f"rank {ranks[0]} ended" + (f": {how}" if how else "")
 
     def _ended(self) -> str | None:
         for rank, process in enumerate(self._processes):

@@ -1,7 +1,15 @@
 """How the processes of a group start: the same for local processes and for actors of a cluster."""
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
+
+from loraplex.core.adapter import AdapterManifest
+
+OpenAdapter = Callable[[AdapterManifest, str], AbstractContextManager[str]]
+"""An adapter, and the path of its file on the machine of the group's executor -> the path of the file on this machine,
+where it stays meanwhile. Any thread; blocks. Raises LoraplexErrors."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

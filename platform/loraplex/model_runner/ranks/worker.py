@@ -9,6 +9,7 @@ import logging
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Connection
 from typing import NoReturn
@@ -16,6 +17,7 @@ from typing import NoReturn
 import msgspec
 import torch
 
+from loraplex.core.adapter import AdapterManifest
 from loraplex.core.errors import LoraplexError
 from loraplex.core.ids import Digest
 from loraplex.core.plan import Shape
@@ -24,7 +26,7 @@ from loraplex.model_runner.build import build_rank, load_model_spec, load_weight
 from loraplex.model_runner.executor_base import ExecutorBase
 from loraplex.model_runner.ranks.channel import connect
 from loraplex.model_runner.ranks.exchange import Exchange
-from loraplex.model_runner.ranks.launcher import RankStart
+from loraplex.model_runner.ranks.launcher import OpenAdapter, RankStart
 from loraplex.model_runner.ranks.messages import (
     Allocate,
     Beat,
@@ -54,8 +56,13 @@ _encode = msgspec.msgpack.encode
 _command = msgspec.msgpack.Decoder(Command)
 
 
-def run_rank(start: RankStart) -> NoReturn:
-    """Ends with its process: when the group's executor is gone, or something fails."""
+def _on_this_machine(_manifest: AdapterManifest, path: str) -> AbstractContextManager[str]:
+    return nullcontext(path)
+
+
+def run_rank(start: RankStart, open_adapter: OpenAdapter = _on_this_machine) -> NoReturn:
+    """Ends with its process: when the group's executor is gone, or something fails. ``open_adapter``: where adapter
+    files are; by default where the group's executor has them."""
     try:
         commands = connect(start.address, start.key)
         commands.send_bytes(_encode(Hello(start.rank, events=False)))
@@ -65,7 +72,7 @@ def run_rank(start: RankStart) -> NoReturn:
     except (OSError, EOFError, AuthenticationError):
         # Whoever wanted this rank is gone.
         os._exit(1)
-    worker = _Worker(start, job, commands, events)
+    worker = _Worker(start, job, commands, events, open_adapter)
     try:
         worker.run()
     except (ConnectionError, EOFError):
@@ -78,8 +85,11 @@ def run_rank(start: RankStart) -> NoReturn:
 
 
 class _Worker:
-    def __init__(self, start: RankStart, job: RankJob, commands: Connection, events: Connection) -> None:
+    def __init__(
+        self, start: RankStart, job: RankJob, commands: Connection, events: Connection, open_adapter: OpenAdapter
+    ) -> None:
         self._start = start
+        self._open_adapter = open_adapter
         self._job = job
         self._commands = commands
         self._events = events
@@ -168,7 +178,8 @@ class _Worker:
             if message.path is None:
                 executor.stage_random_adapter(manifest, message.seed)
             else:
-                executor.stage_adapter(manifest, message.path)
+                with self._open_adapter(manifest, message.path) as path:
+                    executor.stage_adapter(manifest, path)
             self._num_pages[manifest.digest] = executor.adapter_pages(manifest)
         except LoraplexError as error:
             self.tell(Staged(message.request, error.class_code, error.message))

@@ -1,0 +1,121 @@
+"""Replicas of several ranks on Ray: they say what one rank says, and go on saying it when a rank dies or hangs.
+
+The times are ``loraplex bench faults --no-paced --shape 2x1 --faults rank,rank-hangs``.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import Iterator
+
+import pytest
+from loraplex.core.plan import BasePlacement, GroupPlan, Plan, Shape
+from loraplex_deployments.bench_cluster import BASE, BenchCluster, ClusterSetup, bench_cluster
+from loraplex_deployments.bench_faults import Fault, FaultOptions, FaultResult, measure_faults
+from loraplex_deployments.bench_replan import settled
+from loraplex_deployments.bench_streams import StreamWatch, WatchedStream
+
+from tests.deployments.own_process import OwnProcess
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
+
+SETUP = ClusterSetup(nodes=2, gpus_per_node=2, replicas=1, adapters=2, proxy="python")
+OUTPUT_TOKENS = 40
+
+
+class World:
+    """What lives in the process of the cluster."""
+
+    stack = contextlib.ExitStack()
+    bench: BenchCluster
+
+
+def start_world() -> None:
+    World.bench = World.stack.enter_context(bench_cluster(SETUP, print))
+
+
+def end_world() -> None:
+    World.stack.close()
+
+
+@pytest.fixture(scope="module")
+def world() -> Iterator[OwnProcess]:
+    process = OwnProcess(start_world)
+    yield process
+    process.close(end_world)
+
+
+@pytest.fixture(scope="module")
+def texts_of_one_rank(world: OwnProcess) -> list[str]:
+    return world.call(say)
+
+
+def say() -> list[str]:
+    """Base and adapters, drawn at random, all at once."""
+    return asyncio.run(streamed())
+
+
+async def streamed() -> list[str]:
+    watch = StreamWatch(World.bench.url, World.bench.key, output_tokens=OUTPUT_TOKENS)
+    models = [str(BASE), *World.bench.models]
+    try:
+        watch.begin(
+            [
+                WatchedStream(model=models[index % len(models)], prompt=[5 + index, 7, 11 * index], seed=index)
+                for index in range(6)
+            ]
+        )
+        await watch.wait_end()
+    finally:
+        await watch.close()
+    assert all(stream.done for stream in watch.streams), [stream.error for stream in watch.streams]
+    return [stream.text for stream in watch.streams]
+
+
+def take_shapes(*shapes: Shape) -> list[int]:
+    """A replica of each; how many ranks there are on Ray's actors."""
+    groups = tuple(
+        GroupPlan(name=f"group-{index}", shape=shape, bases=(BasePlacement(base_model_id=BASE),))
+        for index, shape in enumerate(shapes)
+    )
+    record = World.bench.platform.call("apply_plan", Plan(version=1, groups=groups), renumber=True)
+    asyncio.run(settled(World.bench, record.plan.version))
+    return ranks()
+
+
+def ranks() -> list[int]:
+    return [process.pid for process in World.bench.ranks()]
+
+
+@pytest.mark.parametrize("shape", [Shape(tp=2), pytest.param(Shape(pp=2), marks=pytest.mark.slow)], ids=str)
+def test_several_ranks_say_what_one_says(world: OwnProcess, texts_of_one_rank: list[str], shape: Shape) -> None:
+    assert len(world.call(take_shapes, shape)) == shape.num_ranks
+    assert world.call(say) == texts_of_one_rank
+
+
+def test_a_rank_that_is_killed_costs_a_pause(world: OwnProcess) -> None:
+    before = world.call(take_shapes, Shape(tp=2), Shape(pp=2))
+    check(world.call(disturb, Fault.RANK))
+    after = world.call(ranks)
+    assert len(after) == len(before) == 4
+    assert len(set(before) & set(after)) == 2, "the other group has nothing to do with it"
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs_costs_a_pause(world: OwnProcess) -> None:
+    world.call(take_shapes, Shape(tp=2), Shape(pp=2))
+    check(world.call(disturb, Fault.RANK_HANGS))
+
+
+def disturb(fault: Fault) -> FaultResult:
+    options = FaultOptions(cluster=SETUP, streams=6, output_tokens=200, faults=(fault,))
+    (result,) = asyncio.run(measure_faults(World.bench, options)).results
+    return result
+
+
+def check(result: FaultResult) -> None:
+    assert result.unfinished == result.streams, "stopped too late to tell anything"
+    assert (result.broken, result.errors) == (0, ())
+    assert result.identical == result.streams
+    assert result.noticed_s is not None
+    assert result.noticed_s < 10
+    assert result.settled_s < 60
