@@ -23,7 +23,7 @@ from loraplex.simulator.types import Slo
 from loraplex.traces.arrivals import Arrivals
 
 from loraplex_deployments.bench_processes import CpuUse
-from loraplex_deployments.bench_tenants import MAX_CPU, Machine, TenantSetup, predicted, tenant_platform
+from loraplex_deployments.bench_tenants import MAX_CPU, Machine, TenantSetup, predicted, tenant_platform, within_context
 
 _TTFT_S, _TPOT_S = 0.06, 0.0145
 """Targets at an H100's own pace."""
@@ -94,7 +94,7 @@ class CrowdResult(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def arrivals_of(options: CrowdOptions) -> Arrivals:
-    return flash_crowd(
+    arrivals = flash_crowd(
         seed=options.seed,
         spans_s=(options.span_s,) * 3,
         ramp_s=options.ramp_s,
@@ -106,6 +106,7 @@ def arrivals_of(options: CrowdOptions) -> Arrivals:
         prompt=options.prompt_tokens,
         output=options.output_tokens,
     )
+    return within_context(arrivals)
 
 
 def run_crowd_bench(options: CrowdOptions) -> CrowdResult:
@@ -115,7 +116,7 @@ def run_crowd_bench(options: CrowdOptions) -> CrowdResult:
         for policy in options.policies:
             router = msgspec.convert({**msgspec.to_builtins(options.setup.router), "policy": policy}, RouterConfig)
             setup = msgspec.structs.replace(options.setup, router=router)
-            with tenant_platform(setup, arrivals, Path(folder), _say) as platform:
+            with tenant_platform(setup, arrivals.adapters, Path(folder), _say) as platform:
                 samples, cpu = platform.send(arrivals, seed=options.seed)
             failures = [sample.error for sample in samples if sample.error is not None]
             result = PolicyResult(

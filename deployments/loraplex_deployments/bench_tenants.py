@@ -14,12 +14,13 @@ import platform
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 import httpx
 import msgspec
+import numpy as np
 from loraplex.bench.peft_files import write_random_peft
 from loraplex.bench.random_adapters import random_manifests
 from loraplex.config.platform import PlatformConfig, parse_platform_config
@@ -139,17 +140,30 @@ class TenantPlatform:
         return sorted(samples, key=lambda sample: sample.scheduled_s), meter.read()
 
 
+def within_context(arrivals: Arrivals) -> Arrivals:
+    """With lengths that the model which clients see has room for."""
+    limit = load_model_spec(_MODEL, SMALL).max_context_tokens
+    prompt_tokens = np.minimum(arrivals.prompt_tokens, limit * 3 // 4)
+    return dataclasses.replace(
+        arrivals,
+        prompt_tokens=prompt_tokens,
+        output_tokens=np.minimum(arrivals.output_tokens, limit - prompt_tokens),
+    )
+
+
 @contextlib.contextmanager
-def tenant_platform(setup: TenantSetup, arrivals: Arrivals, folder: Path, say: Say) -> Iterator[TenantPlatform]:
-    """``folder``: data directory; what an earlier platform registered there is used again. Raises what
-    ``start_platform`` raises."""
+def tenant_platform(
+    setup: TenantSetup, adapters: Sequence[AdapterName], folder: Path, say: Say
+) -> Iterator[TenantPlatform]:
+    """With ``adapters`` and their tenants. ``folder``: data directory; what was registered there earlier is used
+    again. Raises what ``start_platform`` raises."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     with contextlib.ExitStack() as stack:
         stack.enter_context(data_dir_lock(folder))
         say(f"starting a platform: {setup.router.policy}, {setup.replicas} replicas, {setup.gateways} gateways")
         running = start_platform(_config(setup, folder), say)
         stack.callback(running.stop)
-        targets = _register(running, arrivals, folder)
+        targets = _register(running, adapters, folder)
         running.wait_ready()
         _wait_visible(running.http_url, targets)
         yield TenantPlatform(running, targets)
@@ -199,9 +213,9 @@ def _config(setup: TenantSetup, folder: Path) -> PlatformConfig:
     return parse_platform_config(json.dumps(settings), source="bench")
 
 
-def _register(running: RunningPlatform, arrivals: Arrivals, folder: Path) -> dict[AdapterName, Target]:
+def _register(running: RunningPlatform, adapters: Sequence[AdapterName], folder: Path) -> dict[AdapterName, Target]:
     """Every tenant gets a key, every adapter weights of its own."""
-    keys = {name: new_key() for name in arrivals.tenants}
+    keys = {str(adapter.tenant): new_key() for adapter in adapters}
     for name, key in keys.items():
         running.call("ensure_tenant", name, TenantLimits())
         running.call("ensure_key", TenantName(name), Role.MEMBER, key)
@@ -210,8 +224,8 @@ def _register(running: RunningPlatform, arrivals: Arrivals, folder: Path) -> dic
         for view in running.call("snapshot", after_epoch=-1, after_version=-1, timeout_s=1).adapters
     }
     spec = load_model_spec(_MODEL, SMALL)
-    manifests = random_manifests(spec, count=len(arrivals.adapters), lora_ranks=(_LORA_RANK,))
-    for index, (adapter, manifest) in enumerate(zip(arrivals.adapters, manifests, strict=True)):
+    manifests = random_manifests(spec, count=len(adapters), lora_ranks=(_LORA_RANK,))
+    for index, (adapter, manifest) in enumerate(zip(adapters, manifests, strict=True)):
         if (adapter.tenant, adapter.name) not in known:
             directory = folder / "new-adapter"
             write_random_peft(directory, manifest, spec, seed=index)
@@ -219,7 +233,7 @@ def _register(running: RunningPlatform, arrivals: Arrivals, folder: Path) -> dic
             shutil.rmtree(directory)
     return {
         adapter: Target(tenant=str(adapter.tenant), model=adapter.name, key=keys[str(adapter.tenant)])
-        for adapter in arrivals.adapters
+        for adapter in adapters
     }
 
 

@@ -98,6 +98,7 @@ def make(
     prompt: tuple[int, ...] | int = 8,
     max_tokens: int = 4,
     tenant: str = "t",
+    weight: float = 1.0,
     adapter: Digest | None = None,
     salt: str | None = None,
     offline: bool = False,
@@ -116,6 +117,7 @@ def make(
         arrival_s=arrival_s,
         cache_salt=tenant if salt is None else salt,
         priority=Priority.OFFLINE if offline else Priority.ONLINE,
+        weight=weight,
     )
 
 
@@ -311,13 +313,25 @@ def test_tenants_share_the_engine_by_tokens_however_long_they_queue(overdue_s: f
     assert len(done) == 6
 
 
-def test_what_is_free_at_once_is_shared_by_tenants() -> None:
+@pytest.mark.parametrize("weight", [1.0, 3.0])
+def test_what_is_free_at_once_is_shared_by_tenants_and_their_weights(weight: float) -> None:
     harness = Harness(max_running=8, max_step_tokens=256, prefix_cache=False)
     for tenant in ("many", "few"):
         for i in range(12):
-            harness.add(make(f"{tenant}{i}", tenant=tenant, max_tokens=40))
+            harness.add(make(f"{tenant}{i}", tenant=tenant, weight=weight if tenant == "few" else 1.0, max_tokens=40))
     harness.step()
-    assert sum(name.startswith("few") for name in harness.outputs) == 4
+    assert sum(name.startswith("few") for name in harness.outputs) == 8 * weight / (1.0 + weight)
+
+
+def test_tenants_share_the_engine_by_their_weights() -> None:
+    harness = Harness(max_running=1, max_step_tokens=16, prefix_cache=False)
+    for i in range(24):
+        harness.add(make(f"one{i}", tenant="one"))
+        harness.add(make(f"three{i}", tenant="three", weight=3.0))
+    harness.step(120)
+    done = [name for name, outputs in harness.outputs.items() if outputs[-1].finish_reason is not None]
+    assert len(done) >= 20
+    assert sum(name.startswith("three") for name in done) == pytest.approx(0.75 * len(done), abs=2)
 
 
 def test_a_large_request_is_not_passed_for_ever_by_small_ones() -> None:

@@ -17,8 +17,10 @@ def anywhere(only: Hashable) -> bool:
     return True
 
 
-def ticket(order: int, tenant: TenantName = A, *, due_s: float = 0.0, only: Hashable = None) -> Ticket:
-    return Ticket(tenant=tenant, order=order, due_s=due_s, only=only)
+def ticket(
+    order: int, tenant: TenantName = A, *, due_s: float = 0.0, only: Hashable = None, weight: float = 1.0
+) -> Ticket:
+    return Ticket(tenant=tenant, order=order, due_s=due_s, only=only, weight=weight)
 
 
 tickets = st.builds(
@@ -112,6 +114,32 @@ def test_who_comes_back_has_saved_nothing_up() -> None:
     counters.validate({A: 1, B: 1})
 
 
+def test_what_was_expected_and_taken_back_puts_nobody_behind() -> None:
+    counters = ServiceCounters()
+    for _ in range(3):
+        counters.enter(A)
+        counters.expect(A, 100.0)
+    counters.enter(B)
+    assert counters.value(A) == 300.0
+    assert counters.value(B) == 0.0
+    counters.expect(B, 250.0, weight=2.0)
+    assert counters.value(B) == 125.0
+    for _ in range(3):
+        counters.expect(A, -100.0)
+        counters.charge(A, 10.0)
+    assert counters.value(A) == 30.0
+    # Whoever comes now is lifted to what the least has had, not to what it may come to have.
+    other = TenantName("c")
+    counters.enter(other)
+    assert counters.value(other) == 0.0
+    counters.expect(B, -250.0, weight=2.0)
+    counters.charge(B, 90.0, weight=2.0)
+    counters.leave(other)
+    counters.enter(other)
+    assert counters.value(other) == 30.0
+    counters.validate({A: 3, B: 1, other: 1})
+
+
 def test_of_many_in_front_only_those_of_a_fair_turn_are_ahead() -> None:
     counters = ServiceCounters()
     queue: WaitingQueue[int] = WaitingQueue(counters)
@@ -137,3 +165,21 @@ def test_a_full_queue_takes_from_who_has_most_in_it() -> None:
         queue.push(order, ticket(order, B))
     assert queue.makes_way(B) is None
     assert queue.makes_way(TenantName("c")) == 0
+
+
+def test_places_in_a_full_queue_and_turns_are_by_weight() -> None:
+    queue: WaitingQueue[int] = WaitingQueue(counters := ServiceCounters())
+    for order in range(6):
+        tenant = A if order < 4 else B
+        counters.enter(tenant)
+        queue.push(order, ticket(order, tenant, weight=4.0 if tenant == A else 1.0))
+    # Four of weight 4 are less than two of weight 1.
+    assert queue.makes_way(A, 4.0) == 5
+    assert queue.makes_way(B, 1.0) is None
+    # Before B's third turn A has twelve; before A's fifth B has one.
+    assert queue.num_ahead(B, 1.0) == 6
+    assert queue.num_ahead(A, 4.0) == 5
+    for order in range(4):
+        queue.remove(order)
+    assert queue.num_ahead(B, 1.0) == 2
+    queue.validate()

@@ -100,6 +100,7 @@ def make(
     name: str | None = None,
     *,
     tenant: str = "t",
+    weight: float = 1.0,
     offline: bool = False,
     max_tokens: int = 100,
     adapter: str | None = None,
@@ -118,6 +119,7 @@ def make(
         arrival_s=0.0,
         cache_salt=tenant,
         priority=Priority.OFFLINE if offline else Priority.ONLINE,
+        weight=weight,
     )
 
 
@@ -183,6 +185,23 @@ async def test_a_new_stream_counts_from_nothing(world: World) -> None:
     assert len(replica.submitted) == 6
 
 
+async def test_tenants_get_the_base_by_their_weights() -> None:
+    world = World("a")
+    replica = world.replicas["a"]
+    replica.up(credits=1)
+    world.router.dispatch((make("first", tenant="other"),))
+    for i in range(40):
+        for tenant, weight in (("one", 1.0), ("three", 3.0)):
+            world.router.dispatch((make(f"{tenant}{i}", tenant=tenant, weight=weight),))
+    for _ in range(40):
+        replica.report(credits=1)
+        world.router.validate()
+    served = list(replica.submitted)[1:]
+    assert len(served) == 40
+    assert sum(name.startswith("three") for name in served) == pytest.approx(30, abs=1)
+    await world.router.close()
+
+
 async def test_the_queue_is_online_first_and_gives_tenants_turns() -> None:
     world = World("a")
     replica = world.replicas["a"]
@@ -192,15 +211,16 @@ async def test_the_queue_is_online_first_and_gives_tenants_turns() -> None:
     world.router.dispatch((make("off", tenant="small", offline=True),))
     for i in range(3):
         world.router.dispatch((make(f"big{i}", tenant="big"),))
-    for i in range(2):
+    for i in range(3):
         world.router.dispatch((make(f"small{i}", tenant="small"),))
-    for _ in range(6):
+    for _ in range(7):
         replica.report(credits=1)
         world.router.validate()
     order = list(replica.submitted)[2:]
-    assert order[:2] == ["big0", "small0"]
-    assert set(order[2:4]) == {"big1", "small1"}
-    assert order[4:] == ["big2", "off"]
+    # Two of the big one are under way: first the small one has as many.
+    assert order[:2] == ["small0", "small1"]
+    assert set(order[2:5]) == {"big0", "small2", "big1"}
+    assert order[5:] == ["big2", "off"]
     await world.router.close()
 
 

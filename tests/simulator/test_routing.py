@@ -1,15 +1,18 @@
 """The simulators with other policies, and what the studies say of them."""
 
 import dataclasses
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 from loraplex.core.errors import InvalidInput
+from loraplex.engine import EngineConfig
 from loraplex.router.config import RouterConfig
 from loraplex.simulator import fast, routing_study
+from loraplex.simulator.crowds import GREEDY, greedy_tenant
 from loraplex.simulator.exact import simulate_exact
 from loraplex.simulator.scenarios import make_arrivals, make_input
-from loraplex.simulator.types import Outcome, SimulationInput
+from loraplex.simulator.types import Outcome, SimulationInput, SimulationResult
 
 
 def _overloaded(router: RouterConfig) -> SimulationInput:
@@ -41,6 +44,23 @@ def test_what_cannot_be_served_in_time_is_refused_in_both_simulators(patience: f
         assert result.score.ttft_s["p50"] < patience < patient.score.ttft_s["p50"]
     assert exact.score.num_served == pytest.approx(ours.score.num_served, rel=0.1)
     assert exact.score.ttft_s["mean"] == pytest.approx(ours.score.ttft_s["mean"], rel=0.1)
+
+
+@pytest.mark.parametrize("simulate", [simulate_exact, fast.simulate])
+def test_answers_shorter_than_expected_give_nobody_the_turns_of_others(
+    simulate: Callable[[SimulationInput], SimulationResult],
+) -> None:
+    arrivals = greedy_tenant(
+        seed=0, end_s=3.0, share_per_s=12.0, asked=(0.8, 0.8), greedy_factor=10.0, adapters_per_tenant=1, output=48.0
+    )
+    given = make_input(arrivals, num_groups=1, engine=EngineConfig(max_running=16, max_waiting=4))
+    given = dataclasses.replace(
+        given,
+        router=RouterConfig(max_queued_requests=32, max_queue_wait_s=1.0, expected_output_tokens=1024.0),
+    )
+    refused = arrivals.tenant[simulate(given).outcome == Outcome.REFUSED]
+    assert len(refused) > 100
+    assert (refused == arrivals.tenants.index(GREEDY)).all()
 
 
 def test_a_full_queue_is_shared_among_tenants_in_both_simulators() -> None:

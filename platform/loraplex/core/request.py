@@ -71,6 +71,8 @@ class EngineRequest:
     priority: Priority = Priority.ONLINE
     deadline_s: float | None = None
     """Wall clock by which the first token is due."""
+    weight: float = 1.0
+    """Of its tenant among those that compete; greater than 0."""
     resumed_token_ids: tuple[int, ...] = ()
     """Tokens generated elsewhere before a migration; they count as output and are not sent again."""
 

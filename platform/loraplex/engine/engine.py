@@ -369,7 +369,7 @@ class Engine:
             if row.start < sequence.num_prompt:
                 end = min(row.start + len(row.token_ids), sequence.num_prompt)
                 cost += max(0, end - max(row.start, sequence.charged_tokens)) * prefill_cost
-            costs[sequence.tenant] = costs.get(sequence.tenant, 0.0) + cost
+            costs[sequence.tenant] = costs.get(sequence.tenant, 0.0) + cost / sequence.request.weight
         for tenant, cost in costs.items():
             self._scheduler.counters.charge(tenant, cost)
 

@@ -345,9 +345,8 @@ class Scheduler:
     def _admit(self, sequence: Sequence) -> None:
         self._open(sequence)
         uncharged = len(sequence.token_ids) - max(sequence.num_computed, sequence.charged_tokens)
-        self._admitted_costs[-1][sequence.tenant] += (
-            max(0, uncharged) * self._config.prefill_token_cost + self._config.decode_token_cost
-        )
+        cost = max(0, uncharged) * self._config.prefill_token_cost + self._config.decode_token_cost
+        self._admitted_costs[-1][sequence.tenant] += cost / sequence.request.weight
         self._share_chunk(sequence)
 
     def _preempt(self, sequence: Sequence) -> None:

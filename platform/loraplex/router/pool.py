@@ -227,21 +227,24 @@ class Pool:
         )
 
     def _send(self, stream: RoutedStream, choice: Choice) -> None:
-        """What runs nowhere goes to a replica; its tenant pays for what is predicted."""
+        """What runs nowhere goes to a replica; what it is predicted to take counts for its tenant."""
         link, pending, output = self._links[choice.view.replica_id], stream.pending, self._length.expected
         link.place(pending)
         self._prefixes.sent(stream.prefixes, link.route.replica_id)
         for generation in pending:
             generation.token_service_s = link.view.decode_s(output) / link.view.rows
-            generation.predicted_tokens = min(output, generation.num_left)
-            service_s = link.view.rates.token_s * generation.placed_tokens
-            service_s += generation.predicted_tokens * generation.token_service_s
-            self._counters.charge(generation.request.tenant, service_s)
+            generation.prompt_service_s = link.view.rates.token_s * generation.placed_tokens
+            tokens = min(output, generation.num_left)
+            generation.expected_service_s = generation.prompt_service_s + tokens * generation.token_service_s
+            request = generation.request
+            self._counters.expect(request.tenant, generation.expected_service_s, weight=request.weight)
 
     def _settle(self, generation: Generation) -> None:
         """It left its replica: its tenant pays for the tokens that it got there instead of those predicted."""
-        unforeseen = generation.num_tokens - generation.placed_tokens - generation.predicted_tokens
-        self._counters.charge(generation.request.tenant, unforeseen * generation.token_service_s)
+        request, tokens = generation.request, generation.num_tokens - generation.placed_tokens
+        service_s = generation.prompt_service_s + tokens * generation.token_service_s
+        self._counters.expect(request.tenant, -generation.expected_service_s, weight=request.weight)
+        self._counters.charge(request.tenant, service_s, weight=request.weight)
 
     def _takers(self, stream: RoutedStream) -> list[Link]:
         """Links to replicas that may run it, up or not."""
@@ -279,7 +282,7 @@ class Pool:
     def _wait_s(self, stream: RoutedStream, demand: Demand) -> float:
         """Predicted time to the first token while no replica has a credit."""
         views = [link.view for link in self._takers(stream) if link.up]
-        return wait_in_queue_s(views, demand, self._queue.num_ahead(stream.first.tenant))
+        return wait_in_queue_s(views, demand, self._queue.num_ahead(stream.first.tenant, stream.first.weight))
 
     def _make_way(self, stream: RoutedStream, demand: Demand) -> None:
         """A full queue takes from who has most in it. Raises Overloaded where that is the stream's own tenant."""
@@ -288,7 +291,7 @@ class Pool:
             retry_after_s=min(_MAX_RETRY_AFTER_S, max(1.0, self._wait_s(stream, demand))),
         )
         while self._num_queued + len(stream.generations) > self._config.max_queued_requests:
-            victim = self._queue.makes_way(stream.first.tenant)
+            victim = self._queue.makes_way(stream.first.tenant, stream.first.weight)
             if victim is None:
                 raise error
             self._give_up(victim, error)
@@ -332,6 +335,7 @@ class Pool:
         return Ticket(
             tenant=request.tenant,
             order=stream.order,
+            weight=request.weight,
             due_s=stream.due_s,
             resumed=stream.resumed,
             offline=request.priority is Priority.OFFLINE,

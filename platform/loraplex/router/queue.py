@@ -28,6 +28,8 @@ class Ticket:
     offline: bool = False
     only: Hashable = None
     """Names the set of replicas that may take it; None: all of the base."""
+    weight: float = 1.0
+    """Of its tenant, whose last request tells."""
 
 
 _Group = tuple[bool, bool, TenantName, Hashable]
@@ -41,6 +43,7 @@ class WaitingQueue(Generic[Item]):
         self._groups: dict[_Group, list[tuple[float, int, Item]]] = {}
         """Each in the order of (due_s, order)."""
         self._num_of_tenant: dict[TenantName, int] = {}
+        self._weight_of: dict[TenantName, float] = {}
 
     def __len__(self) -> int:
         return len(self._tickets)
@@ -54,6 +57,7 @@ class WaitingQueue(Generic[Item]):
         self._tickets[item] = ticket
         insort(self._groups.setdefault(_group(ticket), []), (ticket.due_s, ticket.order, item), key=_rank)
         self._num_of_tenant[ticket.tenant] = self._num_of_tenant.get(ticket.tenant, 0) + 1
+        self._weight_of[ticket.tenant] = ticket.weight
 
     def remove(self, item: Item) -> bool:
         """False when it does not wait here. Changes state."""
@@ -66,7 +70,7 @@ class WaitingQueue(Generic[Item]):
             del self._groups[key]
         self._num_of_tenant[ticket.tenant] -= 1
         if not self._num_of_tenant[ticket.tenant]:
-            del self._num_of_tenant[ticket.tenant]
+            del self._num_of_tenant[ticket.tenant], self._weight_of[ticket.tenant]
         return True
 
     def next(self, may: Callable[[Hashable], bool]) -> Item | None:
@@ -80,20 +84,25 @@ class WaitingQueue(Generic[Item]):
                 best, best_rank = item, rank
         return best
 
-    def num_ahead(self, tenant: TenantName) -> int:
-        """How many go before a new request of the tenant, if all tenants take turns."""
+    def num_ahead(self, tenant: TenantName, weight: float = 1.0) -> int:
+        """How many go before a new request of the tenant, if all tenants take turns by their weights."""
         turns = self._num_of_tenant.get(tenant, 0) + 1
-        others = len(self._num_of_tenant) - (tenant in self._num_of_tenant)
-        return min(len(self._tickets), turns - 1 + turns * others)
+        others = sum(other for name, other in self._weight_of.items() if name != tenant) / weight
+        return min(len(self._tickets), turns - 1 + int(turns * others))
 
-    def makes_way(self, tenant: TenantName) -> Item | None:
+    def makes_way(self, tenant: TenantName, weight: float = 1.0) -> Item | None:
         """Who is to go so that a new request of the tenant finds room in a full queue: the last of those of the tenant
-        that has most here. None when no other tenant has more than this one would have. Resumed ones stay."""
-        greatest = max(self._num_of_tenant, key=lambda other: self._num_of_tenant[other], default=None)
-        if greatest is None or self._num_of_tenant[greatest] <= self._num_of_tenant.get(tenant, 0) + 1:
+        that has most here by its weight. None when no other tenant has more than this one would have. Resumed ones
+        stay."""
+        greatest = max(self._num_of_tenant, key=self._held, default=None)
+        if greatest is None or self._held(greatest) <= (self._num_of_tenant.get(tenant, 0) + 1) / weight:
             return None
         lasts = [entries[-1] for (fresh, _, owner, _), entries in self._groups.items() if fresh and owner == greatest]
         return max(lasts, key=_rank)[2] if lasts else None
+
+    def _held(self, tenant: TenantName) -> float:
+        """Requests by weight."""
+        return self._num_of_tenant[tenant] / self._weight_of[tenant]
 
     def items(self) -> tuple[Item, ...]:
         return tuple(self._tickets)
@@ -101,6 +110,7 @@ class WaitingQueue(Generic[Item]):
     def validate(self) -> None:
         """Raises AssertionError on a broken invariant."""
         assert sum(map(len, self._groups.values())) == len(self._tickets) == sum(self._num_of_tenant.values())
+        assert self._weight_of.keys() == self._num_of_tenant.keys(), "weights of tenants that have nothing here"
         for key, entries in self._groups.items():
             assert entries, "an empty group stayed"
             assert entries == sorted(entries, key=_rank), "a group is out of order"

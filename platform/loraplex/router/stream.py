@@ -22,8 +22,9 @@ class Generation:
     __slots__ = (
         "_num_moves",
         "emitted",
+        "expected_service_s",
         "placed_tokens",
-        "predicted_tokens",
+        "prompt_service_s",
         "replica_id",
         "request",
         "stream",
@@ -43,10 +44,12 @@ class Generation:
         """Under which a replica knows it."""
         self.placed_tokens = 0
         """Prompt and generated, when it was placed last."""
-        self.predicted_tokens = 0.0
-        """That its tenant has paid for, beyond ``placed_tokens``."""
+        self.expected_service_s = 0.0
+        """Of GPU time, that it was predicted to take when it was placed last."""
+        self.prompt_service_s = 0.0
+        """Of that, for ``placed_tokens``."""
         self.token_service_s = 0.0
-        """Of GPU time, that each of them costs."""
+        """For each token after them."""
         self._num_moves = 0
 
     @property

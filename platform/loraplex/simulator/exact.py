@@ -64,8 +64,8 @@ class _Run:
         ]
         self._counters = [ServiceCounters() for _ in cluster.bases]
         self._rooms: list[WaitingQueue[int]] = [WaitingQueue(counters) for counters in self._counters]
-        self._paid: dict[int, tuple[float, float]] = {}
-        """Of the placed: output tokens that their tenants paid for, and what each of them costs."""
+        self._expected: dict[int, tuple[float, float, float]] = {}
+        """Of the placed: GPU seconds that they were predicted to take, of these for the prompt, and for each token."""
         self._events: list[tuple[float, _Kind, int, int]] = []
         self._order = 0
         count = len(workload)
@@ -150,9 +150,9 @@ class _Run:
             return
         self._replica_of[row] = index
         token_s = view.decode_s(output) / view.rows
-        self._paid[row] = output, token_s
-        service_s = view.rates.token_s * int(self._arrivals.prompt_tokens[row]) + output * token_s
-        self._account(row).charge(self._tenant(row), service_s)
+        prompt_s = view.rates.token_s * int(self._arrivals.prompt_tokens[row])
+        self._expected[row] = prompt_s + output * token_s, prompt_s, token_s
+        self._account(row).expect(self._tenant(row), prompt_s + output * token_s)
         self._fetch(index, now_s)
         if replica.engine.num_in_flight == 0:
             self._plan(index, now_s)
@@ -194,9 +194,10 @@ class _Run:
                     self._end_s[row] = now_s
                     self._length(row).ended(int(self._num_output[row]))
                 self._replicas[self._replica_of[row]].ended(self._digest(row), int(self._arrivals.prompt_tokens[row]))
-                predicted, token_s = self._paid.pop(row)
+                expected_s, prompt_s, token_s = self._expected.pop(row)
                 account, tenant = self._account(row), self._tenant(row)
-                account.charge(tenant, (int(self._num_output[row]) - predicted) * token_s)
+                account.expect(tenant, -expected_s)
+                account.charge(tenant, prompt_s + int(self._num_output[row]) * token_s)
                 account.leave(tenant)
 
     def _pump(self, base: int, index: int, now_s: float) -> None:

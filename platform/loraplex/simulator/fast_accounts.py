@@ -23,6 +23,7 @@ def enter_account(state: State, b: int, t: int) -> None:
             least = min(least, state.accounts[b, state.accounts[b, index].active].seconds)
         if count > 0:
             account.seconds = max(account.seconds, least)
+        account.expected = 0.0
         account.position = count
         state.accounts[b, count].active = t
         state.num_active[b] = count + 1
@@ -47,24 +48,25 @@ def leave_account(state: State, b: int, t: int) -> None:
 
 
 @inlined
-def pay_account(state: State, p: int, r: int) -> None:
-    """A request was sent to a replica: its tenant pays for what is predicted."""
+def expect_of_account(state: State, p: int, r: int) -> None:
+    """A request was sent to a replica: what it is predicted to take counts for its tenant."""
     request, view, rows = state.requests[r], state.views[p], float(state.load[p])
     output = state.mean_output[request.base]
     context = view.prompts + 0.5 * output * rows
     decode_s = _decode_step_s(view.step_s, view.row_s, view.context_token_s, rows, context)
-    request.predicted = output
     request.token_service_s = decode_s / rows
-    service_s = view.token_s * request.prompt + output * request.token_service_s
-    state.accounts[request.base, request.tenant].seconds += service_s
+    request.prompt_service_s = view.token_s * request.prompt
+    request.expected_service_s = request.prompt_service_s + output * request.token_service_s
+    state.accounts[request.base, request.tenant].expected += request.expected_service_s
 
 
 @inlined
 def settle_account(state: State, r: int) -> None:
     """It ended: the tenant pays for what it got instead."""
     request = state.requests[r]
-    unforeseen = request.output - request.predicted
-    state.accounts[request.base, request.tenant].seconds += unforeseen * request.token_service_s
+    account = state.accounts[request.base, request.tenant]
+    account.expected -= request.expected_service_s
+    account.seconds += request.prompt_service_s + request.output * request.token_service_s
     leave_account(state, request.base, request.tenant)
 
 

@@ -90,8 +90,9 @@ REQUEST = np.dtype(
         ("since_s", np.float64),
         ("first_s", np.float64),
         ("end_s", np.float64),
-        ("predicted", np.float64),  # Output tokens that its tenant paid for when it was sent.
-        ("token_service_s", np.float64),  # What each of them costs.
+        ("expected_service_s", np.float64),  # That it was predicted to take when it was sent.
+        ("prompt_service_s", np.float64),  # Of that, for the prompt.
+        ("token_service_s", np.float64),  # For each output token.
     ],
     align=True,
 )
@@ -126,7 +127,8 @@ TENANT = np.dtype(
 
 ACCOUNT = np.dtype(
     [
-        ("seconds", np.float64),
+        ("seconds", np.float64),  # That it has had.
+        ("expected", np.float64),  # Seconds for what is under way.
         ("num_active", np.int64),
         ("num_waiting", np.int64),
         ("position", np.int64),

@@ -7,7 +7,14 @@ import numpy as np
 
 from loraplex.router.prediction import decode_step_s, first_token_s
 from loraplex.simulator.compiled import inlined, inner
-from loraplex.simulator.fast_accounts import begin_wait, end_wait, enter_account, leave_account, num_ahead, pay_account
+from loraplex.simulator.fast_accounts import (
+    begin_wait,
+    end_wait,
+    enter_account,
+    expect_of_account,
+    leave_account,
+    num_ahead,
+)
 from loraplex.simulator.fast_memory import num_pages_for, pages_of_adapter
 from loraplex.simulator.fast_scheduler import enqueue
 from loraplex.simulator.fast_state import NONE, Knobs, State
@@ -143,7 +150,8 @@ def pump(state: State, knobs: Knobs, p: int, now_s: float) -> None:
         best, least_s = NONE, np.inf
         for index in range(state.queue_size[base]):
             request = state.requests[state.queue[base, index]]
-            service_s = state.accounts[base, request.tenant].seconds
+            account = state.accounts[base, request.tenant]
+            service_s = account.seconds + account.expected
             if service_s < least_s and _is_candidate(state, request.key, p):
                 best, least_s = index, service_s
         if best == NONE:
@@ -176,7 +184,7 @@ def _place(state: State, knobs: Knobs, r: int, p: int, now_s: float) -> None:
         leave_account(state, request.base, request.tenant)
         return
     ready_s = enqueue(state, knobs, p, r, now_s)
-    pay_account(state, p, r)
+    expect_of_account(state, p, r)
     arrived(state, knobs, p, now_s, ready_s)
 
 
