@@ -118,5 +118,7 @@ class FleetStatus:
     """Of the plan, in its order, then woken ones, then those that leave."""
     problem: str
     """Why nothing moves at the moment (database away, replaced by another controller); usually empty."""
+    num_outdated: int = 0
+    """Replicas of another build or config than the controller's, which are replaced one by one."""
     attainment: float | None = None
     """Share of the requests of the planning window that met all targets; None: there were none."""

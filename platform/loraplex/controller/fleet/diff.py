@@ -2,11 +2,12 @@
 
 Make before break: a group that has no successor yet goes on until every group of the plan serves with its adapters.
 Only where the GPUs do not hold both does an old one drain first: for one new group at a time, and never the last
-replica of a base while another can go. An adapter leaves a replica when all that gain one have it.
+replica of a base while another can go. An adapter leaves a replica when all that gain one have it. Groups of another
+release than their base has now are replaced in the same way, one at a time, whenever all is as the plan says.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from loraplex.controller.fleet.gpus import GpuLedger
 from loraplex.controller.fleet.match import matched
@@ -19,6 +20,7 @@ from loraplex.controller.fleet.state import (
     RunningGroup,
     adapter_keys,
     num_gpus,
+    outdated_groups,
     running_groups,
 )
 from loraplex.core.fleet import NodeStatus
@@ -96,16 +98,33 @@ class Decided:
 
 def decide(placement: Placement, observed: Observed, bases: Mapping[BaseModelId, FleetBase]) -> Decided:
     """Extra groups of the placement are started where GPUs are free; nothing is stopped for them."""
-    return _Decision(placement, observed, bases).made()
+    decision = _Decision(placement, observed, bases)
+    decided = decision.made()
+    renewed = decision.next_to_renew() if decided.settled else None
+    if renewed is None:
+        return decided
+    renewal = _Decision(placement, observed, bases, renewed=renewed).made()
+    return replace(decided, actions=renewal.actions)
 
 
 class _Decision:
-    def __init__(self, placement: Placement, observed: Observed, bases: Mapping[BaseModelId, FleetBase]) -> None:
+    def __init__(
+        self,
+        placement: Placement,
+        observed: Observed,
+        bases: Mapping[BaseModelId, FleetBase],
+        *,
+        renewed: RunningGroup | None = None,
+    ) -> None:
+        """``renewed``: is not to be taken for a group of the plan any more."""
+        self._renewed = renewed
         self._observed, self._bases, self._placement = observed, bases, placement
         self._wanted, self._num_planned, self._left_out = placement.groups, placement.num_planned, placement.left_out
         self._running = running_groups(observed.replicas)
         self._up = {node.name for node in observed.nodes}
-        self._everything = matched(self._wanted, self._running)
+        self._outdated = outdated_groups(observed.replicas, bases)
+        found = matched(self._wanted, self._running, self._outdated)
+        self._everything = {index: group for index, group in found.items() if group != renewed}
         self._groups = {index: group for index, group in self._everything.items() if index not in self._left_out}
         self._waiting = {
             group.name for index, group in self._everything.items() if index in self._left_out and observed.may_grow
@@ -142,6 +161,15 @@ class _Decision:
             left_out=self._left_out,
             settled=settled,
         )
+
+    def next_to_renew(self) -> RunningGroup | None:
+        """The outdated group whose leave does the least harm; None: there is none, or its successor has to wait."""
+        outdated = [group for group in self._groups.values() if group.name in self._outdated]
+        if not outdated:
+            return None
+        chosen = self._by_harm(outdated)[0]
+        kinds = {Kind.of(self._wanted[index]) for index, group in self._groups.items() if group == chosen}
+        return None if kinds & self._observed.held_back else chosen
 
     def _served_indices(self) -> list[int]:
         return [index for index in range(self._num_planned) if index not in self._left_out]
@@ -208,6 +236,11 @@ class _Decision:
             place = self._free.fitting(
                 gpu=group.gpu, nodes=group.nodes, num_ranks=group.shape.num_ranks, per_rank=per_rank
             )
+            planned = self._placement.asked[index]
+            if place is None and self._renewed is not None and not planned:
+                # Its place is taken by what it replaces; any other of the type does.
+                place = self._free.fitting(gpu=group.gpu, nodes=(), num_ranks=group.shape.num_ranks, per_rank=per_rank)
+                planned = group.nodes
             if place is None:
                 blocked.append(index)
                 continue
@@ -217,7 +250,7 @@ class _Decision:
                     plan=group,
                     bases=tuple(placed.base_model_id for placed in group.bases),
                     nodes=place,
-                    planned_nodes=self._placement.asked[index] if self._placement.asked[index] != place else (),
+                    planned_nodes=planned if planned != place else (),
                 )
             )
         if self._observed.may_grow:

@@ -89,7 +89,7 @@ class FleetManager:
         self._starts = Attempts(first_s=config.retry_first_s, max_s=config.retry_max_s)
         self._assigns = Attempts(first_s=config.retry_first_s, max_s=config.retry_max_s)
         self._crew = Crew(actuator, epoch=store.epoch, retry_s=config.retry_first_s, tell=self._hear)
-        self._roster = Roster(store, clock)
+        self._roster = Roster(store, clock, bases)
         self._events: list[Event] = []
         self._notes: list[tuple[DecisionKind, int, Reason]] = []
         self._failures: dict[Kind, tuple[ReplicaId, str]] = {}
@@ -169,6 +169,7 @@ class FleetManager:
             self._placer.place(plan, extra, self.replicas, self.usable_nodes()),
             self.replicas,
             settled=self._decided is not None and self._decided.settled,
+            outdated=self._roster.outdated_groups(),
             why=lambda group: self._starts.reason(Kind.of(group)),
             problem=self._problem,
         )

@@ -1,21 +1,34 @@
-"""Which running group becomes which group of the plan: by GPUs, shape, bases and adapters, never by name. Pure."""
+"""Which running group becomes which group of the plan: by GPUs, shape, bases and adapters, never by name. Pure.
 
-from collections.abc import Sequence
+A group that is *outdated* (its replicas were started by another build or config) is a stopgap: it is taken where there
+is no other, and not taken back when it drains.
+"""
+
+from collections.abc import Collection, Sequence
 
 from loraplex.controller.fleet.state import AdapterKey, ReplicaState, RunningGroup, adapter_keys
 from loraplex.core.ids import BaseModelId
 from loraplex.core.plan import GroupPlan
 
 
-def matched(wanted: Sequence[GroupPlan], running: Sequence[RunningGroup]) -> dict[int, RunningGroup]:
-    """Index into ``wanted`` -> its group. Groups that serve come before those that start, and these before those that
-    drain; then those with the most adapters in common."""
+def matched(
+    wanted: Sequence[GroupPlan], running: Sequence[RunningGroup], outdated: Collection[str] = ()
+) -> dict[int, RunningGroup]:
+    """Index into ``wanted`` -> its group. ``outdated`` names come last. Groups that serve come before those that
+    start, and these before those that drain; then those with the most adapters in common."""
     pairs = sorted(
         (
-            (_rank(group), not _on_its_nodes(plan, group), -_num_common(plan, group), index, place)
+            (
+                group.name in outdated,
+                _rank(group),
+                not _on_its_nodes(plan, group),
+                -_num_common(plan, group),
+                index,
+                place,
+            )
             for index, plan in enumerate(wanted)
             for place, group in enumerate(running)
-            if may_become(group, plan)
+            if may_become(group, plan) and not (group.drains and group.name in outdated)
         ),
     )
     found: dict[int, RunningGroup] = {}

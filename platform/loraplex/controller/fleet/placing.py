@@ -10,7 +10,15 @@ from dataclasses import dataclass, replace
 
 from loraplex.controller.fleet.gpus import GpuLedger
 from loraplex.controller.fleet.match import matched
-from loraplex.controller.fleet.state import FleetBase, Kind, Replica, RunningGroup, num_gpus, running_groups
+from loraplex.controller.fleet.state import (
+    FleetBase,
+    Kind,
+    Replica,
+    RunningGroup,
+    num_gpus,
+    outdated_groups,
+    running_groups,
+)
 from loraplex.core.fleet import NodeStatus
 from loraplex.core.ids import BaseModelId
 from loraplex.core.plan import GroupPlan
@@ -49,7 +57,8 @@ class Placer:
         key = (tuple((Kind.of(group), group.nodes) for group in wanted), len(plan), nodes, adrift)
         if key != self._key:
             self._key = key
-            self._places, self._left_out = _Placing(wanted, len(plan), running, nodes, self._bases).made()
+            found = matched(wanted, running, outdated_groups(replicas, self._bases))
+            self._places, self._left_out = _Placing(wanted, len(plan), found, nodes, self._bases).made()
         return Placement(
             groups=tuple(replace(group, nodes=place) for group, place in zip(wanted, self._places, strict=True)),
             num_planned=len(plan),
@@ -63,15 +72,16 @@ class _Placing:
         self,
         wanted: Sequence[GroupPlan],
         num_planned: int,
-        running: Sequence[RunningGroup],
+        found: Mapping[int, RunningGroup],
         nodes: tuple[NodeStatus, ...],
         bases: Mapping[BaseModelId, FleetBase],
     ) -> None:
+        """``found``: index into ``wanted`` -> what runs as it."""
         self._num_planned, self._nodes, self._bases = num_planned, nodes, bases
         self._up = {node.name for node in nodes}
         # A group whose nodes are not all up may go to others of its type.
         self._wanted = [group if self._up.issuperset(group.nodes) else replace(group, nodes=()) for group in wanted]
-        self._found = matched(wanted, running)
+        self._found = found
 
     def made(self) -> tuple[tuple[tuple[str, ...], ...], frozenset[int]]:
         places = self._around_what_runs()

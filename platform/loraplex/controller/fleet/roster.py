@@ -4,11 +4,11 @@ Owns the records in memory. Facts are put here when they are seen and saved afte
 other methods. Decides nothing. Called by ``manager``.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from loraplex.controller.fleet.diff import StartReplicas
-from loraplex.controller.fleet.state import Replica, ReplicaState
+from loraplex.controller.fleet.state import FleetBase, Replica, ReplicaState, outdated_groups
 from loraplex.controller.fleet.store import FleetStore
 from loraplex.core.clock import Clock
 from loraplex.core.fleet import RunningReplica
@@ -18,8 +18,9 @@ from loraplex.core.ids import BaseModelId, ReplicaId
 class Roster:
     """Methods that wait raise StorageFull and Unavailable; nothing is changed here then."""
 
-    def __init__(self, store: FleetStore, clock: Clock) -> None:
+    def __init__(self, store: FleetStore, clock: Clock, bases: Mapping[BaseModelId, FleetBase]) -> None:
         self._store, self._clock = store, clock
+        self._bases = bases
         self._replicas: dict[ReplicaId, Replica] = {}
         self._began_s: dict[ReplicaId, float] = {}
         self._unsaved: set[ReplicaId] = set()
@@ -42,6 +43,10 @@ class Roster:
     def in_state_s(self, replica_id: ReplicaId) -> float:
         """Seconds since it came into its state, as far as this process knows."""
         return self._clock.monotonic_s() - self._began_s[replica_id]
+
+    def outdated_groups(self) -> frozenset[str]:
+        """Of another release than their base has now."""
+        return outdated_groups(self, self._bases)
 
     def put(self, replica: Replica) -> None:
         """A fact: to be saved."""
@@ -76,7 +81,12 @@ class Roster:
     async def begin(self, action: StartReplicas) -> tuple[Replica, ...]:
         """Records replicas that are about to be started."""
         made = await self._store.begin(
-            action.plan, action.bases, group=action.group, nodes=action.nodes, planned_nodes=action.planned_nodes
+            action.plan,
+            action.bases,
+            group=action.group,
+            nodes=action.nodes,
+            planned_nodes=action.planned_nodes,
+            releases={base.base_model_id: base.release for base in self._bases.values()},
         )
         for replica in made:
             self._keep(replica)

@@ -39,6 +39,8 @@ class Replica:
     """Where its ranks are; empty: not known."""
     route: ReplicaRoute | None = None
     """Since it was ready."""
+    release: str = ""
+    """As ``FleetBase.release`` when it was started; empty: not known."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +53,8 @@ class FleetBase:
     shape: Shape = field(default_factory=Shape)
     """Of the one replica that comes when it has no group in the plan and a request asks for it."""
     gpu: str = ""
+    release: str = ""
+    """Build and settings that its replicas run; those of another are replaced one by one."""
 
 
 class Kind(NamedTuple):
@@ -125,6 +129,15 @@ def running_groups(replicas: Iterable[Replica]) -> tuple[RunningGroup, ...]:
 def num_gpus(bases: Iterable[BaseModelId], known: Mapping[BaseModelId, FleetBase]) -> float:
     """Of one rank of a group with these bases: they share its GPUs."""
     return max((known[base].gpus_per_rank for base in bases if base in known), default=1.0)
+
+
+def outdated_groups(replicas: Iterable[Replica], bases: Mapping[BaseModelId, FleetBase]) -> frozenset[str]:
+    """Names of those with a replica of another release than its base has now."""
+    return frozenset(
+        replica.target.group
+        for replica in replicas
+        if replica.target.base_model_id in bases and replica.release != bases[replica.target.base_model_id].release
+    )
 
 
 AdapterKey = tuple[str | None, str]

@@ -1,6 +1,6 @@
 """What an administrator sees of the fleet. Pure."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from loraplex.controller.fleet.desired import Desired
 from loraplex.controller.fleet.match import matched
@@ -17,12 +17,14 @@ def fleet_status(
     replicas: Sequence[Replica],
     *,
     settled: bool,
+    outdated: Collection[str],
     why: Callable[[GroupPlan], str],
     problem: str,
 ) -> FleetStatus:
-    """``settled``: as was decided last. ``why``: of the last failed start of such a group."""
+    """``settled``: as was decided last. ``outdated``: names of groups of another release. ``why``: of the last failed
+    start of such a group."""
     now = running_groups(replicas)
-    found = matched(placement.groups, now)
+    found = matched(placement.groups, now, outdated)
     groups = [
         _planned(plan, found.get(index), left_out=index in placement.left_out, why=why(plan))
         for index, plan in enumerate(placement.groups)
@@ -35,6 +37,7 @@ def fleet_status(
         settled=settled and not desired.is_applying and not problem,
         groups=tuple(groups),
         problem=problem,
+        num_outdated=sum(replica.target.group in outdated for replica in replicas),
     )
 
 

@@ -78,8 +78,10 @@ class FleetStore:
         group: str,
         nodes: tuple[str, ...],
         planned_nodes: tuple[str, ...],
+        releases: Mapping[BaseModelId, str],
     ) -> tuple[Replica, ...]:
-        """Records replicas that are about to be started, with new ids; ``group`` empty: as a new group."""
+        """Records replicas that are about to be started, with new ids; ``group`` empty: as a new group. ``releases``:
+        of bases of the config."""
 
         def call(session: Session) -> tuple[Replica, ...]:
             name = group or self._rows.next_group(session)
@@ -102,6 +104,7 @@ class FleetStore:
                     since_s=self._clock.wall_s(),
                     group_bases=tuple(one.base_model_id for one in plan.bases),
                     planned_nodes=planned_nodes,
+                    release=releases.get(placed.base_model_id, ""),
                 )
                 self._rows.add_replica(session, number, replica)
                 made.append(replica)
