@@ -15,14 +15,13 @@ from loraplex.core.adapter import AdapterManifest
 from loraplex.core.ids import Digest
 from loraplex.core.plan import Shape
 from loraplex.core.request import RequestOutput
-from loraplex.core.step import StepPlan, StepResult
+from loraplex.core.step import Executor, StepPlan, StepResult
 from loraplex.cost.ceilings import Ceilings, FloatArray
 from loraplex.cost.roofline import HIDDEN_PARTS, RooflineCost, stage_costs
 from loraplex.cost.step_cost import StepComposition
 from loraplex.cost.work import AdapterWork, IntArray, StepWork, step_work
 from loraplex.engine import Engine, EngineConfig
 from loraplex.engine.instructions import Instructions
-from loraplex.model_runner import ExecutorBase
 
 BoolArray = npt.NDArray[np.bool_]
 
@@ -69,13 +68,15 @@ class _Rows:
 
 
 class RecordingEngine(Engine):
-    def __init__(self, config: EngineConfig, executor: ExecutorBase, *, shape: Shape, last_step: int) -> None:
-        """``shape``: of the executor's group. Steps are numbered from ``last_step`` + 1: to an executor that outlives
-        engines, ids only grow."""
+    def __init__(
+        self, config: EngineConfig, executor: Executor, *, itemsize: int, shape: Shape, last_step: int = 0
+    ) -> None:
+        """``itemsize``: bytes of an element of KV and adapters; ``shape``: of the executor's group. Steps are numbered
+        from ``last_step`` + 1: to an executor that outlives engines, ids only grow."""
         super().__init__(config, model=executor.model, arena=executor.arena, num_stages=executor.num_stages)
         self._step_id = last_step
         self._spec = executor.model
-        self._itemsize = executor.itemsize
+        self._itemsize = itemsize
         self._shape = shape
         self._planned: dict[int, tuple[StepPlan, float]] = {}
         self.clear()

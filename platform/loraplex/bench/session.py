@@ -242,7 +242,9 @@ class BenchSession:
             max_host_pages=sys.maxsize,
             max_adapter_pages=None if load.adapter_bytes_cap is None else load.adapter_bytes_cap // arena.page_bytes,
         )
-        engine = self._engine = RecordingEngine(config, self.executor, shape=self.setup.shape, last_step=last_step)
+        engine = self._engine = RecordingEngine(
+            config, self.executor, itemsize=self.itemsize, shape=self.setup.shape, last_step=last_step
+        )
         self._driver = StepDriver(engine, self.executor, clock=SystemClock(), unstage=self.executor.unstage_adapter)
         for manifest in manifests:
             engine.adapter_staged(manifest.digest, self.executor.adapter_pages(manifest), time.monotonic())

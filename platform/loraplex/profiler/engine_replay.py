@@ -13,16 +13,19 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from loraplex.bench.recorder import RecordingEngine
 from loraplex.bench.staging import write_random_adapter
 from loraplex.core.adapter import AdapterManifest, AdapterRef
 from loraplex.core.errors import LoraplexError
 from loraplex.core.ids import BaseModelId, Digest, ReplicaId, RequestId, TenantName
 from loraplex.core.model import ModelSpec
+from loraplex.core.plan import Shape
 from loraplex.core.request import EngineRequest, FinishReason, SamplingParams
 from loraplex.core.step import Executor
 from loraplex.core.wire import ReplicaFrame
 from loraplex.engine import EngineConfig
 from loraplex.loadgen.outcomes import Outcomes
+from loraplex.profiler.measurement import Samples
 from loraplex.replica.engine_loop import EngineLoop
 from loraplex.traces.arrivals import Arrivals
 
@@ -36,7 +39,8 @@ class AdapterFiles:
 
     def __init__(self, manifests: tuple[AdapterManifest, ...], model: ModelSpec) -> None:
         """All manifests have the same blocks."""
-        self._manifests = {manifest.digest: manifest for manifest in manifests}
+        self.manifests = manifests
+        self._by_digest = {manifest.digest: manifest for manifest in manifests}
         self._folder = tempfile.TemporaryDirectory(prefix="loraplex-adapters-")
         self._path = Path(self._folder.name) / "adapter.safetensors"
         if manifests:
@@ -44,7 +48,7 @@ class AdapterFiles:
 
     @contextmanager
     def open(self, digest: Digest) -> Iterator[tuple[AdapterManifest, str]]:
-        yield self._manifests[digest], str(self._path)
+        yield self._by_digest[digest], str(self._path)
 
     def close(self) -> None:
         self._folder.cleanup()
@@ -53,13 +57,20 @@ class AdapterFiles:
 class EngineReplay:
     """One replica for any number of runs."""
 
-    def __init__(self, executor: Executor, engine: EngineConfig, files: AdapterFiles) -> None:
-        """Owns ``executor`` and ``files``."""
+    def __init__(self, executor: Executor, engine: EngineConfig, files: AdapterFiles, *, itemsize: int = 4) -> None:
+        """Owns ``executor`` and ``files``. ``itemsize``: bytes of an element of the executor's KV and adapters."""
         self._model = executor.model
         self._files = files
+        self._recording = RecordingEngine(engine, executor, itemsize=itemsize, shape=Shape())
         self._arrived = threading.Condition()
         self._run: _Times | None = None
-        self._loop = EngineLoop(replica_id=ReplicaId("replica"), executor=executor, engine_config=engine, source=files)
+        self._loop = EngineLoop(
+            replica_id=ReplicaId("replica"),
+            executor=executor,
+            engine_config=engine,
+            source=files,
+            engine=self._recording,
+        )
         self._loop.connect(self._deliver, on_end=lambda: None)
         self._loop.start()
         self._loop.open_session(_SESSION)
@@ -71,6 +82,7 @@ class EngineReplay:
         """
         requests = [self._request(arrivals, digests, row, seed) for row in range(len(arrivals))]
         times = self._run = _Times(len(requests))
+        self._recording.clear()
         start_s = time.monotonic() + _HEAD_START_S
         for request, at_s in zip(requests, arrivals.arrival_s.tolist(), strict=True):
             time.sleep(max(0.0, start_s + at_s - time.monotonic()))
@@ -89,6 +101,10 @@ class EngineReplay:
             ttft_s=first_s - arrivals.arrival_s,
             tpot_s=(last_s - first_s) / np.maximum(arrivals.output_tokens - 1, 1),
         )
+
+    def steps(self) -> Samples:
+        """Of the last run."""
+        return Samples.of(self._recording.composition(self._files.manifests), self._recording.step_seconds())
 
     def close(self) -> None:
         self._loop.stop()

@@ -58,13 +58,17 @@ class EngineLoop:
         source: ArtifactSource,
         config: ReplicaConfig | None = None,
         clock: Clock | None = None,
+        engine: Engine | None = None,
     ) -> None:
-        """Owns the executor from now on: ``stop`` closes it. Raises BadConfig."""
+        """Owns the executor from now on: ``stop`` closes it. ``engine``: of this config and executor, by default made
+        here. Raises BadConfig."""
         config = config or ReplicaConfig()
         self._clock = clock or SystemClock()
         self._executor = executor
         self._interval_s = config.load_report_interval_s
-        self._engine = Engine(engine_config, model=executor.model, arena=executor.arena, num_stages=executor.num_stages)
+        self._engine = engine or Engine(
+            engine_config, model=executor.model, arena=executor.arena, num_stages=executor.num_stages
+        )
         self._stager = AdapterStager(
             executor,
             source,
