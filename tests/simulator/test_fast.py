@@ -74,7 +74,8 @@ def _policy_case(seed: int, num_groups: int, *, plain: bool) -> tuple[Simulation
     knobs = knobs_of(given_, cluster)
     state = state_of(given_, workload, cluster, knobs)
     state.load[:] = random.integers(0, 10, size=num_groups)
-    state.seen[:] = REPORTED * (random.random(state.seen.shape) < 0.5) + SENT * (random.random(state.seen.shape) < 0.2)
+    state.pairs["sent"] = random.integers(1, 9, size=state.seen.shape) * (random.random(state.seen.shape) < 0.2)
+    state.seen[:] = REPORTED * (random.random(state.seen.shape) < 0.5) + SENT * (state.pairs["sent"] > 0)
     state.views["queued"] = random.integers(0, 4, size=num_groups) * 700
     state.views["prompts"] = 300 * state.load
     state.views["room"] = random.choice([500.0, 1e6], size=num_groups)
@@ -93,6 +94,7 @@ def test_the_choice_is_the_routing_policys(seed: int, num_groups: int, plain: bo
     views = []
     for p in candidates:
         replica, known = cluster.replicas[p], cluster.tables[p]
+        num_sent = int(state.pairs["sent"][adapter, p])
         views.append(
             ReplicaView(
                 replica_id=replica.replica_id,
@@ -104,7 +106,7 @@ def test_the_choice_is_the_routing_policys(seed: int, num_groups: int, plain: bo
                 credits=knobs.max_unfinished - int(state.load[p]),
                 resident={digest} if digest is not None and state.seen[adapter, p] & REPORTED else (),
                 absence_s=lambda digest, table=known: float(table.load_s[workload.adapter_size[adapter]]),  # type: ignore[misc]
-                sent={digest} if digest is not None and state.seen[adapter, p] & SENT else (),
+                sent={digest: num_sent} if digest is not None and num_sent else {},
             )
         )
     demand = Demand(

@@ -3,7 +3,8 @@
 The replica that is predicted to serve the request soonest takes it, ``prediction`` being the judge: what is queued and
 running there, the prompt less what its pages hold already, and the load of the adapter where it is not resident. So an
 adapter has as many homes as its load needs: another replica loads it once the wait at the homes exceeds the cost of
-that, and as long as they are idle all its requests go to the first of them, while the others forget it.
+that, and as long as they are idle all its requests go to the first of them, while the others forget it. One request
+waits for the load, all that follow use it: its cost is divided by the requests of the adapter that are under way.
 
 Replicas that are alike are told apart by rendezvous hashing (Thaler and Ravishankar, 1998) of (key, replica), so that
 equal prefixes meet again, a cold adapter has one home, and a replica that comes or goes moves only its own share;
@@ -46,8 +47,8 @@ class ReplicaView:
     """For which it has pages, free or reclaimable."""
     resident: Collection[Digest] = frozenset()
     """Adapters on its accelerator."""
-    sent: Collection[Digest] = frozenset()
-    """Adapters of requests that were sent there and have not ended: resident, or soon."""
+    sent: Mapping[Digest, int] = field(default_factory=dict)
+    """Requests that were sent there and have not ended, by adapter: it is resident, or soon."""
     absence_s: Callable[[Digest], float] = field(default=lambda digest: 0.0)
     """Seconds to make an adapter resident there that is not."""
 
@@ -104,6 +105,11 @@ def choose_replica(views: Sequence[ReplicaView], demand: Demand, config: RouterC
     homes: list[tuple[float, float, ReplicaView]] = []
     others: list[tuple[float, float, ReplicaView]] = []
     least_home = least_other = inf
+    num_sharing = 1
+    if digest is not None:
+        for view in views:
+            if digest in view.sent:
+                num_sharing += view.sent[digest]
     for view in views:
         if view.credits <= 0:
             continue
@@ -115,7 +121,7 @@ def choose_replica(views: Sequence[ReplicaView], demand: Demand, config: RouterC
                 least_home = score
         else:
             absence_s = view.absence_s(digest)
-            score += absence_s
+            score += absence_s / num_sharing
             others.append((score, first_s + absence_s, view))
             if score < least_other:
                 least_other = score
