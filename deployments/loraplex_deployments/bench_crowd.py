@@ -41,7 +41,7 @@ class CrowdOptions(msgspec.Struct, frozen=True, kw_only=True):
     """Requests per second of the crowd's adapter before it comes."""
     other_rate: float = 15.0
     """Of all other adapters together."""
-    adapters: int = 200
+    adapters: int = 100
     tenants: int = 8
     """The first one has the crowd."""
     prompt_tokens: float = 256.0

@@ -21,7 +21,7 @@ from loraplex.simulator.types import Outcome, SimulationInput, SimulationResult,
 from loraplex.tenancy.fair_shares import jain_index, max_min_shares
 
 NUM_REPLICAS = 4
-SPAN_S = 15.0
+SPAN_S = 40.0
 NUM_TENANTS = 8
 GREEDY_FROM_S, GREEDY_UNTIL_S = 5.0, 25.0
 
