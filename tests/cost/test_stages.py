@@ -9,7 +9,8 @@ from loraplex.core.errors import BadConfig
 from loraplex.core.ids import BaseModelId
 from loraplex.core.model import ModelSpec
 from loraplex.cost.ceilings import ceilings_of
-from loraplex.cost.stages import LayerCosts, cut_stages, decode_costs, equal_stages, weight_costs
+from loraplex.cost.roofline import decode_costs
+from loraplex.cost.stages import LayerCosts, cut_stages, equal_stages, stage_layers, weight_costs
 from loraplex.model_runner.random_models import random_spec
 
 COST = st.integers(0, 50)
@@ -47,7 +48,7 @@ def spec(name: str) -> ModelSpec:
 def test_the_last_stage_of_a_large_vocabulary_has_fewer_layers() -> None:
     """Llama 3 8B: the head is 2.4 layers' worth of weights."""
     costs = weight_costs(spec("llama3-8b"))
-    assert [costs.cut(pp) for pp in (1, 2, 4)] == [(32,), (17, 15), (9, 9, 8, 6)]
+    assert [stage_layers(spec("llama3-8b"), pp) for pp in (1, 2, 4)] == [(32,), (17, 15), (9, 9, 8, 6)]
     assert costs.last / costs.layers[0] == pytest.approx(2.41, abs=0.01)
     assert weight_costs(spec("qwen2.5-0.5b")).cut(2)[1] < 12
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from loraplex.core.plan import Shape
 from loraplex.core.request import EngineRequest
-from loraplex.cost.stages import weight_costs
+from loraplex.cost.stages import stage_layers
 from loraplex.model_runner import ExecutorBase, ExecutorConfig, build_executor
 from loraplex.model_runner.adapter_layout import plan_shard_layout
 from loraplex.model_runner.shard import plan_shards
@@ -63,7 +63,7 @@ class World:
                 adapter.manifest.blocks, shard, page_bytes=4 * shard.local.kv_elements_per_token * 4, itemsize=4
             ).num_pages
             for adapter in self.adapters
-            for shard in plan_shards(spec, shape, weight_costs(spec).cut(shape.pp))
+            for shard in plan_shards(spec, shape, stage_layers(spec, shape.pp))
         )
 
 

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 from loraplex.cli.profile import profile_command
@@ -11,6 +12,7 @@ from loraplex.core.plan import Shape
 from loraplex.cost.profile import CostProfile
 from loraplex.cost.step_cost import StepComposition
 from loraplex.profiler.__main__ import main
+from loraplex.profiler.decoding import DecodeRows
 from loraplex.profiler.measurement import Measurement
 from typer import Typer
 from typer.testing import CliRunner
@@ -35,7 +37,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """(profile, samples) of one measurement."""
     folder = tmp_path_factory.mktemp("profile")
     out, samples = folder / "p.json", folder / "samples.json"
-    shown = _run(*MEASURE, "--out", str(out), "--samples", str(samples))
+    shown = _run(*MEASURE, "--out", str(out), "--samples", str(samples), "--rows", str(folder / "rows.json"))
     assert "tiny-llama" in shown
     assert "measured" in shown
     assert "(held out)" in shown
@@ -55,6 +57,29 @@ def test_a_measured_profile(files: tuple[Path, Path]) -> None:
     decode = StepComposition.of(decode_rows=[1, 4], kv_tokens=[50, 200])
     one, four = step.cost.latency_s(decode)
     assert 0 < one <= four
+
+
+def test_rows_of_decode_steps_come_for_each_batch_and_shape(files: tuple[Path, Path]) -> None:
+    path = files[0].parent / "rows.json"
+    decoding = Measurement.load(files[1]).decoding
+    assert decoding is not None
+    assert msgspec.json.decode(path.read_bytes(), type=DecodeRows) == decoding
+    # Batches of 8 and more are above --max-running.
+    assert [(row.batch, row.adapters) for row in decoding.rows] == [(1, 0), (1, 1)]
+    assert all(
+        row.output_tokens_per_s == pytest.approx(1e3 * row.batch / row.step_ms, rel=0.5) for row in decoding.rows
+    )
+    group = msgspec.structs.replace(
+        decoding, rows=tuple(msgspec.structs.replace(row, tp=2, step_ms=1.0) for row in decoding.rows)
+    )
+    for _ in range(2):
+        group.add_to(path)
+    assert msgspec.json.decode(path.read_bytes(), type=DecodeRows).rows == (*decoding.rows, *group.rows)
+    with pytest.raises(BadConfig, match="its rows are of"):
+        msgspec.structs.replace(group, model="another").add_to(path)
+    path.write_text("{}")
+    with pytest.raises(BadConfig, match="not a file of rows"):
+        group.add_to(path)
 
 
 @pytest.mark.slow

@@ -47,7 +47,7 @@ def test_the_line_is_near_the_cost_model(shape: Shape) -> None:
         found_s = first_token_s(
             rates.step_s, rates.prefill_s, rates.token_s, rates.free_tokens, 2048, 256, 0, 0, 0, 1e9, tokens, 128
         )
-        assert found_s == pytest.approx(expected_s, rel=0.15)
+        assert found_s == pytest.approx(expected_s, rel=0.16)
 
 
 def test_a_replica_without_a_profile_is_measured() -> None:

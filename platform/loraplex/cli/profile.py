@@ -8,8 +8,8 @@ import typer
 
 from loraplex.cli.connection import JsonOption
 from loraplex.cli.output import print_json, print_table
+from loraplex.cli.shapes import parse_shapes
 from loraplex.core.errors import BadConfig
-from loraplex.core.plan import Shape
 
 if TYPE_CHECKING:
     from loraplex.cost.profile import CostProfile
@@ -31,6 +31,10 @@ def profile_command(
         str, typer.Option(help="With --analytic: TPxPP with commas between, e.g. 1x1,2x1, or all.")
     ] = "all",
     samples: Annotated[Path | None, typer.Option(help="Also keep the step timings in this file.")] = None,
+    rows: Annotated[
+        Path | None,
+        typer.Option(help="Also add the times of decode steps, a row for each batch, to this JSON file of all shapes."),
+    ] = None,
     fit: Annotated[Path | None, typer.Option(help="Measure nothing: fit a file of --samples again.")] = None,
     adapters: Annotated[int, typer.Option(min=0, help="Distinct adapters, at most.")] = 64,
     max_request_tokens: Annotated[
@@ -83,6 +87,8 @@ def profile_command(
         measurement = measure(options, say=lambda line: typer.echo(line, err=True))
         if samples is not None:
             samples.write_bytes(msgspec.json.encode(measurement))
+        if rows is not None and measurement.decoding is not None:
+            measurement.decoding.add_to(rows)
         profile = measurement.profile()
     out.write_bytes(profile.to_json())
     if as_json:
@@ -101,20 +107,13 @@ def _analytic(models: list[str], gpu: str, shapes: str) -> "CostProfile":
     if not models:
         raise BadConfig("give --model at least once", param="model")
     specs = [load_model_spec(name, BaseModelId(_base_name(name))) for name in models]
-    chosen = ALL_SHAPES if shapes == "all" else tuple(_shape(word) for word in shapes.split(","))
+    chosen = ALL_SHAPES if shapes == "all" else parse_shapes(shapes)
     return analytic_profile(specs, ceilings_of(gpu), chosen)
 
 
 def _base_name(model: str) -> str:
     """``random:llama3-8b`` -> ``llama3-8b``; a path -> its last part without ``.gguf``."""
     return Path(model.removeprefix("random:")).name.removesuffix(".gguf")
-
-
-def _shape(text: str) -> Shape:
-    tp, _, pp = text.strip().partition("x")
-    if not (tp.isdecimal() and pp.isdecimal() and int(tp) > 0 and int(pp) > 0):
-        raise BadConfig(f"shape {text!r} is not like 2x1", param="shapes")
-    return Shape(tp=int(tp), pp=int(pp))
 
 
 def _print(profile: "CostProfile") -> None:
@@ -140,7 +139,8 @@ def _print_stages(profile: "CostProfile") -> None:
     """Where each base would be cut into stages, beside the equal cut; ms of a decode step's slowest stage where the
     GPU's ceilings are known, else its weights in millions."""
     from loraplex.cost.ceilings import ceilings_of, known_gpus
-    from loraplex.cost.stages import decode_costs, equal_stages, weight_costs
+    from loraplex.cost.roofline import decode_costs
+    from loraplex.cost.stages import equal_stages, weight_costs
 
     rows = []
     for name, gpu in dict.fromkeys((step.base, step.gpu) for step in profile.steps):

@@ -16,6 +16,7 @@ from loraplex.cost.ceilings import Ceilings, FloatArray
 from loraplex.cost.loads import Hop, LoadRates
 from loraplex.cost.profile import BaseProfile, CostProfile, GpuProfile, StepProfile
 from loraplex.cost.roofline import Part, RooflineCost, stage_costs
+from loraplex.cost.stages import stage_layers
 from loraplex.cost.step_cost import NUM_SCALARS, StepCoefficients, StepCost
 from loraplex.cost.work import AdapterWork, StepWork
 
@@ -51,10 +52,8 @@ def analytic_step_cost(
     knots = _token_knots(ceilings, itemsize)
     probes = _Probes(model, knots)
     stages = []
-    sizes = _stage_sizes(model, shape)
-    for cost, num_layers in zip(
-        stage_costs(model, probes.work, ceilings, shape, itemsize=itemsize), sizes, strict=True
-    ):
+    costs = stage_costs(model, probes.work, ceilings, shape, itemsize=itemsize)
+    for cost, num_layers in zip(costs, stage_layers(model, shape.pp), strict=True):
         stages.append(_stage_coefficients(cost, probes, num_layers, itemsize=itemsize, overheads=overheads))
     host = np.zeros(NUM_SCALARS + 2 * len(knots))
     host[0] = overheads.step_s
@@ -206,8 +205,3 @@ def _token_knots(ceilings: Ceilings, itemsize: int) -> tuple[float, ...]:
     """The rows at which a product turns from reading its weights to multiplying is one of them."""
     crossing = float(ceilings.flops_per_s(np.array([1.0]))[0]) * itemsize / (2.0 * ceilings.copy_bytes_per_s)
     return (0.0, *sorted({round(crossing, 1), *_KNOTS}))
-
-
-def _stage_sizes(model: ModelSpec, shape: Shape) -> list[int]:
-    size, larger = divmod(model.num_layers, shape.pp)
-    return [size + (stage < larger) for stage in range(shape.pp)]

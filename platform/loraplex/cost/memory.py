@@ -11,6 +11,7 @@ import msgspec
 
 from loraplex.core.model import LORA_MODULES, ModelSpec
 from loraplex.core.plan import Shape
+from loraplex.cost.stages import stage_layers
 from loraplex.cost.work import ROW_PARALLEL_MODULES, padded_rank
 
 PAGE_TOKENS = 16
@@ -76,13 +77,13 @@ def memory_model(
     max_step_tokens: int = 8192,
     max_rows: int = 256,
 ) -> MemoryModel:
-    """``itemsize``: bytes of a weight, KV or adapter element; the rest as in the executor's configuration."""
-    size, larger = divmod(model.num_layers, shape.pp)
+    """``itemsize``: bytes of a weight, KV or adapter element; the rest as in the executor's configuration. BadConfig
+    when the model has fewer layers than the shape has stages."""
     stages = [
         _stage_memory(
             model,
             tp=shape.tp,
-            num_layers=size + (stage < larger),
+            num_layers=num_layers,
             first=stage == 0,
             last=stage == shape.pp - 1,
             usable_bytes=int(gpu_bytes * memory_fraction),
@@ -90,7 +91,7 @@ def memory_model(
             max_step_tokens=max_step_tokens,
             max_rows=max_rows,
         )
-        for stage in range(shape.pp)
+        for stage, num_layers in enumerate(stage_layers(model, shape.pp))
     ]
     return min(stages, key=lambda stage: stage.arena_bytes / stage.page_bytes)
 

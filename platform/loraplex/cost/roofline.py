@@ -11,7 +11,8 @@ are priced as parts of their own and left out of ``ideal_s``. Parts do not overl
 read. An engine that fuses LoRA into its neighbours saves most of ``lora_outputs``, and can so come nearer to the ideal
 than one that does not.
 
-Pure and vectorised over steps. Called by ``bench`` and, as an analytic profile, by simulator and planner.
+Pure and vectorised over steps. Called by ``bench``, by ``loraplex profile`` and, as an analytic profile, by simulator
+and planner.
 """
 
 from collections.abc import Iterable, Mapping
@@ -24,7 +25,8 @@ from loraplex.core.errors import BadConfig
 from loraplex.core.model import ModelSpec
 from loraplex.core.plan import Shape
 from loraplex.cost.ceilings import Ceilings, FloatArray
-from loraplex.cost.work import StepWork
+from loraplex.cost.stages import LayerCosts, stage_layers
+from loraplex.cost.work import StepWork, step_work
 
 
 class Part(StrEnum):
@@ -75,9 +77,8 @@ def roofline(model: ModelSpec, work: StepWork, ceilings: Ceilings, *, itemsize: 
 def stage_costs(
     model: ModelSpec, work: StepWork, ceilings: Ceilings, shape: Shape, *, itemsize: int = 2
 ) -> tuple[RooflineCost, ...]:
-    """Per pipeline stage, layers cut as evenly as they go (the later stages are the smaller ones: the last one holds
-    the head). A step's latency is the sum of the stages, a full pipeline's pace is that of the slowest."""
-    size, larger = divmod(model.num_layers, shape.pp)
+    """Per pipeline stage, layers cut as executors cut them. A step's latency is the sum of the stages, a full
+    pipeline's pace is that of the slowest."""
     return tuple(
         _stage(
             model,
@@ -85,12 +86,34 @@ def stage_costs(
             ceilings,
             itemsize=itemsize,
             tp=shape.tp,
-            num_layers=size + (stage < larger),
+            num_layers=num_layers,
             first=stage == 0,
             last=stage == shape.pp - 1,
         )
-        for stage in range(shape.pp)
+        for stage, num_layers in enumerate(stage_layers(model, shape.pp))
     )
+
+
+def decode_costs(
+    model: ModelSpec, ceilings: Ceilings, *, tp: int = 1, rows: int = 32, context: int = 1024, itemsize: int = 2
+) -> LayerCosts:
+    """Seconds of a decode step of ``rows`` rows of ``context`` tokens by the roofline, without the exchange between
+    stages."""
+    ones = np.ones(rows, dtype=np.int64)
+    work = step_work(
+        model,
+        step=0 * ones,
+        start=context * ones,
+        num_tokens=ones,
+        samples=ones.astype(bool),
+        adapter=-ones,
+        sizes=(),
+        num_steps=1,
+    )
+    whole = roofline(model, work, ceilings, itemsize=itemsize, tp=tp)
+    head = float(whole.parts[Part.LM_HEAD].seconds[0])
+    layer = (float(whole.ideal_s[0]) - head) / model.num_layers
+    return LayerCosts(layers=(layer,) * model.num_layers, last=head)
 
 
 def load_s(num_bytes: int, ceilings: Ceilings) -> float:

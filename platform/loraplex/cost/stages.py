@@ -1,21 +1,18 @@
 """Where to cut a model's layers into pipeline stages, so that the slowest stage is as fast as can be. Pure.
 
-Called by ``model_runner`` when a group starts and by ``loraplex profile``, which prints the cut beside the equal one.
+Called by ``model_runner`` when a group starts, by the cost model for what its stages take and hold, and by ``loraplex
+profile``, which prints the cut beside the equal one.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import accumulate
 from math import inf
 from operator import add
 
-import numpy as np
-
 from loraplex.core.errors import BadConfig
 from loraplex.core.model import ModelSpec
-from loraplex.cost.ceilings import Ceilings
-from loraplex.cost.roofline import Part, roofline
-from loraplex.cost.work import step_work
 
 
 def cut_stages(
@@ -111,23 +108,7 @@ def weight_costs(model: ModelSpec) -> LayerCosts:
     return LayerCosts(layers=(float(layer),) * model.num_layers, last=float(model.vocab_size * d))
 
 
-def decode_costs(
-    model: ModelSpec, ceilings: Ceilings, *, tp: int = 1, rows: int = 32, context: int = 1024, itemsize: int = 2
-) -> LayerCosts:
-    """Seconds of a decode step of ``rows`` rows of ``context`` tokens by the roofline, without the exchange between
-    stages."""
-    ones = np.ones(rows, dtype=np.int64)
-    work = step_work(
-        model,
-        step=0 * ones,
-        start=context * ones,
-        num_tokens=ones,
-        samples=ones.astype(bool),
-        adapter=-ones,
-        sizes=(),
-        num_steps=1,
-    )
-    whole = roofline(model, work, ceilings, itemsize=itemsize, tp=tp)
-    head = float(whole.parts[Part.LM_HEAD].seconds[0])
-    layer = (float(whole.ideal_s[0]) - head) / model.num_layers
-    return LayerCosts(layers=(layer,) * model.num_layers, last=head)
+@cache
+def stage_layers(model: ModelSpec, num_stages: int) -> tuple[int, ...]:
+    """Layers of each stage, as groups are cut unless they are told otherwise. BadConfig when there are too few."""
+    return weight_costs(model).cut(num_stages)

@@ -13,7 +13,7 @@ from loraplex.core.errors import BadConfig
 from loraplex.core.ids import BaseModelId
 from loraplex.core.model import ModelSpec
 from loraplex.core.plan import Shape
-from loraplex.cost.stages import weight_costs
+from loraplex.cost.stages import stage_layers
 from loraplex.model_runner.arena import Arena, plan_num_pages
 from loraplex.model_runner.checkpoints import read_checkpoint_spec, read_checkpoint_tensors
 from loraplex.model_runner.config import ExecutorConfig
@@ -164,11 +164,11 @@ def _build_group(
     check_shape(spec, shape)
     if device.type != "cpu":
         raise BadConfig(f"tp {shape.tp} x pp {shape.pp}: groups of several ranks run on the CPU only", param="tp")
-    stage_layers = weight_costs(spec).cut(shape.pp) if config.stage_layers is None else config.stage_layers
+    cut = stage_layers(spec, shape.pp) if config.stage_layers is None else config.stage_layers
     num_threads = config.num_threads or max(1, torch.get_num_threads() // shape.num_ranks)
     return GroupExecutor(
-        msgspec.structs.replace(config, stage_layers=stage_layers, num_threads=num_threads),
-        plan_shards(spec, shape, stage_layers),
+        msgspec.structs.replace(config, stage_layers=cut, num_threads=num_threads),
+        plan_shards(spec, shape, cut),
         model=model,
         itemsize=dtype.itemsize,
         launcher=launcher or LocalLauncher(),

@@ -25,6 +25,7 @@ from loraplex.cost.memory import DEFAULT_MEMORY_FRACTION, memory_model, whole_ad
 from loraplex.cost.profile import BaseProfile, GpuProfile
 from loraplex.cost.step_cost import StepComposition
 from loraplex.profiler.cases import Limits, ProfileCase, grid, held_out
+from loraplex.profiler.decoding import time_decoding
 from loraplex.profiler.measurement import Measurement, Samples
 
 _LORA_RANKS = (8, 16, 32, 64)
@@ -78,14 +79,21 @@ def _measure(session: BenchSession, options: ProfileOptions, *, say: Callable[[s
         say(_line(number, len(cases), case, samples, judges=judges))
     if not fitted or not judged:
         raise BadConfig("the budget ended before a case of the grid and one to judge by had run", param="budget_s")
+    gpu = _gpu(session, options, load_s)
     return Measurement(
         base=BaseProfile(model=model, itemsize=session.itemsize),
-        gpu=_gpu(session, options, load_s),
+        gpu=gpu,
         shape=session.setup.shape,
         note=f"{session.machine.device_name}, torch {session.machine.torch_version}, {options.setup.model}",
         fitted=_joined(fitted),
         held_out=_joined(judged),
         latency=_joined(latency) if session.setup.pp > 1 else None,
+        decoding=time_decoding(
+            session,
+            gpu=gpu.name,
+            max_request_tokens=limits.max_request_tokens,
+            num_adapters=limits.num_adapters,
+        ),
     )
 
 

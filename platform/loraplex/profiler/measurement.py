@@ -1,5 +1,5 @@
 """Step timings as values, and the profile that follows from them. A measurement can be kept as a file and fitted again
-without the device. Pure. Made by ``measure``.
+without the device. Made by ``measure``.
 """
 
 from dataclasses import fields
@@ -14,6 +14,7 @@ from loraplex.core.plan import Shape
 from loraplex.cost.ceilings import FloatArray
 from loraplex.cost.profile import BaseProfile, CostProfile, GpuProfile, StepProfile
 from loraplex.cost.step_cost import StepComposition, StepCost
+from loraplex.profiler.decoding import DecodeRows
 from loraplex.profiler.fit import fit_coefficients, held_out_error
 
 
@@ -47,6 +48,8 @@ class Measurement(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     latency: Samples | None = None
     """Of a pipeline: steps from their planning to their end; the two above are then its pace, from the end of one step
     to the end of the next that was under way meanwhile. None: the same."""
+    decoding: DecodeRows | None = None
+    """Decode steps of full batches; not fitted."""
 
     @classmethod
     def load(cls, path: Path) -> Self:
