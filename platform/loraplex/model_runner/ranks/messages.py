@@ -83,7 +83,13 @@ class Step(msgspec.Struct, frozen=True, array_like=True, tag=True):
     releases: tuple[int, ...]
     starts: tuple[RowStart, ...]
     num_rows: int
-    numbers: list[int]
+    only_decodes: bool
+    """Every row computes one token and draws the next."""
+    values: list[int]
+    """Columns of ``num_rows`` each: slots, positions, adapters and, unless ``only_decodes``, numbers of tokens and
+    whether a token is drawn; then all tokens."""
+    new_pages: list[int]
+    """Of each row whose page table has grown: its place in the step, how many pages are new, these pages."""
 
 
 Command = Allocate | Stage | Unstage | Load | Drop | Step

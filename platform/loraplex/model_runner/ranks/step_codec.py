@@ -4,8 +4,9 @@ Both sides keep the page table of each slot, which only grows between a start an
 executor, once a step for all ranks, and by each rank.
 """
 
-from collections.abc import Mapping
-from itertools import chain, repeat
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from itertools import chain, compress, count, islice, repeat
 from operator import sub
 
 from msgspec.structs import astuple
@@ -16,7 +17,6 @@ from loraplex.core.step import Row, StepPlan
 from loraplex.model_runner.ranks.messages import Step
 
 _NO_ADAPTER = -1
-_NUM_COLUMNS = 6
 _ROW_FIELDS = ("slot", "token_ids", "start", "pages", "adapter", "samples")
 assert Row.__struct_fields__ == _ROW_FIELDS, "the columns are read in the order of the fields"
 
@@ -41,17 +41,22 @@ class StepEncoder:
         num_pages = list(map(len, tables))
         num_new = list(map(sub, num_pages, map(known.get, slots, repeat(0))))
         known.update(zip(slots, num_pages, strict=True))
-        values = [*slots, *positions, *map(len, tokens), *num_new, *numbers, *map(int, samples)]
+        new_pages: list[int] = []
+        for row in compress(count(), num_new):
+            new_pages += (row, num_new[row], *tables[row][-num_new[row] :])
+        num_tokens = list(map(len, tokens))
+        only_decodes = num_tokens.count(1) == samples.count(True) == len(rows)
+        values = [*slots, *positions, *numbers]
+        if not only_decodes:
+            values += num_tokens
+            values += map(int, samples)
         values += chain.from_iterable(tokens)
-        for table, count in zip(tables, num_new, strict=True):
-            if count:
-                values += table[-count:]
-        return Step(plan.step_id, plan.releases, plan.starts, len(rows), values)
+        return Step(plan.step_id, plan.releases, plan.starts, len(rows), only_decodes, values, new_pages)
 
 
 class StepDecoder:
     def __init__(self) -> None:
-        self._pages: dict[int, list[int]] = {}
+        self._pages: defaultdict[int, list[int]] = defaultdict(list)
         self._digests: dict[int, Digest | None] = {_NO_ADAPTER: None}
 
     def name_adapter(self, number: int, digest: Digest) -> None:
@@ -62,28 +67,32 @@ class StepDecoder:
         del self._digests[number]
 
     def decode(self, step: Step) -> StepPlan:
-        pages, digests, count = self._pages, self._digests, step.num_rows
+        pages, values, num_rows = self._pages, step.values, step.num_rows
         for start in step.starts:
             pages[start.slot] = []
-        values = step.numbers
-        columns = [values[first : first + count] for first in range(0, _NUM_COLUMNS * count, count)] if count else []
-        token = _NUM_COLUMNS * count
-        page = token + (sum(columns[2]) if count else 0)
-        rows = []
-        for slot, start_position, num_tokens, num_new, adapter, samples in zip(*columns, strict=True):
-            table = pages.setdefault(slot, [])
-            if num_new:
-                table += values[page : page + num_new]
-                page += num_new
-            rows.append(
-                Row(
-                    slot=slot,
-                    token_ids=tuple(values[token : token + num_tokens]),
-                    start=start_position,
-                    pages=table,
-                    adapter=digests[adapter],
-                    samples=bool(samples),
-                )
+
+        def column(index: int) -> list[int]:
+            return values[index * num_rows : (index + 1) * num_rows]
+
+        tokens: Iterable[tuple[int, ...]]
+        samples: Iterable[bool]
+        if step.only_decodes:
+            tokens, samples = zip(column(3), strict=True), repeat(True, num_rows)
+        else:
+            flat = iter(values[5 * num_rows :])
+            tokens, samples = (tuple(islice(flat, length)) for length in column(3)), map(bool, column(4))
+        slots = column(0)
+        tables = list(map(pages.__getitem__, slots))
+        new_pages, at = step.new_pages, 0
+        while at < len(new_pages):
+            first, end = at + 2, at + 2 + new_pages[at + 1]
+            tables[new_pages[at]] += new_pages[first:end]
+            at = end
+        digests = map(self._digests.__getitem__, column(2))
+        rows = [
+            Row(slot=slot, token_ids=token_ids, start=position, pages=table, adapter=digest, samples=draws)
+            for slot, token_ids, position, table, digest, draws in zip(
+                slots, tokens, column(1), tables, digests, samples, strict=True
             )
-            token += num_tokens
+        ]
         return StepPlan(step_id=step.step_id, releases=step.releases, starts=step.starts, rows=tuple(rows))
