@@ -8,7 +8,8 @@ from typing import Annotated, Any
 import msgspec
 import typer
 from loraplex.cli.output import print_json
-from loraplex.cli.shapes import parse_shape
+from loraplex.cli.shapes import parse_shape, parse_shapes
+from loraplex.core.plan import Shape
 
 NodesOption = Annotated[int, typer.Option(min=2, help="Ray nodes on this machine, beside the head.")]
 ReplicasOption = Annotated[int, typer.Option(min=2, help="Replicas of the base.")]
@@ -51,7 +52,7 @@ def faults_command(
         chosen = tuple(Fault(name.strip()) for name in faults.split(","))
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--faults") from None
-    cluster = _cluster(nodes, replicas, gateways, adapters, factor if paced else None, shape)
+    cluster = _cluster(nodes, replicas, gateways, adapters, factor if paced else None, parse_shape(shape))
     if RANK_FAULTS.intersection(chosen) and (paced or cluster.shape.num_ranks == 1):
         raise typer.BadParameter("ranks are there with --no-paced and a --shape of several", param_hint="--faults")
     options = FaultOptions(cluster=cluster, streams=streams, output_tokens=output_tokens, faults=chosen)
@@ -71,16 +72,25 @@ def replan_command(
     gateways: GatewaysOption = 1,
     adapters: AdaptersOption = 8,
     factor: FactorOption = 4.0,
+    shapes: Annotated[
+        str | None,
+        typer.Option(help="TPxPP with commas between: all groups take each in turn; a tiny random model computes."),
+    ] = None,
 ) -> None:
     """Changes the plan under load: adapters move, replicas come and go, two groups become one of two shards.
 
-    Replicas take the time of an H100 and compute nothing. Starts a Ray of several nodes on this machine, and a platform
-    on it, and ends both; prints JSON.
+    Without --shapes replicas take the time of an H100 and compute nothing. Starts a Ray of several nodes on this
+    machine, and a platform on it, and ends both; prints JSON.
     """
     from loraplex_deployments.bench_replan import ReplanOptions, run_replan_bench
 
+    chosen = () if shapes is None else parse_shapes(shapes)
+    cluster = _cluster(
+        nodes, replicas, gateways, adapters, None if chosen else factor, chosen[0] if chosen else Shape()
+    )
     options = ReplanOptions(
-        cluster=_cluster(nodes, replicas, gateways, adapters, factor),
+        cluster=cluster,
+        shapes=chosen,
         changes=changes,
         requests_per_s=rate,
         prompt_tokens=input_tokens,
@@ -92,14 +102,12 @@ def replan_command(
     print_json(msgspec.to_builtins(result))
 
 
-def _cluster(nodes: int, replicas: int, gateways: int, adapters: int, factor: float | None, shape: str = "1x1") -> Any:
+def _cluster(nodes: int, replicas: int, gateways: int, adapters: int, factor: float | None, shape: Shape) -> Any:
     # Imported here: ray takes a second, and `--help` needs none of it.
     from loraplex_deployments.bench_cluster import ClusterSetup, PacedSetup
 
     paced = None if factor is None else PacedSetup(factor=factor)
-    return ClusterSetup(
-        nodes=nodes, replicas=replicas, gateways=gateways, adapters=adapters, paced=paced, shape=parse_shape(shape)
-    )
+    return ClusterSetup(nodes=nodes, replicas=replicas, gateways=gateways, adapters=adapters, paced=paced, shape=shape)
 
 
 def _say(line: str) -> None:

@@ -8,7 +8,8 @@ import asyncio
 import os
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from enum import StrEnum
 
 import msgspec
@@ -25,6 +26,8 @@ from loraplex_deployments.bench_cluster import BASE, MODEL, TENANT, BenchCluster
 from loraplex_deployments.bench_processes import CpuMeter, CpuUse
 
 _POLL_S = 0.2
+_MAX_COMPARED = 200
+_COMPARED_AT_ONCE = 4
 _SETTLE_TIMEOUT_S = 180.0
 
 
@@ -33,6 +36,11 @@ class Change(StrEnum):
     MORE = "a replica more"
     REGROUP = "two groups become one"
     FEWER = "back to the first groups"
+    SHAPE = "all groups take the next shape"
+
+
+_ROUND = (Change.ADAPTERS, Change.MORE, Change.REGROUP, Change.FEWER)
+"""One after the other, without ``shapes``."""
 
 
 class ReplanOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -45,11 +53,15 @@ class ReplanOptions(msgspec.Struct, frozen=True, kw_only=True):
     """Before each change: what the times during it are compared with."""
     tp: int = 2
     """Shards of the group that two others become."""
+    shapes: tuple[Shape, ...] = ()
+    """If given, nothing but the shape of all groups changes, to each of these in turn; the cluster has the first."""
     seed: int = 0
 
 
 class ChangeResult(msgspec.Struct, frozen=True, kw_only=True):
     change: Change
+    shapes: tuple[Shape, ...]
+    """Of the groups from then on."""
     seconds: float
     """Until the machines were as the plan says."""
     requests: int
@@ -67,6 +79,11 @@ class ReplanBenchResult(msgspec.Struct, frozen=True, kw_only=True):
     failed: int
     errors: dict[str, str]
     """Kind of failure -> its first message."""
+    compared: int
+    """Answers begun during changes, at most 200, for whose requests the platform was asked again when nothing changed
+    any more."""
+    different: int
+    """Of these, answers that were other ones."""
     ttft_p99_calm_s: float
     """Over the requests sent before changes."""
     ttft_p99_change_s: float
@@ -83,9 +100,11 @@ def run_replan_bench(options: ReplanOptions, say: Callable[[str], None] = lambda
 
 def plan_of(number: int, options: ReplanOptions) -> tuple[Change, Plan]:
     """The ``number``-th change and the plan that it makes. Every adapter is on two replicas, shifted at each change."""
-    change = tuple(Change)[number % len(Change)]
+    change = Change.SHAPE if options.shapes else _ROUND[number % len(_ROUND)]
     shapes = [Shape()] * options.cluster.replicas
-    if change is Change.MORE:
+    if change is Change.SHAPE:
+        shapes = [options.shapes[(number + 1) % len(options.shapes)]] * options.cluster.replicas
+    elif change is Change.MORE:
         shapes.append(Shape())
     elif change is Change.REGROUP:
         shapes = [*shapes[2:], Shape(tp=options.tp)]
@@ -113,7 +132,7 @@ async def measure_changes(
 ) -> ReplanBenchResult:
     """``options.cluster`` is what ``bench`` was started with. AssertionError when a plan fails."""
     load = _Load(bench, options)
-    spans: list[tuple[Change, float, float]] = []
+    spans: list[_Span] = []
     await load.warm_up()
     meter = CpuMeter()
     running = asyncio.create_task(load.run())
@@ -124,12 +143,15 @@ async def measure_changes(
             begun_s = load.now_s()
             record: PlanRecord = await asyncio.to_thread(bench.platform.call, "apply_plan", plan, renumber=True)
             await settled(bench, record.plan.version)
-            spans.append((change, begun_s, load.now_s()))
+            shapes = tuple(group.shape for group in plan.groups)
+            spans.append(_Span(change=change, shapes=shapes, begun_s=begun_s, ended_s=load.now_s()))
             say(f"{number + 1}: {change}, {load.now_s() - begun_s:.1f} s")
         cpu = meter.read()
     finally:
         await load.end(running)
-    return _result(options, load.samples, spans, cpu)
+    compared, different = await load.compare(spans)
+    load.close()
+    return _result(options, [sample for _, sample in load.sent], spans, cpu, compared=compared, different=different)
 
 
 async def settled(bench: BenchCluster, version: int) -> None:
@@ -145,6 +167,19 @@ async def settled(bench: BenchCluster, version: int) -> None:
             await asyncio.sleep(_POLL_S)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Span:
+    """Of one change, on the load's clock."""
+
+    change: Change
+    shapes: tuple[Shape, ...]
+    begun_s: float
+    ended_s: float
+
+    def holds(self, sample: Sample) -> bool:
+        return self.begun_s <= sample.scheduled_s <= self.ended_s
+
+
 class _Load:
     """Poisson arrivals until it is ended, adapters in turn."""
 
@@ -158,22 +193,23 @@ class _Load:
         self._origin_s = time.perf_counter()
         self._tasks: set[asyncio.Task[None]] = set()
         self._index = 0
-        self.samples: list[Sample] = []
+        self.sent: list[tuple[int, Sample]] = []
+        """With the number of the request."""
 
     def now_s(self) -> float:
         return time.perf_counter() - self._origin_s
 
     async def warm_up(self) -> None:
         """Each adapter once; not counted."""
-        await asyncio.gather(*(self._send(self.now_s()) for _ in self._targets))
-        self.samples.clear()
+        await asyncio.gather(*(self._send(index, self.now_s()) for index in range(len(self._targets))))
 
     async def run(self) -> None:
         at_s = self.now_s()
         while True:
             at_s += self._numbers.expovariate(self._options.requests_per_s)
             await asyncio.sleep(max(0.0, at_s - self.now_s()))
-            task = asyncio.create_task(self._send(at_s))
+            task = asyncio.create_task(self._count(self._send(self._index, at_s)))
+            self._index += 1
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
@@ -182,24 +218,44 @@ class _Load:
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
         await asyncio.gather(*self._tasks)
+
+    async def compare(self, spans: Sequence[_Span]) -> tuple[int, int]:
+        """Sends requests of the ``spans`` again, a few at a time; how many, and how many were answered otherwise."""
+        chosen = [(i, s) for i, s in self.sent if s.error is None and any(span.holds(s) for span in spans)]
+        turns = asyncio.Semaphore(_COMPARED_AT_ONCE)
+
+        async def differs(index: int, first: Sample) -> bool:
+            async with turns:
+                return (await self._send(index, self.now_s()))[1].text != first.text
+
+        found = await asyncio.gather(*(differs(index, sample) for index, sample in chosen[:_MAX_COMPARED]))
+        return len(found), sum(found)
+
+    def close(self) -> None:
         self._http.close()
 
-    async def _send(self, at_s: float) -> None:
-        index, options = self._index, self._options
-        self._index += 1
+    async def _count(self, sending: Awaitable[tuple[int, Sample]]) -> None:
+        self.sent.append(await sending)
+
+    async def _send(self, index: int, at_s: float) -> tuple[int, Sample]:
+        options = self._options
         target = self._targets[index % len(self._targets)]
         data = self._client.encode(target, self._prompts.make(index, options.prompt_tokens), options.output_tokens)
         sample = await self._client.run(
             data, target=target, origin_s=self._origin_s, scheduled_s=at_s, prompt_tokens=options.prompt_tokens
         )
-        self.samples.append(sample)
+        return index, sample
 
 
 def _result(
-    options: ReplanOptions, samples: list[Sample], spans: list[tuple[Change, float, float]], cpu: CpuUse
+    options: ReplanOptions, samples: list[Sample], spans: list[_Span], cpu: CpuUse, *, compared: int, different: int
 ) -> ReplanBenchResult:
-    during = [[s for s in samples if begun_s <= s.scheduled_s <= end_s] for _, begun_s, end_s in spans]
-    calm = [s for s in samples if any(begun_s - options.calm_s <= s.scheduled_s < begun_s for _, begun_s, _ in spans)]
+    during = [[sample for sample in samples if span.holds(sample)] for span in spans]
+    calm = [
+        sample
+        for sample in samples
+        if any(span.begun_s - options.calm_s <= sample.scheduled_s < span.begun_s for span in spans)
+    ]
     calm_s = _p99(calm)
     change_s = _p99([sample for part in during for sample in part])
     failed = [sample for sample in samples if sample.error is not None]
@@ -211,18 +267,21 @@ def _result(
         requests=len(samples),
         failed=len(failed),
         errors={str(sample.error): sample.message for sample in reversed(failed)},
+        compared=compared,
+        different=different,
         ttft_p99_calm_s=calm_s,
         ttft_p99_change_s=change_s,
         ttft_p99_ratio=change_s / calm_s,
         changes=tuple(
             ChangeResult(
-                change=change,
-                seconds=end_s - begun_s,
+                change=span.change,
+                shapes=span.shapes,
+                seconds=span.ended_s - span.begun_s,
                 requests=len(part),
                 failed=sum(sample.error is not None for sample in part),
                 ttft_max_s=max(map(_ttft_s, part), default=0.0),
             )
-            for (change, begun_s, end_s), part in zip(spans, during, strict=True)
+            for span, part in zip(spans, during, strict=True)
         ),
     )
 

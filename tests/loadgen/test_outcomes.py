@@ -39,6 +39,7 @@ def sample(
         prompt_tokens=5,
         output_tokens=tokens,
         gaps_s=(),
+        text="",
         error=error,
         message="",
     )

@@ -238,6 +238,7 @@ def _sample(**changes: object) -> Sample:
         "prompt_tokens": 10,
         "output_tokens": 5,
         "gaps_s": (0.25, 0.25, 0.25, 0.25),
+        "text": "",
         "error": None,
         "message": "",
     }

@@ -64,6 +64,8 @@ class Sample:
     output_tokens: int
     gaps_s: tuple[float, ...]
     """Between chunks with text."""
+    text: str
+    """The answer, as far as it came."""
     error: str | None
     """None for a complete answer; else the HTTP status, or one of ``timeout``, ``connect``, ``broken``, ``stream``."""
     message: str
@@ -75,6 +77,7 @@ class _Listener:
 
     def __init__(self) -> None:
         self.times_s: list[float] = []
+        self.pieces: list[str] = []
         self.finished_s: float | None = None
         self.usage: _Usage | None = None
         self.problem: str | None = None
@@ -97,8 +100,9 @@ class _Listener:
             if chunk.usage is not None:
                 self.usage = chunk.usage
             for choice in chunk.choices:
-                if choice.text or (choice.delta is not None and choice.delta.content):
+                if text := choice.text or (choice.delta and choice.delta.content):
                     self.times_s.append(now_s)
+                    self.pieces.append(text)
                 if choice.finish_reason is not None:
                     self.finished_s = now_s
 
@@ -171,6 +175,7 @@ class CompletionClient:
             prompt_tokens=usage.prompt_tokens if usage is not None else prompt_tokens,
             output_tokens=usage.completion_tokens if usage is not None else len(times_s),
             gaps_s=tuple(after - before for before, after in pairwise(times_s)),
+            text="".join(listener.pieces),
             error=error,
             message=message,
         )
