@@ -63,7 +63,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     seconds: float = 40.0
     """Of arrivals, in a round."""
     rounds: int = 3
-    profile_s: float = 30.0
+    profile_s: float = 90.0
     """For the profile that the rate follows from."""
     seed: int = 0
 
