@@ -3,9 +3,12 @@
 Run in the controller actor.
 """
 
+import hashlib
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
+import msgspec
 from loraplex.config.platform import DEMO_MODEL, BaseModelConfig, PlatformConfig
 from loraplex.controller.fleet.state import FleetBase
 from loraplex.core.control import BaseModelView
@@ -16,6 +19,8 @@ from loraplex.core.plan import BasePlacement, GroupPlan, Plan, Shape
 from loraplex.demo.base import prepare_demo_base
 from loraplex.model_runner.build import RANDOM_PREFIX, load_model_spec
 from loraplex.model_runner.random_tokenizer import write_random_tokenizer
+
+from loraplex_deployments.build_id import build_id
 
 
 def model_source(config: PlatformConfig, base: BaseModelConfig) -> str:
@@ -53,13 +58,28 @@ def base_model_views(
     return specs, tuple(views)
 
 
-def fleet_bases(config: PlatformConfig) -> dict[BaseModelId, FleetBase]:
+def fleet_bases(config: PlatformConfig, specs: Mapping[BaseModelId, ModelSpec]) -> dict[BaseModelId, FleetBase]:
+    """``specs``: as ``base_model_views`` found them."""
     return {
         base.base_model_id: FleetBase(
-            base_model_id=base.base_model_id, gpus_per_rank=base.num_gpus, shape=_default_shape(base)
+            base_model_id=base.base_model_id,
+            gpus_per_rank=base.num_gpus,
+            shape=_default_shape(base),
+            release=release(config, base),
+            # Paced replicas take the time of another model, and compute nothing.
+            model=None if base.paced is not None else specs[base.base_model_id],
+            itemsize=4 if base.executor.dtype == "float32" else 2,
+            memory_fraction=base.executor.memory_fraction,
         )
         for base in config.base_models
     }
+
+
+def release(config: PlatformConfig, base: BaseModelConfig) -> str:
+    """Of the replicas of a base: the build, and a digest of the settings that they get, but for how many there are."""
+    read = (msgspec.structs.replace(base, replicas=1), config.replica, config.registry, config.data_dir)
+    digest = hashlib.sha256(msgspec.json.encode(read, order="sorted")).hexdigest()
+    return f"{build_id()} {digest[:8]}"
 
 
 def default_plan(config: PlatformConfig) -> Plan:

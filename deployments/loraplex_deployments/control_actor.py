@@ -12,6 +12,7 @@ from loraplex.config.platform import PlatformConfig
 from loraplex.controller.controller import Controller
 from loraplex.controller.fleet.manager import FleetManager
 from loraplex.core.control import AdapterView
+from loraplex.core.control_wire import decode_request, encode_answer
 from loraplex.core.ids import ReplicaId
 from loraplex.telemetry.logs import configure_logging
 from loraplex.traces.writer import TraceWriter
@@ -45,13 +46,19 @@ class ControllerActor:
             self._fleet = await controller.run_fleet(
                 actuator,
                 loads=actuator.num_unfinished,
-                bases=fleet_bases(self._config),
+                bases=fleet_bases(self._config, specs),
                 default_plan=default_plan(self._config),
             )
             self._controller = controller
 
+    async def ask(self, request: bytes) -> bytes:
+        """One ControlPlane method, as gateways and replicas ask, which may be of another version. Its LoraplexErrors
+        travel as they are."""
+        method, arguments = decode_request(request)
+        return encode_answer(await self.call(method, (), arguments))
+
     async def call(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """One ControlPlane (or bootstrap) method of the Controller. Its LoraplexErrors travel as they are."""
+        """One ControlPlane or bootstrap method of the Controller, for processes of the same build."""
         await self.start()
         assert self._controller is not None
         if method.startswith("_"):
@@ -62,15 +69,18 @@ class ControllerActor:
         """The last reason for each kind of replica that is down now."""
         return {} if self._fleet is None else self._fleet.failures()
 
+    async def leave(self) -> None:
+        """Clean stop that leaves the replicas to a successor: trace rows are written, the database is closed."""
+        if self._controller is not None:
+            await self._controller.stop()
+        await asyncio.to_thread(self._traces.close)
+
     async def stop(self) -> None:
         """Clean stop: replicas end, buffered trace rows are written, the database is closed. (A controller that dies
         leaves its replicas running, and the next one adopts them.)"""
-        secret = None
-        if self._controller is not None:
-            secret = self._controller.cluster_secret
-            await self._controller.stop()
+        secret = None if self._controller is None else self._controller.cluster_secret
+        await self.leave()
         await asyncio.to_thread(remove_all_replicas, secret)
-        await asyncio.to_thread(self._traces.close)
 
 
 async def _adapters(controller: Controller) -> tuple[AdapterView, ...]:

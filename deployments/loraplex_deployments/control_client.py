@@ -18,6 +18,7 @@ from loraplex.core.control import (
     TenantDemand,
     TraceStoreStatus,
 )
+from loraplex.core.control_wire import decode_answer, encode_request
 from loraplex.core.errors import LoraplexError, Unavailable
 from loraplex.core.ids import BaseModelId, Digest, GatewayId, TenantName
 from loraplex.core.plan import Plan
@@ -62,7 +63,8 @@ class RayControlPlane:
 
     async def _call(self, method: str, *args: Any, **kwargs: Any) -> Any:
         try:
-            return await self._handle.call.remote(method, args, kwargs)
+            answer: bytes = await self._handle.ask.remote(encode_request(method, *args, **kwargs))
+            return decode_answer(method, answer)
         except RayError as error:
             if isinstance(error, ActorDiedError):
                 self._handle = await asyncio.to_thread(_successor, self._handle)
@@ -161,7 +163,8 @@ class RayArtifactReader:
 
     def _call(self, method: str, *args: Any, **kwargs: Any) -> Any:
         try:
-            return ray.get(self._handle.call.remote(method, args, kwargs), timeout=_READ_TIMEOUT_S)
+            asked = self._handle.ask.remote(encode_request(method, *args, **kwargs))
+            return decode_answer(method, ray.get(asked, timeout=_READ_TIMEOUT_S))
         except GetTimeoutError:
             raise Unavailable("the controller did not answer in time") from None
         except RayError as error:

@@ -191,7 +191,7 @@ def _check_replaceable(found: Deployment, config: PlatformConfig, replace: bool)
         what = f"another config is deployed there; it differs in {', '.join(changed)}"
     else:
         return
-    raise Conflict(f"{what}. `--replace` takes that down first: requests fail until the new one is ready")
+    raise Conflict(f"{what}. `loraplex upgrade` goes there while it serves; `--replace` takes it down first")
 
 
 def _wait_ready(
@@ -243,11 +243,13 @@ def _controller() -> Any:
         return None
 
 
-def write_record(config: PlatformConfig) -> None:
-    """Before anything is started for ``config`` on the cluster that this process has joined."""
+def write_record(config: PlatformConfig, *, began_serve: bool | None = None) -> None:
+    """Before anything is started for ``config`` on the cluster that this process has joined. ``began_serve``: None, as
+    is found."""
     from loraplex_deployments.gateways import serve_runs
 
-    record = Deployed(config=config, build=build_id(), unix_s=time.time(), began_serve=not serve_runs())
+    began = not serve_runs() if began_serve is None else began_serve
+    record = Deployed(config=config, build=build_id(), unix_s=time.time(), began_serve=began)
     _internal_kv_put(_KEY, msgspec.json.encode(record), overwrite=True, namespace=_KV_NAMESPACE)
 
 

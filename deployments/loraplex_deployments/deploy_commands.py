@@ -38,7 +38,7 @@ def deploy_command(
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda _number, _frame: stop.set())
-    settings = _for_cluster(load_platform_config(config), address)
+    settings = for_cluster(load_platform_config(config), address)
     progress = progress_since(time.monotonic())
     demo: dict[str, Any] | None = None
     host = settings.listen.host
@@ -87,7 +87,7 @@ def deployed_command(
         raise typer.Exit(1)
 
 
-def _for_cluster(config: PlatformConfig, address: str | None) -> PlatformConfig:
+def for_cluster(config: PlatformConfig, address: str | None) -> PlatformConfig:
     """With the address of a cluster and a data directory that means the same to all processes. Raises BadConfig."""
     if address is None:
         address = "auto" if config.ray.address == "local" else config.ray.address

@@ -2,7 +2,10 @@
 ``ServeProxy`` has set what Serve reads at its import.
 """
 
+import contextlib
 import logging
+import math
+import time
 
 import ray
 from loraplex.config.platform import PlatformConfig
@@ -14,6 +17,8 @@ from ray.serve.schema import ApplicationStatus, LoggingConfig
 from loraplex_deployments.gateway_app import APP_NAME, GRPC_SERVICERS, MAX_REFUSALS, GatewayDeployment
 from loraplex_deployments.proxy import ServeProxy
 
+_STOP_TIMEOUT_S = 20.0
+_POLL_S = 0.2
 _QUIET = LoggingConfig(log_level="WARNING", enable_access_log=False)
 
 
@@ -29,6 +34,12 @@ def start_gateways(config: PlatformConfig, proxy: ServeProxy) -> None:
         # A local Ray has them from us; on a cluster the first start of Serve takes them along, to its proxies as well.
         controller_options=None if local else {"runtime_env": {"env_vars": dict(proxy.variables)}},
     )
+    deploy_gateways(config)
+
+
+def deploy_gateways(config: PlatformConfig) -> None:
+    """Into a Serve that runs. Those that are there already are replaced one by one, whatever has changed. Returns when
+    the new ones answer, while old ones may still have requests to end."""
     serve.run(gateway_application(config), name=APP_NAME, route_prefix="/")
 
 
@@ -38,9 +49,18 @@ def gateway_application(config: PlatformConfig) -> serve.Application:
         num_replicas=config.serve.gateways,
         max_ongoing_requests=config.serve.max_ongoing_requests + MAX_REFUSALS,
         ray_actor_options={"num_cpus": config.serve.gateway_num_cpus, "resources": config.serve.gateway_resources},
+        # An upgrade replaces them one by one: the next one is there before one goes, which lets its requests end.
+        max_surge_percent=_surge_percent(config),
+        graceful_shutdown_timeout_s=config.serve.drain_timeout_s,
         logging_config=_QUIET,
     )
     return deployment.bind(config)
+
+
+def _surge_percent(config: PlatformConfig) -> int:
+    """For one more, unless a gateway takes all that its node has of something."""
+    whole = any(amount >= 1 for amount in config.serve.gateway_resources.values())
+    return 0 if whole else math.ceil(100 / config.serve.gateways)
 
 
 def runs_haproxy() -> bool:
@@ -72,9 +92,23 @@ def gateways_run() -> bool:
 
 def stop_gateways(*, whole_serve: bool) -> None:
     """Ends the gateways, which send their last trace rows; with ``whole_serve`` Serve and its proxies as well, unless
-    somebody else has an application there by now. Nothing happens where Serve does not run."""
+    somebody else has an application there by now. Requests that are open have some seconds. Nothing happens where
+    Serve does not run."""
     if not serve_runs():
         return
-    serve.delete(APP_NAME, _blocking=True)
+    serve.delete(APP_NAME, _blocking=False)
+    deadline_s = time.monotonic() + _STOP_TIMEOUT_S
+    while APP_NAME in serve.status().applications:
+        if time.monotonic() > deadline_s:
+            _kill_gateways()
+        time.sleep(_POLL_S)
     if whole_serve and not serve.status().applications:
         serve.shutdown()
+
+
+def _kill_gateways() -> None:
+    prefix = f"SERVE_REPLICA::{APP_NAME}#"
+    for actor in ray.util.list_named_actors(all_namespaces=True):
+        if actor["namespace"] == constants.SERVE_NAMESPACE and actor["name"].startswith(prefix):
+            with contextlib.suppress(ValueError, ray.exceptions.RayError):
+                ray.kill(ray.get_actor(actor["name"], namespace=constants.SERVE_NAMESPACE))

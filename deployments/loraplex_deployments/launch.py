@@ -56,6 +56,11 @@ class RunningPlatform:
         """One method of the controller, blocking."""
         return ray.get(self._controller.call.remote(method, args, kwargs))
 
+    def replica_failures(self) -> dict[str, str]:
+        """The last reason for each kind of replica that is down now."""
+        failures: dict[str, str] = ray.get(self._controller.replica_failures.remote())
+        return failures
+
     def wait_ready(self, given_up: Callable[[], bool] = lambda: False, *, timeout_s: float = _READY_TIMEOUT_S) -> None:
         """Returns when a request would be served, or when ``given_up`` says so.
 
@@ -68,7 +73,7 @@ class RunningPlatform:
             with contextlib.suppress(httpx.HTTPError):
                 if httpx.get(f"{self.http_url}/ready", timeout=5).status_code == 200:
                     return
-            failures: dict[str, str] = ray.get(self._controller.replica_failures.remote())
+            failures = self.replica_failures()
             if failures:
                 replica_id, reason = next(iter(failures.items()))
                 raise Unavailable(f"replica {replica_id} cannot start: {reason}")
@@ -159,6 +164,31 @@ def stop_controller(controller: Any) -> None:
     ray.kill(controller)
     # Its own stop has done this, unless it could not.
     remove_all_replicas()
+
+
+def replace_controller(old: Any, config: PlatformConfig) -> Any:
+    """One with this config and this build in the place of ``old``, whose replicas it takes over. Gateways find it by
+    name; requests go on meanwhile. Blocking. Raises what its start raises, with no controller left."""
+    try:
+        ray.get(old.leave.remote(), timeout=_STOP_TIMEOUT_S)
+    except (ray.exceptions.RayError, TimeoutError, AttributeError) as error:
+        logger.warning("the controller did not leave by itself: %s", error)
+    ray.kill(old)
+    deadline_s = time.monotonic() + _STOP_TIMEOUT_S
+    while True:
+        try:
+            controller = create_controller(config)
+            break
+        except Conflict:  # Ray has yet to take note of its end
+            if time.monotonic() > deadline_s:
+                raise
+            time.sleep(0.05)
+    try:
+        ray.get(controller.start.remote())
+    except ray.exceptions.RayTaskError as error:
+        ray.kill(controller)
+        raise (error.cause if isinstance(error.cause, Exception) else error) from None
+    return controller
 
 
 def _start_gateways(

@@ -5,13 +5,14 @@ Owns those variables while a platform runs, and the private directory of a local
 before anything imports ``ray.serve``.
 """
 
+import contextlib
 import os
 import resource
 import shutil
 import socket
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib.metadata import distribution
 from pathlib import Path
 
@@ -56,11 +57,7 @@ class ServeProxy:
 
     def close(self) -> None:
         """The environment as it was; the private directory is removed."""
-        for name, value in self._before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+        restore(self._before)
         if self._directory is not None:
             shutil.rmtree(self._directory, ignore_errors=True)
             self._link.unlink(missing_ok=True)
@@ -89,6 +86,29 @@ class ServeProxy:
             "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(grpc_port),
             _DRAINING: "0",  # no HAProxy of another machine has to hear that a gateway goes
         }
+
+
+@contextlib.contextmanager
+def serve_environment(config: PlatformConfig) -> Iterator[None]:
+    """For a process that talks to a Serve which runs already: what the same config has set for it. Raises as
+    ``ServeProxy`` does."""
+    variables = proxy_variables(config)
+    _check_import(config.serve.proxy == "haproxy")
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        restore(before)
+
+
+def restore(before: Mapping[str, str | None]) -> None:
+    """Environment variables as they were."""
+    for name, value in before.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
 
 
 def proxy_variables(config: PlatformConfig) -> dict[str, str]:

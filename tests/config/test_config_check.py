@@ -87,7 +87,7 @@ def test_a_good_file_is_told_where_its_data_will_lie(tmp_path: Path) -> None:
     )
     assert list(notes(shared)) == [
         "adapters are stored at s3://b/a, from where every node fetches them",
-        "traces are written to s3://b/t by every gateway",
+        "traces are written to s3://b/t by the controller, to which gateways send them",
     ]
 
 

@@ -219,6 +219,8 @@ def _lines(fleet: dict[str, Any]) -> dict[str, str]:
     """Of each part of the fleet, the line that tells its state."""
     active = fleet["active"]
     found = {"plan": f"plan {active['version']} is {active['state']}" + (", reached" if fleet["settled"] else "")}
+    if fleet["num_outdated"]:
+        found["upgrade"] = f"{fleet['num_outdated']} replicas of another release are still to be replaced"
     for group in fleet["groups"]:
         name = group["name"] or f"group {group['group']}"
         replicas = ", ".join(f"{replica['replica_id']} {replica['state']}" for replica in group["replicas"])

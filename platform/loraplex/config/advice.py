@@ -42,10 +42,7 @@ def notes(config: PlatformConfig) -> Iterator[str]:
     else:
         where = config.registry.artifact_url or config.root / "artifacts"
         yield f"adapters are stored at {where} on the controller's node, which sends them to others in pieces"
-    if config.traces.url and "://" in config.traces.url:
-        yield f"traces are written to {config.traces.url} by every gateway"
-    else:
-        yield f"traces are written to {config.trace_url} by the controller, to which gateways send them"
+    yield f"traces are written to {config.trace_url} by the controller, to which gateways send them"
 
 
 def _of_base(base: BaseModelConfig, path: str) -> Iterator[Problem]:

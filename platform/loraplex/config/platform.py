@@ -6,7 +6,7 @@ and the CLI read it. Unknown keys are errors that name their path.
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 import yaml
@@ -86,6 +86,8 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """Further Ray resources that each gateway takes: ``{"node:__internal_head__": 0.001}`` keeps them on the head."""
     max_ongoing_requests: int = 4096
     """Open client requests per gateway; it answers more with 429."""
+    drain_timeout_s: Annotated[float, msgspec.Meta(gt=0)] = 600.0
+    """A gateway that an upgrade replaces takes no new requests and lets those that are open go on for so long."""
 
 
 class RayConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

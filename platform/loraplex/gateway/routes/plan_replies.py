@@ -71,5 +71,6 @@ class FleetReply(BaseModel):
     mode: str
     active: PlanReply
     settled: bool
+    num_outdated: int
     groups: list[GroupReply]
     problem: str

@@ -70,6 +70,7 @@ def plan_routes(control: ControlPlane) -> APIRouter:
                 "mode": status.mode,
                 "active": plan_reply(status.active),
                 "settled": status.settled,
+                "num_outdated": status.num_outdated,
                 "groups": msgspec.to_builtins(status.groups),
                 "problem": status.problem,
             }

@@ -1,0 +1,159 @@
+"""Controller, all replicas and all gateways are replaced one by one under open streams, and no stream notices."""
+
+import asyncio
+import contextlib
+import itertools
+import time
+from collections.abc import Iterator
+
+import msgspec
+import psutil
+import pytest
+from loraplex.config.platform import PlatformConfig, parse_platform_config
+from loraplex.core.errors import Conflict
+from loraplex_deployments.base_models import fleet_bases
+from loraplex_deployments.bench_cluster import BenchCluster, ClusterSetup, PacedSetup, bench_cluster
+from loraplex_deployments.bench_streams import StreamWatch, WatchedStream, same_request
+from loraplex_deployments.control_client import controller_handle
+from loraplex_deployments.launch import RunningPlatform, stop_controller
+from loraplex_deployments.upgrade import check_fixed, hand_over, renew
+
+from tests.deployments.own_process import OwnProcess
+
+SETUP = ClusterSetup(nodes=1, gpus_per_node=3, replicas=2, gateways=2, adapters=2, paced=PacedSetup(factor=8.0))
+_STREAMS = 6
+_OUTPUT_TOKENS = 120
+_TIMEOUT_S = 240.0
+GOOD = "base_models: [{id: a, model: 'random:tiny-llama'}]\n"
+
+
+class World:
+    stack = contextlib.ExitStack()
+    bench: BenchCluster
+
+
+def start_world() -> None:
+    World.bench = World.stack.enter_context(bench_cluster(SETUP, print))
+
+
+def end_world() -> None:
+    stop_controller(controller_handle())
+    World.stack.close()
+
+
+@pytest.fixture
+def world() -> Iterator[OwnProcess]:
+    process = OwnProcess(start_world)
+    yield process
+    process.close(end_world)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_no_stream_breaks_while_everything_is_replaced(world: OwnProcess) -> None:
+    world.call(upgraded_under_load, timeout_s=600)
+
+
+def upgraded_under_load() -> None:
+    bench = World.bench
+    old = bench.platform._config
+    (base,) = old.base_models
+    new = msgspec.structs.replace(
+        old,
+        base_models=(msgspec.structs.replace(base, engine=msgspec.structs.replace(base.engine, overdue_s=1.5)),),
+        gateway=msgspec.structs.replace(old.gateway, max_choices=64),
+    )
+    replicas, processes = set(bench.replica_ids()), gateways(bench) | set(bench.processes("ControllerActor"))
+    assert len(processes) == 1 + SETUP.gateways
+    streams = asyncio.run(under_load(bench, old, new))
+    assert [stream.error for stream in streams if stream.error] == []
+    assert all(stream.done and len(stream.times_s) > 0 for stream in streams)
+    assert len(streams) > _STREAMS
+    assert not replicas & set(bench.replica_ids())
+    assert len(bench.replica_ids()) == SETUP.replicas
+    gone = psutil.wait_procs(processes, timeout=60)[0]
+    assert set(gone) == processes
+    assert len(gateways(bench)) == SETUP.gateways
+    again = asyncio.run(repeated(bench, streams[:_STREAMS]))
+    assert [stream.text for stream in again] == [stream.text for stream in streams[:_STREAMS]]
+
+
+def gateways(bench: BenchCluster) -> set[psutil.Process]:
+    return set(bench.processes("ServeReplica:loraplex:gateway"))
+
+
+async def under_load(bench: BenchCluster, old: PlatformConfig, new: PlatformConfig) -> list[WatchedStream]:
+    """All streams that were open at some time of the upgrade."""
+    made = (
+        WatchedStream(model=bench.models[number % len(bench.models)], prompt=[1, 2, 3 + number], seed=number)
+        for number in itertools.count()
+    )
+    ended: list[WatchedStream] = []
+    finished = asyncio.Event()
+
+    async def keep_one_open() -> None:
+        while not finished.is_set():
+            watch = StreamWatch(bench.url, bench.key, output_tokens=_OUTPUT_TOKENS)
+            watch.begin([next(made)])
+            await watch.wait_end()
+            ended.extend(watch.streams)
+            await watch.close()
+
+    keepers = [asyncio.create_task(keep_one_open()) for _ in range(_STREAMS)]
+    await asyncio.sleep(1.0)
+    try:
+        await asyncio.to_thread(replaced, old, new)
+    finally:
+        finished.set()
+        await asyncio.gather(*keepers)
+    return sorted(ended, key=lambda stream: stream.seed)
+
+
+def replaced(old: PlatformConfig, new: PlatformConfig) -> None:
+    started_s = time.monotonic()
+
+    def say(message: str) -> None:
+        print(f"{time.monotonic() - started_s:6.1f} s  {message}", flush=True)
+
+    platform: RunningPlatform = hand_over(old, new, say)
+    assert platform.call("fleet_status").num_outdated == SETUP.replicas
+    renew(platform, new, say, timeout_s=_TIMEOUT_S)
+    say("upgraded")
+
+
+async def repeated(bench: BenchCluster, streams: list[WatchedStream]) -> list[WatchedStream]:
+    watch = StreamWatch(bench.url, bench.key, output_tokens=_OUTPUT_TOKENS)
+    watch.begin([same_request(stream) for stream in streams])
+    await watch.wait_end()
+    await watch.close()
+    return watch.streams
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        ("listen: {http_port: 8080}\n", "listen.http_port"),
+        ("data_dir: /elsewhere\n", "data_dir"),
+        ("serve: {proxy: python}\n", "serve.proxy"),
+        ("registry: {artifact_url: /elsewhere}\n", "registry.artifact_url"),
+    ],
+)
+def test_what_cannot_change_is_named(change: str, key: str) -> None:
+    old = parse_platform_config(GOOD, source="old")
+    with pytest.raises(Conflict, match=rf"^{key} cannot change"):
+        check_fixed(old, parse_platform_config(GOOD + change, source="new"))
+
+
+def test_a_release_is_what_its_replicas_read() -> None:
+    def release(text: str) -> str:
+        return fleet_bases(parse_platform_config(text, source="x"))["a"].release  # type: ignore[index]
+
+    first = release(GOOD)
+    assert release(GOOD + "gateway: {max_choices: 7}\n") == first
+    assert release(GOOD.replace("llama'", "llama', replicas: 3")) == first
+    assert release(GOOD.replace("llama'", "llama', engine: {overdue_s: 1}")) != first
+    assert release(GOOD + "replica: {keepalive_s: 3}\n") != first
+    check_fixed(
+        parse_platform_config(GOOD, source="x"), parse_platform_config(GOOD + "gateway: {max_n: 2}\n", source="x")
+    )
