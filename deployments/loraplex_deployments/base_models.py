@@ -7,6 +7,7 @@ import hashlib
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import msgspec
 from loraplex.config.platform import DEMO_MODEL, BaseModelConfig, PlatformConfig
@@ -58,8 +59,10 @@ def base_model_views(
     return specs, tuple(views)
 
 
-def fleet_bases(config: PlatformConfig, specs: Mapping[BaseModelId, ModelSpec]) -> dict[BaseModelId, FleetBase]:
-    """``specs``: as ``base_model_views`` found them."""
+def fleet_bases(
+    config: PlatformConfig, specs: Mapping[BaseModelId, ModelSpec] = MappingProxyType({})
+) -> dict[BaseModelId, FleetBase]:
+    """``specs``: as ``base_model_views`` found them; a base without one takes any shape."""
     return {
         base.base_model_id: FleetBase(
             base_model_id=base.base_model_id,
@@ -67,7 +70,7 @@ def fleet_bases(config: PlatformConfig, specs: Mapping[BaseModelId, ModelSpec]) 
             shape=_default_shape(base),
             release=release(config, base),
             # Paced replicas take the time of another model, and compute nothing.
-            model=None if base.paced is not None else specs[base.base_model_id],
+            model=None if base.paced is not None else specs.get(base.base_model_id),
             itemsize=4 if base.executor.dtype == "float32" else 2,
             memory_fraction=base.executor.memory_fraction,
         )

@@ -10,8 +10,10 @@ import msgspec
 import numpy as np
 
 from loraplex.core.adapter import AdapterBlock
+from loraplex.core.errors import BadConfig
 from loraplex.core.model import LORA_MODULES, ModelSpec
 from loraplex.core.plan import Shape
+from loraplex.core.shape_check import check_shape
 from loraplex.cost.ceilings import Ceilings, FloatArray
 from loraplex.cost.loads import Hop, LoadRates
 from loraplex.cost.profile import BaseProfile, CostProfile, GpuProfile, StepProfile
@@ -104,12 +106,11 @@ def analytic_profile(
 
 def takes_shape(model: ModelSpec, shape: Shape) -> bool:
     """Whether heads and columns divide by tp, and each stage has a layer."""
-    return (
-        model.num_heads % shape.tp == 0
-        and model.intermediate_size % shape.tp == 0
-        and (model.num_kv_heads % shape.tp == 0 or shape.tp % model.num_kv_heads == 0)
-        and shape.pp <= model.num_layers
-    )
+    try:
+        check_shape(model, shape)
+    except BadConfig:
+        return False
+    return True
 
 
 def assumed_loads(host_bytes_per_s: float, *, host_latency_s: float = 1e-4) -> LoadRates:

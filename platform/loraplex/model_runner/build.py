@@ -13,6 +13,7 @@ from loraplex.core.errors import BadConfig
 from loraplex.core.ids import BaseModelId
 from loraplex.core.model import ModelSpec
 from loraplex.core.plan import Shape
+from loraplex.core.shape_check import check_shape
 from loraplex.cost.stages import stage_layers
 from loraplex.model_runner.arena import Arena, plan_num_pages
 from loraplex.model_runner.checkpoints import read_checkpoint_spec, read_checkpoint_tensors
@@ -26,7 +27,7 @@ from loraplex.model_runner.ranks.group_executor import GroupExecutor
 from loraplex.model_runner.ranks.launcher import RankLauncher
 from loraplex.model_runner.ranks.local import LocalLauncher
 from loraplex.model_runner.sampler import Sampler
-from loraplex.model_runner.shard import Shard, check_shape, plan_shards
+from loraplex.model_runner.shard import Shard, plan_shards
 from loraplex.model_runner.weights import DecoderWeights, assemble_weights, tensors_elsewhere
 
 RANDOM_PREFIX = "random:"

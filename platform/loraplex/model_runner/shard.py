@@ -14,6 +14,7 @@ from loraplex.core.adapter import AdapterBlock
 from loraplex.core.errors import BadConfig
 from loraplex.core.model import ModelSpec
 from loraplex.core.plan import Shape
+from loraplex.core.shape_check import check_shape
 
 _ROW_SPLIT = ("o_proj", "down_proj")
 _KEY_VALUE = ("k_proj", "v_proj")
@@ -89,21 +90,6 @@ class Shard:
             return tuple(blocks)
         layers = self.layers
         return tuple(replace(block, layer=block.layer - layers.start) for block in blocks if block.layer in layers)
-
-
-def check_shape(model: ModelSpec, shape: Shape) -> None:
-    """Raises BadConfig with one line when the model cannot be cut so."""
-    tp, pp = shape.tp, shape.pp
-    what = f"{model.base_model_id} in shape (tp {tp}, pp {pp})"
-    if tp < 1 or pp < 1:
-        raise BadConfig(f"{what}: tp and pp are 1 or more", param="tp" if tp < 1 else "pp")
-    for name, size in (("heads", model.num_heads), ("intermediate columns", model.intermediate_size)):
-        if size % tp:
-            raise BadConfig(f"{what}: {size} {name} do not divide by {tp}", param="tp")
-    if model.num_kv_heads % tp and tp % model.num_kv_heads:
-        raise BadConfig(f"{what}: {model.num_kv_heads} KV heads and {tp} shards do not divide", param="tp")
-    if pp > model.num_layers:
-        raise BadConfig(f"{what}: {model.num_layers} layers are too few", param="pp")
 
 
 def plan_shards(model: ModelSpec, shape: Shape, stage_layers: Sequence[int]) -> tuple[Shard, ...]:

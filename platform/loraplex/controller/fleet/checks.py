@@ -3,11 +3,14 @@
 from collections.abc import Mapping, Sequence
 
 from loraplex.controller.fleet.state import FleetBase, num_gpus
-from loraplex.core.errors import InvalidInput
+from loraplex.core.errors import BadConfig, InvalidInput
 from loraplex.core.fleet import NodeStatus
 from loraplex.core.ids import BaseModelId
 from loraplex.core.plan import GroupPlan, Plan
 from loraplex.core.plan_check import check_form, refused
+from loraplex.core.shape_check import check_shape
+from loraplex.cost.ceilings import ceilings_of, known_gpus
+from loraplex.cost.memory import memory_model
 
 
 def check_plan(
@@ -28,6 +31,29 @@ def _check_bases(group: GroupPlan, bases: Mapping[BaseModelId, FleetBase]) -> No
     for placed in group.bases:
         if placed.base_model_id not in bases:
             raise refused(group, f"this cluster has no base {placed.base_model_id}: is the plan for another fleet?")
+        _check_shape(group, bases[placed.base_model_id])
+
+
+def _check_shape(group: GroupPlan, base: FleetBase) -> None:
+    """Each rank has memory for its part of the base, where the type of its GPU is known."""
+    if base.model is None:
+        return
+    try:
+        check_shape(base.model, group.shape)
+    except BadConfig as error:
+        raise refused(group, error.message) from None
+    if not base.gpus_per_rank or group.gpu not in known_gpus():
+        return
+    memory = memory_model(
+        base.model,
+        group.shape,
+        gpu_bytes=ceilings_of(group.gpu).memory_bytes,
+        itemsize=base.itemsize,
+        memory_fraction=base.memory_fraction,
+    )
+    if not memory.fits:
+        shape = f"tp {group.shape.tp} x pp {group.shape.pp}"
+        raise refused(group, f"{base.base_model_id} does not fit on {shape} GPUs of type {group.gpu}")
 
 
 def _check_place(group: GroupPlan, nodes: Sequence[NodeStatus], per_rank: float) -> None:

@@ -11,7 +11,9 @@ from typing import NamedTuple
 from loraplex.core.control import ReplicaRoute
 from loraplex.core.fleet import ReplicaTarget
 from loraplex.core.ids import BaseModelId
+from loraplex.core.model import ModelSpec
 from loraplex.core.plan import AdapterShare, GroupPlan, Shape
+from loraplex.cost.memory import DEFAULT_MEMORY_FRACTION
 
 
 class ReplicaState(StrEnum):
@@ -55,6 +57,12 @@ class FleetBase:
     gpu: str = ""
     release: str = ""
     """Build and settings that its replicas run; those of another are replaced one by one."""
+    model: ModelSpec | None = None
+    """What a group's shape has to divide. None: replicas that compute nothing take any shape."""
+    itemsize: int = 2
+    """Bytes of a weight and of an element of KV."""
+    memory_fraction: float = DEFAULT_MEMORY_FRACTION
+    """Of a GPU, as its executor's."""
 
 
 class Kind(NamedTuple):
