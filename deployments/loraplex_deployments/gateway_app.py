@@ -21,6 +21,7 @@ from loraplex.gateway.gateway import Gateway
 from loraplex.gateway.proto import loraplex_v1_pb2 as pb
 from loraplex.router.router import Router
 from loraplex.telemetry.logs import configure_logging
+from loraplex.telemetry.tracing import open_tracing
 from loraplex.traces.recorder import TraceRecorder
 from ray import serve
 from ray.serve.grpc_util import RayServegRPCContext
@@ -68,8 +69,12 @@ class GatewayDeployment:
         gateway_id = self._gateway_id = GatewayId(f"gateway-{uuid.uuid4().hex[:8]}")
         control = RayControlPlane(controller_handle())
         self._waking: set[asyncio.Task[None]] = set()
+        self._tracing = open_tracing(config.telemetry.tracing, service="gateway", instance=gateway_id)
         self._router = Router(
-            gateway_id=gateway_id, config=config.router, on_unserved=partial(self._wake_in_background, control)
+            gateway_id=gateway_id,
+            config=config.router,
+            on_unserved=partial(self._wake_in_background, control),
+            tracing=self._tracing,
         )
         self._recorder = TraceRecorder(config.traces, send=partial(self._send_traces, control, gateway_id))
         self._gateway = Gateway(
@@ -80,6 +85,7 @@ class GatewayDeployment:
             tracer=self._recorder,
             tenancy=config.tenancy,
             telemetry=config.telemetry,
+            tracing=self._tracing,
             on_routes=self._router.update,
             loads=self._router.loads,
             num_queued=self._router.num_queued,
@@ -111,6 +117,7 @@ class GatewayDeployment:
         await self._gateway.stop()
         await self._router.close()
         await self._recorder.close()
+        await asyncio.to_thread(self._tracing.close)
 
     # The gRPC methods, by name, as Serve's proxy calls them.
 

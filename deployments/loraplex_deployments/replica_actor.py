@@ -18,6 +18,7 @@ from loraplex.model_runner.config import ExecutorConfig
 from loraplex.replica.engine_loop import EngineLoop
 from loraplex.replica.server import ReplicaServer
 from loraplex.telemetry.logs import configure_logging
+from loraplex.telemetry.tracing import open_tracing
 from ray.util.placement_group import get_current_placement_group
 
 from loraplex_deployments.base_models import model_source
@@ -40,7 +41,7 @@ class ReplicaActor:
         num_gpus: float,
     ) -> None:
         """``num_gpus``: what it takes of its bundle's GPU, and each of its ranks of theirs."""
-        configure_logging()
+        configure_logging(config.telemetry.logs)
         self._target = target
         self._epoch = epoch
         self._num_gpus = num_gpus
@@ -50,6 +51,7 @@ class ReplicaActor:
         self._loop: EngineLoop | None = None
         self._server: ReplicaServer | None = None
         self._address = ""
+        self._tracing = open_tracing(config.telemetry.tracing, service="replica", instance=target.replica_id)
         self._starting = asyncio.Lock()
         self._loaded = asyncio.Event()
 
@@ -91,6 +93,7 @@ class ReplicaActor:
             engine_config=self._base.engine,
             source=node_cache(self._config),
             config=self._config.replica,
+            tracing=self._tracing,
         )
         loop.start()
         return loop

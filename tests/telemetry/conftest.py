@@ -23,6 +23,7 @@ from loraplex.replica.engine_loop import EngineLoop
 from loraplex.replica.server import ReplicaServer
 from loraplex.router.router import Router
 from loraplex.telemetry.config import TelemetryConfig
+from loraplex.telemetry.tracing import Tracing
 from loraplex.tenancy.config import TenancyConfig
 from loraplex.testing.fake_actuator import FakeActuator
 from loraplex.testing.fake_executor import FakeExecutor, fake_manifest, fake_model
@@ -46,9 +47,10 @@ class Source:
 class Machines(FakeActuator):
     """Behind each replica that is started there is an engine with a stream server."""
 
-    def __init__(self, stack: AsyncExitStack) -> None:
+    def __init__(self, stack: AsyncExitStack, tracing: Tracing) -> None:
         super().__init__([NodeStatus(name="node-0", gpu="", num_gpus=1)])
         self._stack = stack
+        self._tracing = tracing
         self.secret: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
     async def start(self, target: ReplicaTarget, *, epoch: int) -> ReplicaRoute:
@@ -58,6 +60,7 @@ class Machines(FakeActuator):
             executor=FakeExecutor(model=fake_model(base_model_id=TINY_BASE, vocab_size=400), num_pages=512),
             engine_config=EngineConfig(max_running=16),
             source=Source(),
+            tracing=self._tracing,
         )
         loop.start()
         server = ReplicaServer(loop, cluster_secret=await self.secret, config=ReplicaConfig(stop_grace_s=0.0))
@@ -106,9 +109,17 @@ def telemetry_config() -> TelemetryConfig:
 
 
 @pytest.fixture
-async def platform(tokenizer_dir: Path, tmp_path: Path, telemetry_config: TelemetryConfig) -> AsyncIterator[Platform]:
+def tracing() -> Tracing:
+    """Off; tests of traces have one of their own."""
+    return Tracing()
+
+
+@pytest.fixture
+async def platform(
+    tokenizer_dir: Path, tmp_path: Path, telemetry_config: TelemetryConfig, tracing: Tracing
+) -> AsyncIterator[Platform]:
     async with AsyncExitStack() as stack:
-        machines = Machines(stack)
+        machines = Machines(stack, tracing)
         traces = TraceConfig(send_interval_s=0.02, write_interval_s=0.05)
         writer = TraceWriter(traces, str(tmp_path / "traces"))
         stack.push_async_callback(asyncio.to_thread, writer.close)
@@ -128,7 +139,7 @@ async def platform(tokenizer_dir: Path, tmp_path: Path, telemetry_config: Teleme
         stack.push_async_callback(controller.stop)
         machines.secret.set_result(controller.cluster_secret)
         gateway_id = GatewayId("gw-1")
-        router = Router(gateway_id=gateway_id)
+        router = Router(gateway_id=gateway_id, tracing=tracing)
         stack.push_async_callback(router.close)
 
         async def send(batch: bytes) -> None:
@@ -143,6 +154,7 @@ async def platform(tokenizer_dir: Path, tmp_path: Path, telemetry_config: Teleme
             tracer=recorder,
             tenancy=TenancyConfig(slice_s=0.05),
             telemetry=telemetry_config,
+            tracing=tracing,
             on_routes=router.update,
             loads=router.loads,
             num_queued=router.num_queued,

@@ -75,6 +75,8 @@ class EngineRequest:
     """Of its tenant among those that compete; greater than 0."""
     resumed_token_ids: tuple[int, ...] = ()
     """Tokens generated elsewhere before a migration; they count as output and are not sent again."""
+    traceparent: str | None = None
+    """W3C trace context of the span that this belongs to; None: it is not traced."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,6 +18,7 @@ from loraplex.engine.in_flight import StepInFlight
 from loraplex.engine.instructions import Instructions
 from loraplex.engine.memory import Memory
 from loraplex.engine.probe import probe_request
+from loraplex.engine.report import Progress, load_report, progress_of
 from loraplex.engine.scheduler import Scheduler
 from loraplex.engine.sequence import Sequence
 
@@ -274,24 +275,20 @@ class Engine:
         self._end(self._probe, FinishReason.ABORT)
         self._probe = None
 
+    def progress(self, request_id: RequestId) -> Progress | None:
+        """How far a request is; None for one that is unknown or has ended."""
+        sequence = self._sequences.get(request_id)
+        return None if sequence is None else progress_of(sequence)
+
     def load_report(self) -> LoadReport:
         """The state as routers see it; ``credits`` is for all gateways together."""
-        scheduler = self._scheduler
-        queued = sum(s.num_uncomputed for s in scheduler.running if s.num_uncomputed > 1)
-        return LoadReport(
-            num_running=len(scheduler.running),
-            num_waiting=len(scheduler.waiting),
-            num_pages=self._arena.num_pages,
-            num_free_pages=self._memory.num_available,
-            num_queued_tokens=queued + scheduler.waiting.num_tokens,
-            credits=max(0, self._config.max_running + self._config.max_waiting - len(self._sequences)),
-            steps=self._memory.last_done_step,
-            generated_tokens=self._num_generated,
-            adapter_loads=self._memory.adapters.num_loads,
-            adapter_prefetches=self._memory.adapters.num_prefetches,
-            adapter_hits=self._memory.num_adapter_hits,
-            cached_tokens=self._memory.num_cached_tokens,
-            preemptions=self._scheduler.num_preemptions,
+        num_places = self._config.max_running + self._config.max_waiting
+        return load_report(
+            self._scheduler,
+            self._memory,
+            self._arena,
+            num_generated=self._num_generated,
+            num_free_places=num_places - len(self._sequences),
         )
 
     def validate(self) -> None:

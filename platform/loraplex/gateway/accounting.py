@@ -12,6 +12,7 @@ from loraplex.gateway.call import CallInfo, GenerateCall
 from loraplex.gateway.directory import ResolvedModel
 from loraplex.gateway.status import HTTP_CLIENT_GONE, HTTP_OK
 from loraplex.telemetry.metrics import GatewayMetrics
+from loraplex.telemetry.tracing import NO_SPAN, Tracing
 from loraplex.tenancy.quota_gate import QuotaGate, Reservation
 from loraplex.traces.recorder import RecorderCounters
 from loraplex.traces.row import TraceRow
@@ -38,6 +39,7 @@ class Account:
         quota: QuotaGate,
         metrics: GatewayMetrics,
         tracer: Tracer,
+        tracing: Tracing,
         clock: Clock,
     ) -> None:
         self._call = call
@@ -53,6 +55,8 @@ class Account:
         self._prompt_tokens = 0
         self.model: ResolvedModel | None = None
         """Set by the service when the name is resolved; None in the row of a call that asked for an unknown one."""
+        self.span = tracing.begin(call.endpoint, caller=info.traceparent, start_s=info.arrival_s)
+        self.span.set(request_id=info.request_id, tenant=tenant, endpoint=call.endpoint, priority=call.priority.value)
         metrics.started()
 
     def reserve(self, *, prompt_tokens: int, output_tokens: int) -> None:
@@ -64,6 +68,7 @@ class Account:
     def first_token(self) -> None:
         if self._first_token_s is None:
             self._first_token_s = self._clock.monotonic_s()
+            self.span.event("first token")
 
     def close(
         self,
@@ -106,6 +111,7 @@ class Account:
             e2e_s=e2e_s,
             now_s=now_s,
         )
+        self._end_span(status, finish_reason, output_tokens, cached_tokens, replica_id)
         self._tracer.record(
             TraceRow(
                 arrival_s=self._info.arrival_s,
@@ -129,3 +135,30 @@ class Account:
                 stream=self._call.stream,
             )
         )
+
+    def _end_span(
+        self,
+        status: int,
+        finish_reason: str | None,
+        output_tokens: int,
+        cached_tokens: int,
+        replica_id: ReplicaId | None,
+    ) -> None:
+        if self.span is NO_SPAN:
+            return
+        self.span.set(
+            status=status,
+            prompt_tokens=self._prompt_tokens,
+            cached_tokens=cached_tokens,
+            output_tokens=output_tokens,
+        )
+        if finish_reason is not None:
+            self.span.set(finish_reason=finish_reason)
+        if replica_id is not None:
+            self.span.set(replica=replica_id)
+        if self.model is not None:
+            self.span.set(base_model=self.model.base.base_model_id)
+            if self.model.adapter is not None:
+                ref = self.model.adapter.ref
+                self.span.set(adapter=ref.digest, adapter_name=ref.name)
+        self.span.end(error=str(status) if status >= 500 else None)

@@ -27,10 +27,17 @@ class CallInfo:
     arrival_s: float
     """Wall clock."""
     arrival_monotonic_s: float
+    traceparent: str | None = None
+    """The caller's W3C trace context, as it came."""
 
     @classmethod
-    def begin(cls, request_id: str, clock: Clock) -> "CallInfo":
-        return cls(request_id=request_id, arrival_s=clock.wall_s(), arrival_monotonic_s=clock.monotonic_s())
+    def begin(cls, request_id: str, clock: Clock, *, traceparent: str | None = None) -> "CallInfo":
+        return cls(
+            request_id=request_id,
+            arrival_s=clock.wall_s(),
+            arrival_monotonic_s=clock.monotonic_s(),
+            traceparent=traceparent,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -29,6 +29,7 @@ from loraplex.gateway.service import GatewayService
 from loraplex.gateway.tokenizer import Codecs
 from loraplex.telemetry.config import TelemetryConfig
 from loraplex.telemetry.metrics import GatewayMetrics
+from loraplex.telemetry.tracing import Tracing
 from loraplex.tenancy.config import TenancyConfig
 from loraplex.tenancy.quota_gate import QuotaGate
 
@@ -51,6 +52,7 @@ class Gateway:
         tracer: Tracer,
         tenancy: TenancyConfig | None = None,
         telemetry: TelemetryConfig | None = None,
+        tracing: Tracing | None = None,
         on_routes: OnRoutes | None = None,
         loads: ReplicaLoads | None = None,
         num_queued: Callable[[], int] = lambda: 0,
@@ -96,6 +98,7 @@ class Gateway:
             dispatcher=dispatcher,
             tracer=activity,
             metrics=self.metrics,
+            tracing=tracing or Tracing(),
             clock=self._clock,
             max_open_calls=max_open_calls,
         )

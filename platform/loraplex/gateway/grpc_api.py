@@ -121,7 +121,9 @@ class LoraplexServicer:
     def _call(self, context: CallContext) -> Iterator[tuple[CallInfo, Principal]]:
         """Authenticates, and writes what goes wrong inside into ``context``."""
         metadata = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
-        info = CallInfo.begin(request_id_of(metadata.get(REQUEST_ID_KEY)), self._service.clock)
+        info = CallInfo.begin(
+            request_id_of(metadata.get(REQUEST_ID_KEY)), self._service.clock, traceparent=metadata.get("traceparent")
+        )
         context.set_trailing_metadata([(REQUEST_ID_KEY, info.request_id)])
         # Set but not reset: a generator may be closed in another context than it was started in.
         request_id_var.set(info.request_id)

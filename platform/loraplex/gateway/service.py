@@ -27,6 +27,7 @@ from loraplex.gateway.open_calls import OpenCalls
 from loraplex.gateway.status import HTTP_CLIENT_GONE, status_of
 from loraplex.gateway.tokenizer import Codecs, TextCodec
 from loraplex.telemetry.metrics import GatewayMetrics
+from loraplex.telemetry.tracing import Tracing
 from loraplex.tenancy.quota_gate import QuotaGate
 
 logger = logging.getLogger(__name__)
@@ -45,6 +46,7 @@ class GatewayService:
         dispatcher: Dispatcher,
         tracer: Tracer,
         metrics: GatewayMetrics,
+        tracing: Tracing,
         clock: Clock,
         max_open_calls: int,
     ) -> None:
@@ -57,6 +59,7 @@ class GatewayService:
         self._quota = quota
         self._dispatcher = dispatcher
         self._tracer = tracer
+        self._tracing = tracing
 
     def authenticate(self, key: str | None, *, path_tenant: str | None = None) -> Principal:
         """Raises Unauthenticated, NotFound (the tenant in the address is not the key's) or Unavailable."""
@@ -76,6 +79,7 @@ class GatewayService:
             quota=self._quota,
             metrics=self.metrics,
             tracer=self._tracer,
+            tracing=self._tracing,
             clock=self.clock,
         )
         try:
@@ -121,6 +125,7 @@ class GatewayService:
                     cache_salt=tenant.cache_salt,
                     priority=call.priority,
                     deadline_s=self._deadline_s(call, info),
+                    traceparent=account.span.traceparent,
                 )
                 requests.append(request)
                 choices[request.request_id] = Choice(

@@ -23,8 +23,10 @@ from loraplex.replica.config import ReplicaConfig
 from loraplex.replica.driver import StepDriver
 from loraplex.replica.failures import request_failure
 from loraplex.replica.frames import merge_outputs
+from loraplex.replica.request_spans import RequestSpans
 from loraplex.replica.staging import AdapterStager, ArtifactSource
 from loraplex.replica.warming import Warming
+from loraplex.telemetry.tracing import Tracing
 
 _CHECK_S = 1.0
 """While nothing runs, the executor is asked this often whether it is well."""
@@ -58,6 +60,7 @@ class EngineLoop:
         source: ArtifactSource,
         config: ReplicaConfig | None = None,
         clock: Clock | None = None,
+        tracing: Tracing | None = None,
         engine: Engine | None = None,
     ) -> None:
         """Owns the executor from now on: ``stop`` closes it. ``engine``: of this config and executor, by default made
@@ -101,6 +104,7 @@ class EngineLoop:
             max_step_tokens=engine_config.max_step_tokens,
             heartbeat_s=config.heartbeat_s,
         )
+        self._spans = RequestSpans(tracing or Tracing(), self.info, self._clock)
 
     @property
     def alive(self) -> bool:
@@ -189,8 +193,11 @@ class EngineLoop:
             self._drain_inbox()
             for digest in self._engine.wanted_adapters():
                 self._stager.request(digest)
+            began_s = self._clock.wall_s() if self._spans.active else 0.0
             outcome = self._driver.step()
             progressed = outcome.progressed
+            if self._spans.active:
+                self._spans.step(self._engine, outcome.outputs, began_s=began_s)
             self._serial += 1
             self._collect(outcome.outputs)
             self._send_frames(idle=not progressed)
@@ -214,6 +221,7 @@ class EngineLoop:
             if output.finish_reason is not None:
                 session.requests.discard(output.request_id)
                 del self._session_of[output.request_id]
+                self._spans.end(output.request_id, reason=output.finish_reason, error=output.error_code)
 
     def _send_frames(self, *, idle: bool) -> None:
         assert self._deliver is not None or not self._sessions, "a session is open and nobody takes its frames"
@@ -262,6 +270,7 @@ class EngineLoop:
         for request_id in session.requests:
             del self._session_of[request_id]
             self._engine.abort(request_id)
+            self._spans.end(request_id)
 
     def _on_submit(self, session_id: int, requests: tuple[EngineRequest, ...]) -> None:
         session = self._sessions.get(session_id)
@@ -285,6 +294,8 @@ class EngineLoop:
                 self._num_prompt_tokens += len(request.prompt_token_ids) + len(request.resumed_token_ids)
                 session.requests.add(request.request_id)
                 self._session_of[request.request_id] = session_id
+                if request.traceparent is not None:
+                    self._spans.begin(request)
 
     def _on_abort(self, session_id: int, request_ids: tuple[RequestId, ...]) -> None:
         for request_id in request_ids:

@@ -88,6 +88,7 @@ class Link:
             generation.replica_id = generation.stream.replica_id = self.route.replica_id
             self._enter(generation)
             requests.append(generation.resumed_request())
+            generation.stream.span.event("sent", replica=self.route.replica_id)
         self._refresh()
         self.client.send(tuple(requests), ())
 
@@ -102,6 +103,7 @@ class Link:
             self.client.send((), tuple(generation.wire_id for generation in taken))
         for generation in taken:
             generation.left_alive()
+            generation.stream.span.event("taken back", replica=self.route.replica_id)
         self._refresh()
         return taken
 
@@ -139,6 +141,7 @@ class Link:
         lost = list(self.generations.values())
         for generation in lost:
             self._leave(generation)
+            generation.stream.span.event("replica lost", replica=self.route.replica_id)
         self._refresh()
         self._owner.link_lost(self, lost)
 

@@ -7,9 +7,10 @@ Lives on the gateway's event loop; nothing here blocks.
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import replace
 
 from loraplex.core.control import ReplicaRoute
-from loraplex.core.errors import Unavailable
+from loraplex.core.errors import LoraplexError, Unavailable
 from loraplex.core.ids import BaseModelId, GatewayId, ReplicaId
 from loraplex.core.request import EngineRequest
 from loraplex.core.wire import LoadReport
@@ -19,6 +20,7 @@ from loraplex.router.link import Link
 from loraplex.router.pool import Pool
 from loraplex.router.rates import RateBook
 from loraplex.router.stream import RoutedStream
+from loraplex.telemetry.tracing import NO_SPAN, Tracing
 
 Connect = Callable[[ReplicaRoute, ReplicaListener], ReplicaClient]
 
@@ -33,6 +35,7 @@ class Router:
         config: RouterConfig | None = None,
         connect: Connect | None = None,
         on_unserved: Callable[[BaseModelId], None] | None = None,
+        tracing: Tracing | None = None,
     ) -> None:
         """``connect`` opens the stream to a replica; by default gRPC. ``on_unserved`` hears, once a second at most and
         as long as it is so, that requests wait for a base that no replica takes requests of; called on the event
@@ -41,6 +44,7 @@ class Router:
         self._config = config or RouterConfig()
         self._connect = connect or self._connect_grpc
         self._on_unserved = on_unserved
+        self._tracing = tracing or Tracing()
         self._cluster_secret = ""
         self._rates = RateBook(self._config)
         self._pools: dict[BaseModelId, Pool] = {}
@@ -73,8 +77,16 @@ class Router:
     def dispatch(self, requests: tuple[EngineRequest, ...]) -> RoutedStream:
         pool = self._pool(requests[0].base_model_id)
         self._order += 1
-        stream = RoutedStream(requests, order=self._order, on_abort=pool.abort)
-        pool.dispatch(stream)
+        span = self._tracing.child("router", requests[0].traceparent, kind="client")
+        if span is not NO_SPAN:
+            span.set(num_choices=len(requests), gateway=self._gateway_id)
+            requests = tuple(replace(request, traceparent=span.traceparent) for request in requests)
+        stream = RoutedStream(requests, order=self._order, on_abort=pool.abort, span=span)
+        try:
+            pool.dispatch(stream)
+        except LoraplexError as error:
+            span.end(error=error.code)
+            raise
         return stream
 
     def loads(self) -> dict[ReplicaId, LoadReport]:

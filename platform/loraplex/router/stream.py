@@ -14,6 +14,7 @@ from loraplex.core.errors import LoraplexError
 from loraplex.core.ids import ReplicaId, RequestId
 from loraplex.core.request import EngineRequest, RequestOutput
 from loraplex.router.prefixes import prefixes_of
+from loraplex.telemetry.tracing import NO_SPAN, Span
 
 
 class Generation:
@@ -90,9 +91,16 @@ class RoutedStream:
     """Implements ``core.generation.TokenStream``. One consumer."""
 
     def __init__(
-        self, requests: tuple[EngineRequest, ...], *, order: int, on_abort: Callable[["RoutedStream"], None]
+        self,
+        requests: tuple[EngineRequest, ...],
+        *,
+        order: int,
+        on_abort: Callable[["RoutedStream"], None],
+        span: Span = NO_SPAN,
     ) -> None:
         self.order = order
+        self.span = span
+        """Of its way through the router; ends with it."""
         self.generations: dict[RequestId, Generation] = {r.request_id: Generation(r, self) for r in requests}
         """The unfinished ones."""
         self.first = requests[0]
@@ -139,6 +147,8 @@ class RoutedStream:
         if self.generations:
             self._on_abort(self)
             self.generations.clear()
+            self.span.event("aborted")
+            self.span.end()
             self.wake()
 
     def push(self, generation: Generation, output: RequestOutput) -> None:
@@ -147,11 +157,14 @@ class RoutedStream:
         self.num_losses = 0
         if output.finish_reason is not None:
             del self.generations[generation.request.request_id]
+            if not self.generations:
+                self.span.end()
 
     def fail(self, error: LoraplexError) -> None:
         """The generations can go on nowhere."""
         self._error = error
         self.generations.clear()
+        self.span.end(error=error.code)
         self.wake()
 
     def wake(self) -> None:

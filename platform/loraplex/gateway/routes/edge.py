@@ -56,7 +56,9 @@ class Edge:
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        info = CallInfo.begin(request_id_of(headers.get("x-request-id")), self._service.clock)
+        info = CallInfo.begin(
+            request_id_of(headers.get("x-request-id")), self._service.clock, traceparent=headers.get("traceparent")
+        )
         token = request_id_var.set(info.request_id)
         id_header = (b"x-request-id", info.request_id.encode())
         started = finished = False
