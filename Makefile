@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 CONFIG ?= cluster-configs/fleets/laptop.yaml
 PROTO := platform/loraplex/gateway/proto/loraplex_v1.proto
-CODE := platform kernels deployments helm tests
+CODE := platform kernels deployments helm docs/make_api.py tests
 
 .PHONY: serve demo-replan test test-all check tools setup setup-dev lock proto figures figures-gpu clean
 
