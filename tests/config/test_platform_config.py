@@ -46,6 +46,8 @@ def test_parts_keep_their_defaults_and_derive_from_the_data_directory() -> None:
         (GOOD + "listen: {http_port: eight}\n", "http_port"),
         (GOOD + "serve: {proxy: nginx}\n", "serve.proxy"),
         ("a: [b\n", "not YAML"),
+        (GOOD + "demo: false\ndemo: true\n", "'demo' appears twice in \"<unicode string>\", line 3"),
+        (GOOD + "listen: {http_port: 1, http_port: 2}\n", "'http_port' appears twice"),
     ],
 )
 def test_mistakes_are_named_with_file_and_key(text: str, named: str) -> None:

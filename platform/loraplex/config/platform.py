@@ -4,9 +4,9 @@ Owns the composition and the rules between parts; each part owns its own fields.
 and the CLI read it. Unknown keys are errors that name their path.
 """
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 import yaml
@@ -161,6 +161,18 @@ class PlatformConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         )
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML itself lets the last of two equal keys win, unheard."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} appears twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def load_platform_config(path: str | Path) -> PlatformConfig:
     """Reads and checks one YAML file. Raises BadConfig naming the file and the key; relative ``data_dir`` and model
     paths are taken from the working directory."""
@@ -187,7 +199,7 @@ def parse_platform_config(text: str, *, source: str) -> PlatformConfig:
 def read_config(text: str) -> tuple[PlatformConfig | None, tuple[Problem, ...]]:
     """The config, or all that is wrong with it."""
     try:
-        data = yaml.safe_load(text)
+        data = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         return None, (Problem("", f"not YAML: {' '.join(str(error).split())}"),)
     problems = wrong_values(data, PlatformConfig)
