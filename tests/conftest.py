@@ -1,9 +1,14 @@
-"""Without CUDA devices tests that need them are skipped, and Triton kernels run in Triton's interpreter."""
+"""Without CUDA devices tests that need them are skipped, and Triton kernels run in Triton's interpreter. Tests of the
+control database run on both kinds of database."""
 
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.database.postgres import PostgresServer
+from tests.object_storage.s3 import S3Server
 
 if not any(Path("/dev").glob("nvidia[0-9]*")):
     # Read when triton is imported, and when a kernel is defined: this file comes before both.
@@ -21,3 +26,44 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         needed = 2 if item.get_closest_marker("multigpu") else 1
         if devices < needed:
             item.add_marker(pytest.mark.skip(reason=f"needs {needed} CUDA device(s), found {devices}"))
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[PostgresServer]:
+    """A running server that the whole run shares: whoever kills it starts it again."""
+    server = PostgresServer()
+    try:
+        server.start()
+        yield server
+    finally:
+        server.remove()
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def new_database(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[[], str]]:
+    """Makes an empty database and returns its URL. A test for which one kind will do says
+    ``parametrize("new_database", ["sqlite"], indirect=True)``."""
+    urls: list[str] = []
+    server: PostgresServer | None = request.getfixturevalue("postgres") if request.param == "postgresql" else None
+
+    def make() -> str:
+        urls.append(server.create_database() if server else f"sqlite:///{tmp_path}/deep/er/control{len(urls)}.db")
+        return urls[-1]
+
+    yield make
+    for url in urls if server else ():
+        server.drop_database(url)
+
+
+@pytest.fixture
+def database_url(new_database: Callable[[], str]) -> str:
+    """Of an empty database."""
+    return new_database()
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[S3Server]:
+    """A running server that the whole run shares: each test has paths of its own, and opens the gate that it shut."""
+    server = S3Server()
+    yield server
+    server.remove()

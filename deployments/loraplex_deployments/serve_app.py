@@ -9,7 +9,6 @@ back on a new head. Who writes the Serve config sets in every process's environm
 import contextlib
 import logging
 import time
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -25,6 +24,7 @@ from loraplex_deployments.control_client import controller_handle, unwrap
 from loraplex_deployments.deploy import differences, read_record, write_record
 from loraplex_deployments.gateways import gateway_application
 from loraplex_deployments.launch import RunningPlatform, create_controller, stop_controller
+from loraplex_deployments.upgrade import fixed_keys, hand_over
 
 logger = logging.getLogger(__name__)
 
@@ -74,13 +74,29 @@ class ControllerKeeper:
 
     def __init__(self, config: PlatformConfig, database_url_file: str | None) -> None:
         """Returns when the controller works, with the config's tenants and the administrator's key. One with another
-        config is stopped, with its replicas. Raises BadConfig for an unusable model or key file."""
+        config is replaced, and replaces the replicas one by one; where a key differs that a running platform keeps, it
+        is stopped with its replicas. Raises BadConfig for an unusable model or key file."""
         configure_logging(config.telemetry.logs)
         self._config = config
         self._database_url_file = database_url_file
-        _claim(config)
+        self._claim()
         self._keep()
         self._set_up()
+
+    def _claim(self) -> None:
+        """From here on this config is what is deployed."""
+        record = read_record()
+        changed = () if record is None else differences(record.config, self._config)
+        if record is not None and changed:
+            logger.warning("replacing the controller: the config differs in %s", ", ".join(changed))
+            with contextlib.suppress(Unavailable):
+                if fixed_keys(record.config, self._config):
+                    stop_controller(controller_handle())
+                else:
+                    old = _with_database(record.config, self._database_url_file)
+                    hand_over(old, _with_database(self._config, self._database_url_file), logger.info)
+        if record is None or changed:
+            write_record(self._config)
 
     def check_health(self) -> None:
         """Called by Serve every few seconds. A controller that is away is Ray's to restart; one that is gone for good
@@ -111,22 +127,10 @@ def _started(controller: Any) -> None:
         raise unwrap(error) from None
 
 
-def _claim(config: PlatformConfig) -> None:
-    """From here on ``config`` is what is deployed."""
-    record = read_record()
-    changed = () if record is None else differences(record.config, config)
-    if changed:
-        logger.warning("replacing the controller and its replicas: the config differs in %s", ", ".join(changed))
-        with contextlib.suppress(Unavailable):
-            stop_controller(controller_handle())
-    if record is None or changed:
-        write_record(config)
-
-
 def _with_database(config: PlatformConfig, url_file: str | None) -> PlatformConfig:
     if url_file is None:
         return config
-    database = msgspec.structs.replace(config.controller.database, url=Path(url_file).read_text("utf-8").strip())
+    database = msgspec.structs.replace(config.controller.database, url=None, url_file=url_file)
     return msgspec.structs.replace(config, controller=msgspec.structs.replace(config.controller, database=database))
 
 

@@ -9,6 +9,7 @@ from loraplex.controller.config import ControllerConfig, ControllerOptions
 from loraplex.controller.controller import Controller
 from loraplex.core.control import BaseModelView, TraceStoreStatus
 from loraplex.core.ids import BaseModelId
+from loraplex.database.config import DatabaseConfig
 from loraplex.registry.config import RegistryConfig
 from loraplex.tenancy import TenancyConfig
 from loraplex.testing.tiny_adapter import tiny_model
@@ -43,11 +44,11 @@ def traces() -> Traces:
 
 
 @pytest.fixture
-def make_options(tmp_path: Path) -> Callable[..., ControllerOptions]:
+def make_options(tmp_path: Path, database_url: str) -> Callable[..., ControllerOptions]:
     def make(**registry: Any) -> ControllerOptions:
         return ControllerOptions(
             data_dir=tmp_path / "data",
-            controller=ControllerConfig(),
+            controller=ControllerConfig(database=DatabaseConfig(url=database_url)),
             registry=RegistryConfig(**registry),
             tenancy=TenancyConfig(),
         )

@@ -3,7 +3,6 @@
 import asyncio
 import errno
 import os
-import sqlite3
 import time
 from collections.abc import Callable
 from functools import partial
@@ -33,6 +32,8 @@ from loraplex.tenancy.keys import hash_key
 from loraplex.testing.tiny_adapter import tiny_adapter
 from loraplex.testing.tiny_controller import upload_adapter
 from loraplex.traces.schema import encode_batch
+
+from tests.database.lock import locked
 
 ACME, GLOBEX = TenantName("acme"), TenantName("globex")
 GATEWAY = GatewayId("gateway-1")
@@ -417,29 +418,30 @@ async def test_after_a_restart_a_gateway_gets_no_more_than_it_held(controller: C
     assert await controller.lease_quota(GATEWAY, demand, held) == held
 
 
-async def test_a_slow_database_does_not_stop_the_event_loop(controller: Controller, tmp_path: Path) -> None:
-    blocker = sqlite3.connect(tmp_path / "data" / "control.db", isolation_level=None)
-    blocker.execute("BEGIN IMMEDIATE")
-    creating = asyncio.create_task(controller.create_tenant("acme", TenantLimits()))
-    worst_s = 0.0
-    for _ in range(20):
-        started = time.perf_counter()
-        await asyncio.sleep(0.01)
-        assert await newest(controller)
-        worst_s = max(worst_s, time.perf_counter() - started)
-    assert not creating.done()
-    assert worst_s < 0.15
-    blocker.execute("ROLLBACK")
-    blocker.close()
+async def test_a_slow_database_does_not_stop_the_event_loop(controller: Controller, database_url: str) -> None:
+    with locked(database_url):
+        creating = asyncio.create_task(controller.create_tenant("acme", TenantLimits()))
+        worst_s = 0.0
+        for _ in range(20):
+            started = time.perf_counter()
+            await asyncio.sleep(0.01)
+            assert await newest(controller)
+            worst_s = max(worst_s, time.perf_counter() - started)
+        assert not creating.done()
+        assert worst_s < 0.15
     assert (await creating).name == ACME
 
 
-async def test_start_fails_clearly(make_options: Callable[..., ControllerOptions], traces: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("new_database", ["sqlite"], indirect=True)
+async def test_start_fails_clearly(
+    make_options: Callable[..., ControllerOptions], traces: Any, database_url: str
+) -> None:
     options = make_options()
-    options.data_dir.mkdir()
-    (options.data_dir / "control.db").write_bytes(b"garbage " * 100)
+    file = Path(database_url.removeprefix("sqlite:///"))
+    file.parent.mkdir(parents=True)
+    file.write_bytes(b"garbage " * 100)  # noqa: ASYNC240
     controller = Controller(options, trace_sink=traces)
-    with pytest.raises(BadConfig, match=r"control\.db"):
+    with pytest.raises(BadConfig, match=r"control0\.db"):
         await controller.start()
     await controller.stop()
     with pytest.raises(BadConfig, match="approved_url_prefixes"):

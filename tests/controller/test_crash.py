@@ -27,10 +27,11 @@ from loraplex.controller.controller import Controller
 from loraplex.core.control import BaseModelView
 from loraplex.core.model import ModelSpec
 from loraplex.core.tenant import TenantLimits
+from loraplex.database.config import DatabaseConfig
 from loraplex.registry.config import RegistryConfig
 from loraplex.tenancy import TenancyConfig
 
-data_dir, first = Path(sys.argv[1]), int(sys.argv[2])
+data_dir, first, database_url = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 SPEC = ModelSpec(base_model_id="tiny", family="llama", hidden_size=64, intermediate_size=24, num_layers=1, num_heads=4,
     num_kv_heads=2, head_dim=16, vocab_size=32, max_context_tokens=64, rms_norm_eps=1e-5, rope_theta=1e4)
 PREFIX = "base_model.model.model.layers.0.self_attn.q_proj"
@@ -56,8 +57,9 @@ async def work(controller, lane):
         number += 3
 
 async def main():
-    options = ControllerOptions(data_dir=data_dir, controller=ControllerConfig(), registry=RegistryConfig(),
-        tenancy=TenancyConfig())
+    database = DatabaseConfig(url=database_url)
+    options = ControllerOptions(data_dir=data_dir, controller=ControllerConfig(database=database),
+        registry=RegistryConfig(), tenancy=TenancyConfig())
     controller = Controller(options, trace_sink=None)
     await controller.start()
     view = BaseModelView(base_model_id="tiny", directory="/", max_context_tokens=64, created_s=0)
@@ -70,11 +72,10 @@ asyncio.run(main())
 """
 
 
-def _run_and_kill(data_dir: Path, first: int, delay_s: float) -> list[list[str]]:
+def _run_and_kill(options: ControllerOptions, first: int, delay_s: float) -> list[list[str]]:
     """What the process acknowledged before it was killed ``delay_s`` after its start-up."""
-    child = subprocess.Popen(
-        [sys.executable, "-c", CHILD, str(data_dir), str(first)], stdout=subprocess.PIPE, text=True
-    )
+    arguments = [str(options.data_dir), str(first), str(options.controller.database.url)]
+    child = subprocess.Popen([sys.executable, "-c", CHILD, *arguments], stdout=subprocess.PIPE, text=True)
     assert child.stdout is not None
     assert child.stdout.readline() == "ready\n"
     time.sleep(delay_s)
@@ -91,7 +92,7 @@ async def test_kill_minus_nine(make_options: Callable[..., ControllerOptions], s
     stored: dict[tuple[str, int], str] = {}
     maybe_deleted: set[tuple[str, int]] = set()
     for round_number in range(3):
-        said = _run_and_kill(options.data_dir, round_number * 10_000, rng.uniform(0, 0.6))
+        said = _run_and_kill(options, round_number * 10_000, rng.uniform(0, 0.6))
         for event, name, version, *digest in said:
             if event == "stored":
                 stored[name, int(version)] = digest[0]

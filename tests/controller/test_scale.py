@@ -24,10 +24,10 @@ BLOCKS = tuple(
 )
 
 
-def _fill(directory: Path, count: int) -> None:
+def _fill(database_url: str, count: int) -> None:
     """In one transaction, as if it had been done over weeks."""
     registry = Registry(SystemClock())
-    database = Database(DatabaseConfig(), directory=directory)
+    database = Database(DatabaseConfig(url=database_url), directory=Path())
     with database.write() as session:
         Accounts(SystemClock()).create_tenant(session, ACME, TenantLimits())
         for number in range(count):
@@ -42,9 +42,10 @@ def _fill(directory: Path, count: int) -> None:
 async def test_a_thousand_adapters(
     make_options: Callable[..., ControllerOptions],
     start: Any,
+    database_url: str,
 ) -> None:
     options = make_options()
-    _fill(options.data_dir, 1000)
+    _fill(database_url, 1000)
 
     started = time.perf_counter()
     controller = await start(options)

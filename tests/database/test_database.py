@@ -1,26 +1,34 @@
-"""The control database: lease, schema version, isolation of transactions, clear errors."""
+"""The control database on both servers: lease, isolation of transactions, clear errors."""
 
 import os
-import sqlite3
 import stat
+import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from loraplex.core.errors import BadConfig, StorageFull, Unavailable
-from loraplex.database.base import OLDEST_READABLE_VERSION, SCHEMA_VERSION, ClusterRow
+from loraplex.database.base import ClusterRow
 from loraplex.database.config import DatabaseConfig
 from loraplex.database.database import Database
 from sqlalchemy import select, text
 
+from tests.database.lock import locked
+
+only_sqlite = pytest.mark.parametrize("new_database", ["sqlite"], indirect=True)
+
 
 @pytest.fixture
-def config(tmp_path: Path) -> DatabaseConfig:
-    return DatabaseConfig(url=f"sqlite:///{tmp_path}/deep/er/control.db", busy_timeout_s=0.2)
+def config(database_url: str) -> DatabaseConfig:
+    return DatabaseConfig(url=database_url, busy_timeout_s=0.2)
 
 
-def _path(config: DatabaseConfig) -> str:
-    assert config.url is not None
-    return config.url.removeprefix("sqlite:///")
+@pytest.fixture
+def database(config: DatabaseConfig) -> Iterator[Database]:
+    database = Database(config, directory=Path())
+    yield database
+    database.close()
 
 
 def test_each_open_takes_the_next_epoch_and_keeps_the_secret(config: DatabaseConfig) -> None:
@@ -33,27 +41,79 @@ def test_each_open_takes_the_next_epoch_and_keeps_the_secret(config: DatabaseCon
     second.close()
 
 
-def test_file_is_private_and_durable(config: DatabaseConfig) -> None:
-    database = Database(config, directory=Path())
-    assert stat.S_IMODE(os.stat(_path(config)).st_mode) == 0o600
+@only_sqlite
+def test_file_is_private_and_durable(database_url: str, database: Database) -> None:
+    assert stat.S_IMODE(os.stat(database_url.removeprefix("sqlite:///")).st_mode) == 0o600
     with database.write() as session:
         for pragma, value in (("journal_mode", "wal"), ("synchronous", 2), ("foreign_keys", 1), ("busy_timeout", 200)):
             assert session.execute(text(f"PRAGMA {pragma}")).scalar() == value
-    database.close()
 
 
-def test_a_replaced_controller_reads_but_does_not_write(config: DatabaseConfig) -> None:
-    old = Database(config, directory=Path())
+def test_a_replaced_controller_reads_but_does_not_write(config: DatabaseConfig, database: Database) -> None:
     new = Database(config, directory=Path())
-    with pytest.raises(Unavailable, match="newer controller") as caught, old.write():
+    with pytest.raises(Unavailable, match="newer controller") as caught, database.write():
         pytest.fail("must not be entered")
     assert caught.value.code == "superseded"
-    with old.read() as session:
+    with database.read() as session:
         assert session.scalar(select(ClusterRow.epoch)) == 2
     with new.write() as session:
         assert session.scalar(select(ClusterRow.epoch)) == 2
-    old.close()
     new.close()
+
+
+def test_the_lease_moves_between_two_writes_never_inside_one(config: DatabaseConfig, database: Database) -> None:
+    """The old controller is in the middle of a change when the new one comes."""
+    patient = DatabaseConfig(url=config.url, busy_timeout_s=10.0)
+    opened: list[Database] = []
+    opening = threading.Thread(target=lambda: opened.append(Database(patient, directory=Path())))
+    with database.write() as session:
+        opening.start()
+        time.sleep(0.3)
+        assert not opened, "the new one waits"
+        session.execute(text("UPDATE cluster SET secret = 'of the old one'"))
+    opening.join()
+    assert opened[0].cluster_secret == "of the old one", "what the old one committed is there"
+    with pytest.raises(Unavailable, match="newer controller"), database.write():
+        pytest.fail("must not be entered")
+    opened[0].close()
+
+
+def test_two_controllers_never_both_write(config: DatabaseConfig) -> None:
+    """Threads that take the lease from each other and write as fast as they can. What a writer commits it has read
+    under its own epoch, so the epochs in the order of the commits never fall."""
+    patient = DatabaseConfig(url=config.url, busy_timeout_s=20.0)
+    setting_up = Database(patient, directory=Path())
+    with setting_up.write() as session:
+        session.execute(text("CREATE TABLE log (number INTEGER PRIMARY KEY, epoch INTEGER)"))
+    setting_up.close()
+    ends: list[str] = []
+
+    def control() -> None:
+        for _ in range(4):
+            database = Database(patient, directory=Path())
+            try:
+                for _ in range(15):
+                    with database.write() as session:
+                        last = session.execute(text("SELECT coalesce(max(number), 0) FROM log")).scalar_one()
+                        values = {"number": last + 1, "epoch": database.epoch}
+                        session.execute(text("INSERT INTO log VALUES (:number, :epoch)"), values)
+            except Unavailable as error:
+                ends.append(str(error.code))
+            finally:
+                database.close()
+
+    threads = [threading.Thread(target=control) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    last = Database(patient, directory=Path())
+    with last.read() as session:
+        epochs = session.execute(text("SELECT epoch FROM log ORDER BY number")).scalars().all()
+    last.close()
+    assert set(ends) == {"superseded"}, "they did meet, and nothing else went wrong"
+    assert epochs == sorted(epochs)
+    assert last.epoch == 14
 
 
 def _change_and_fail(database: Database) -> None:
@@ -62,47 +122,36 @@ def _change_and_fail(database: Database) -> None:
         raise RuntimeError
 
 
-def test_an_exception_rolls_back(config: DatabaseConfig) -> None:
-    database = Database(config, directory=Path())
+def test_an_exception_rolls_back(database: Database) -> None:
     with pytest.raises(RuntimeError):
         _change_and_fail(database)
     with database.read() as session:
         assert session.scalar(select(ClusterRow.secret)) == database.cluster_secret
-    database.close()
 
 
-def test_what_a_read_session_changes_is_not_kept(config: DatabaseConfig) -> None:
-    database = Database(config, directory=Path())
+def test_what_a_read_session_changes_is_not_kept(database: Database) -> None:
     with database.read() as session:
         session.execute(text("UPDATE cluster SET secret = 'x'"))
     with database.read() as session:
         assert session.scalar(select(ClusterRow.secret)) == database.cluster_secret
-    database.close()
 
 
-@pytest.mark.parametrize(
-    ("version", "relation"), [(SCHEMA_VERSION + 1, "newer"), (OLDEST_READABLE_VERSION - 1, "older")]
-)
-def test_another_schema_version_is_refused(config: DatabaseConfig, version: int, relation: str) -> None:
-    Database(config, directory=Path()).close()
-    with sqlite3.connect(_path(config)) as connection:
-        connection.execute("UPDATE cluster SET schema_version = ?", (version,))
-    with pytest.raises(BadConfig, match=rf"schema version {version}, {relation}"):
-        Database(config, directory=Path())
+def test_a_read_session_sees_one_state(config: DatabaseConfig, database: Database) -> None:
+    with database.read() as session:
+        before = session.scalar(select(ClusterRow.epoch))
+        other = Database(config, directory=Path())
+        assert session.scalar(select(ClusterRow.epoch)) == before
+        other.close()
+    with database.read() as session:
+        assert session.scalar(select(ClusterRow.epoch)) == other.epoch
 
 
-def test_a_locked_database_is_unavailable_not_a_hang(config: DatabaseConfig) -> None:
-    database = Database(config, directory=Path())
-    other = sqlite3.connect(_path(config), isolation_level=None)
-    other.execute("BEGIN IMMEDIATE")
-    with pytest.raises(Unavailable) as caught, database.write():
+def test_a_locked_database_is_unavailable_not_a_hang(database_url: str, database: Database) -> None:
+    with locked(database_url), pytest.raises(Unavailable) as caught, database.write():
         pytest.fail("must not be entered")
     assert caught.value.message == "the control database does not answer", "drivers name files and hosts"
-    other.execute("ROLLBACK")
     with database.write():
         pass
-    other.close()
-    database.close()
 
 
 def _outgrow(database: Database) -> None:
@@ -113,15 +162,21 @@ def _outgrow(database: Database) -> None:
         session.execute(text("INSERT INTO ballast VALUES (zeroblob(1000000))"))
 
 
-def test_a_full_disk_is_storage_full_and_leaves_the_old_state(config: DatabaseConfig) -> None:
-    database = Database(config, directory=Path())
+@only_sqlite
+def test_a_full_disk_is_storage_full_and_leaves_the_old_state(database: Database) -> None:
     with database.write() as session:
         session.execute(text("CREATE TABLE ballast (body BLOB)"))
     with pytest.raises(StorageFull):
         _outgrow(database)
     with database.read() as session:
         assert session.execute(text("SELECT count(*) FROM ballast")).scalar() == 0
-    database.close()
+
+
+@pytest.mark.parametrize("new_database", ["postgresql"], indirect=True)
+def test_the_full_disk_of_a_server_is_storage_full(database: Database) -> None:
+    """As the server reports it, raised by the server."""
+    with pytest.raises(StorageFull), database.write() as session:
+        session.execute(text("DO $$ BEGIN RAISE EXCEPTION 'no space left on device' USING ERRCODE = '53100'; END $$"))
 
 
 @pytest.mark.parametrize(
@@ -131,6 +186,7 @@ def test_a_full_disk_is_storage_full_and_leaves_the_old_state(config: DatabaseCo
         ("sqlite://", "must name a file"),
         ("sqlite:///:memory:", "must name a file"),
         ("nosuchdb://host/name", "no driver"),
+        ("mysql://host/name", "no driver"),
         ("sqlite:////proc/nowhere/control.db", "cannot open"),
     ],
 )
@@ -140,8 +196,34 @@ def test_a_bad_url_is_a_config_error(url: str, message: str) -> None:
     assert caught.value.param == "database.url"
 
 
-def test_a_file_that_is_no_database_is_named(tmp_path: Path) -> None:
-    path = tmp_path / "control.db"
+def test_a_url_from_a_file(database_url: str, tmp_path: Path) -> None:
+    file = tmp_path / "url"
+    with pytest.raises(BadConfig, match="No such file"):
+        Database(DatabaseConfig(url_file=str(file)), directory=Path())
+    file.write_text(f"{database_url}\n")
+    database = Database(DatabaseConfig(url_file=str(file)), directory=Path())
+    assert database.epoch == 1
+    database.close()
+    with pytest.raises(ValueError, match="exclude"):
+        DatabaseConfig(url="sqlite:///x", url_file=str(file))
+
+
+@pytest.mark.parametrize("new_database", ["postgresql"], indirect=True)
+def test_passwords_are_in_no_error_and_no_log(database_url: str, caplog: pytest.LogCaptureFixture) -> None:
+    wrong = database_url.replace("pg%20pass", "letmein")
+    for url in (wrong, f"{wrong}?sslmode=require", wrong.replace("@127.0.0.1:", "@127.0.0.1:1")):
+        with pytest.raises((Unavailable, BadConfig)) as caught:
+            Database(DatabaseConfig(url=url, connect_timeout_s=2), directory=Path())
+        assert "letmein" not in f"{caught.value}{caught.value.__cause__}{caplog.text}"
+    with pytest.raises(BadConfig) as caught:
+        Database(DatabaseConfig(url=wrong.replace("@127.0.0.1:", "@127.0.0.1:x")), directory=Path())
+    assert "letmein" not in str(caught.value)
+
+
+@only_sqlite
+def test_a_file_that_is_no_database_is_named(database_url: str) -> None:
+    path = Path(database_url.removeprefix("sqlite:///"))
+    path.parent.mkdir(parents=True)
     path.write_bytes(b"not a database, but long enough to have a header of one hundred bytes" * 50)
-    with pytest.raises(BadConfig, match=r"control\.db is not a control database"):
-        Database(DatabaseConfig(url=f"sqlite:///{path}"), directory=Path())
+    with pytest.raises(BadConfig, match=r"control0\.db is not a control database"):
+        Database(DatabaseConfig(url=database_url), directory=Path())

@@ -45,8 +45,8 @@ def _checked(letter: str, num_bytes: int = 100) -> CheckedAdapter:
     return CheckedAdapter(manifest=manifest, content_sha256=letter * 64)
 
 
-def _open(directory: Path) -> Database:
-    database = Database(DatabaseConfig(), directory=directory)
+def _open(url: str) -> Database:
+    database = Database(DatabaseConfig(url=url), directory=Path())
     with database.write() as session:
         for name in (ACME, GLOBEX):
             Accounts(SystemClock()).create_tenant(session, name, FREE)
@@ -54,8 +54,8 @@ def _open(directory: Path) -> Database:
 
 
 @pytest.fixture
-def session(tmp_path: Path) -> Iterator[Session]:
-    database = _open(tmp_path)
+def session(database_url: str) -> Iterator[Session]:
+    database = _open(database_url)
     with database.write() as session:
         yield session
     database.close()
@@ -180,7 +180,7 @@ class RegistryMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.directory = tempfile.TemporaryDirectory()
-        self.database = _open(Path(self.directory.name))
+        self.database = _open(f"sqlite:///{self.directory.name}/control.db")
         self.registry = Registry(FakeClock())
         self.model: dict[tuple[TenantName, str], dict[int, str]] = {}
         self.current: dict[tuple[TenantName, str], int] = {}

@@ -18,8 +18,8 @@ GLOBEX = TenantName("globex")
 
 
 @pytest.fixture
-def database(tmp_path: Path) -> Iterator[Database]:
-    database = Database(DatabaseConfig(), directory=tmp_path)
+def database(database_url: str) -> Iterator[Database]:
+    database = Database(DatabaseConfig(url=database_url), directory=Path())
     yield database
     database.close()
 
@@ -66,7 +66,8 @@ def test_names_are_unique_and_limits_are_checked(database: Database, accounts: A
         accounts.update_tenant(session, ACME, TenantLimits(tokens_per_minute=-1))
 
 
-def test_only_the_hash_of_a_key_is_stored(database: Database, accounts: Accounts, tmp_path: Path) -> None:
+@pytest.mark.parametrize("new_database", ["sqlite"], indirect=True)
+def test_only_the_hash_of_a_key_is_stored(database: Database, accounts: Accounts, database_url: str) -> None:
     key = new_key()
     assert key.startswith("lpx_")
     assert len(key) == 4 + 43
@@ -77,7 +78,7 @@ def test_only_the_hash_of_a_key_is_stored(database: Database, accounts: Accounts
         assert accounts.keys(session, ACME) == (view,)
         assert accounts.keys(session, GLOBEX) == ()
     database.close()
-    stored = b"".join(path.read_bytes() for path in tmp_path.iterdir())
+    stored = b"".join(path.read_bytes() for path in Path(database_url.removeprefix("sqlite:///")).parent.iterdir())
     assert key.encode() not in stored
     assert view.key_sha256.encode() in stored
 

@@ -14,7 +14,6 @@ from typing import TypeVar
 from sqlalchemy.orm import Session
 
 from loraplex.controller.config import ControllerOptions
-from loraplex.controller.fleet import tables as _fleet_tables  # noqa: F401 - made when the database is opened
 from loraplex.core.clock import Clock
 from loraplex.core.control import AdapterView, NewKey
 from loraplex.core.errors import NotFound
@@ -61,6 +60,15 @@ class Catalog:
         self.cluster_secret = self._database.cluster_secret
         with self._database.read() as session:
             self._parts = self._load_all(session)
+
+    @property
+    def in_doubt(self) -> bool:
+        """As the database's; any thread."""
+        return self._database.in_doubt
+
+    def give_up(self) -> None:
+        """As the database's; any thread."""
+        self._database.give_up()
 
     def close(self) -> None:
         self._database.close()

@@ -1,7 +1,8 @@
 """Runs catalog calls in the one database thread, so that the event loop never waits for a disk.
 
 After each change the new view is handed to the event loop before the caller goes on: who made a change sees it in the
-next snapshot, and views arrive in the order of the changes, also when a caller was cancelled meanwhile.
+next snapshot, and views arrive in the order of the changes, also when a caller was cancelled meanwhile. While one
+change waits to learn whether its commit happened, all other calls fail at once.
 """
 
 import asyncio
@@ -14,6 +15,7 @@ from sqlalchemy.orm import Session
 from loraplex.controller.catalog import Catalog, CatalogView
 from loraplex.controller.config import ControllerOptions
 from loraplex.core.clock import Clock
+from loraplex.core.errors import Unavailable
 
 R = TypeVar("R")
 
@@ -36,12 +38,13 @@ class CatalogThread:
         return self._catalog, await self.read(lambda catalog: catalog.view())
 
     async def read(self, call: Callable[[Catalog], R]) -> R:
-        """For calls that change nothing which a snapshot shows."""
+        """For calls that change nothing which a snapshot shows. Raises Unavailable while a commit is in doubt."""
         catalog = self._opened()
         return await asyncio.get_running_loop().run_in_executor(self._thread, call, catalog)
 
     async def change(self, call: Callable[[Catalog], R]) -> R:
-        """Once begun, the change happens (or fails) as a whole, whether or not the caller still waits."""
+        """Once begun, the change happens (or fails) as a whole, whether or not the caller still waits. Raises
+        Unavailable while a commit is in doubt."""
         catalog = self._opened()
         loop = asyncio.get_running_loop()
 
@@ -63,9 +66,12 @@ class CatalogThread:
         """After all calls that were made. Idempotent."""
         if self._catalog is not None:
             catalog, self._catalog = self._catalog, None
+            catalog.give_up()
             await asyncio.get_running_loop().run_in_executor(self._thread, catalog.close)
         self._thread.shutdown(wait=False)
 
     def _opened(self) -> Catalog:
         assert self._catalog is not None, "the controller is not started"
+        if self._catalog.in_doubt:
+            raise Unavailable("the control database does not answer")
         return self._catalog

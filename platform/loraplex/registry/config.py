@@ -2,13 +2,18 @@
 
 import msgspec
 
+from loraplex.object_storage.url import check_url
+
 MIB = 1024 * 1024
 
 
 class RegistryConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     artifact_url: str | None = None
     """Where checked adapters are stored: a local path or any ``pyarrow.fs`` URL (s3://, gs://, hdfs://); by default
-    ``artifacts`` in the data directory."""
+    ``artifacts`` in the data directory. Options of S3 stand behind the path: ``s3://bucket/prefix?region=eu-central-1``,
+    ``endpoint_override=http://minio:9000``, ``credentials_file=FILE``. Credentials never do: ``docs/stores.md``."""
+    storage_retry_s: float = 30.0
+    """How long calls of a remote artifact store are tried again while it does not answer."""
     approved_url_prefixes: tuple[str, ...] = ()
     """URLs below which ``register by URL`` may read: any tenant, unless a part of the path is ``{tenant}``, as in
     ``s3://bucket/{tenant}/``, which stands for the name of the tenant that registers. ``file:///srv/adapters`` approves
@@ -38,6 +43,7 @@ class RegistryConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """How long an adapter waits for room when all that is in the cache is being read."""
 
     def __post_init__(self) -> None:
+        check_url(self.artifact_url or "", param="registry.artifact_url")
         for name in self.__struct_fields__:
             value = getattr(self, name)
             if isinstance(value, int | float) and value <= 0:

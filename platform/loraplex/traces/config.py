@@ -3,6 +3,7 @@
 import msgspec
 
 from loraplex.core.errors import BadConfig
+from loraplex.object_storage.url import check_url
 
 
 class TraceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -11,8 +12,8 @@ class TraceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     nothing."""
 
     url: str | None = None
-    """A local directory or any pyarrow.fs URL (``s3://bucket/prefix``, ``gs://...``, ``file:///...``). None: the
-    platform's own data directory."""
+    """A local directory or any pyarrow.fs URL (``s3://bucket/prefix``, ``gs://...``, ``file:///...``), with options as
+    in ``registry.artifact_url``. None: the platform's own data directory."""
 
     send_interval_s: float = 1.0
     """A row waits at most this long in the gateway."""
@@ -46,6 +47,7 @@ class TraceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     def __post_init__(self) -> None:
         if self.url == "":
             raise BadConfig("traces.url is empty", param="url")
+        check_url(self.url or "", param="traces.url")
         for name in self.__struct_fields__:
             value = getattr(self, name)
             if name != "url" and not value > 0:

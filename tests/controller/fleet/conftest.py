@@ -12,11 +12,17 @@ from tests.controller.fleet.world import QUICK, Fleet, changed
 
 
 @pytest.fixture
-async def make_fleet(tmp_path: Path) -> AsyncIterator[Callable[..., Fleet]]:
+async def make_fleet(tmp_path: Path, database_url: str) -> AsyncIterator[Callable[..., Fleet]]:
     made: list[Fleet] = []
 
     def make(*nodes: NodeStatus, default: Plan, start_s: float = 0.0, **changes: object) -> Fleet:
-        fleet = Fleet(tmp_path / "data", FakeActuator(nodes, start_s=start_s), default, changed(QUICK, changes))
+        fleet = Fleet(
+            tmp_path / "data",
+            FakeActuator(nodes, start_s=start_s),
+            default,
+            changed(QUICK, changes),
+            database_url=database_url,
+        )
         made.append(fleet)
         return fleet
 

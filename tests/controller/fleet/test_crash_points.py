@@ -54,11 +54,13 @@ class Death:
 
 
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 5))])
-async def test_every_crash_converges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+async def test_every_crash_converges(
+    tmp_path: Path, database_url: str, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
     draw = random.Random(seed)
     death = Death()
     monkeypatch.setattr(CatalogThread, "write_session", death.wraps(CatalogThread.write_session))
-    fleet = Fleet(tmp_path, FakeActuator(NODES, start_s=0.002), plan(0, group("x", A)))
+    fleet = Fleet(tmp_path, FakeActuator(NODES, start_s=0.002), plan(0, group("x", A)), database_url=database_url)
     fleet.machines.hook = death.point
     await fleet.start()
     await fleet.register("p", "q", "r", "s")

@@ -293,15 +293,14 @@ async def test_a_base_without_a_group_comes_when_it_is_asked_for_and_goes_when_n
     assert f"no request for {B} in 1.5 s" in await _reasons(fleet, DecisionKind.ASLEEP)
 
 
-async def test_replicas_that_nobody_recorded_are_adopted(make_fleet: Make) -> None:
+async def test_replicas_that_nobody_recorded_are_adopted(make_fleet: Make, new_database: Callable[[], str]) -> None:
     """As after the loss of the database."""
     fleet = make_fleet(node("n1", 2), default=plan(0, group("x", A), group("y", A)))
     await fleet.start()
     await fleet.settled()
     up = set(fleet.machines.up())
     await fleet.controller.stop()
-    for file in fleet.data_dir.glob("control.db*"):
-        file.unlink()
+    fleet.database_url = new_database()
     fleet.machines.forget_epoch()
     await fleet.start()
     await fleet.settled()

@@ -15,6 +15,7 @@ from loraplex.core.fleet import NodeStatus
 from loraplex.core.ids import BaseModelId, TenantName
 from loraplex.core.plan import AdapterShare, BasePlacement, GroupPlan, Plan, Shape
 from loraplex.core.tenant import TenantLimits
+from loraplex.database.config import DatabaseConfig
 from loraplex.registry.config import RegistryConfig
 from loraplex.tenancy import TenancyConfig
 from loraplex.testing.fake_actuator import FakeActuator
@@ -65,6 +66,7 @@ class Fleet:
     machines: FakeActuator
     default: Plan
     config: FleetConfig = QUICK
+    database_url: str | None = None
     controller: Controller = field(init=False)
     manager: FleetManager = field(init=False)
 
@@ -72,7 +74,7 @@ class Fleet:
         """A controller; one before it is not stopped."""
         options = ControllerOptions(
             data_dir=self.data_dir,
-            controller=ControllerConfig(fleet=self.config),
+            controller=ControllerConfig(fleet=self.config, database=DatabaseConfig(url=self.database_url)),
             registry=RegistryConfig(),
             tenancy=TenancyConfig(),
         )

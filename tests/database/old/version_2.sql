@@ -1,0 +1,131 @@
+BEGIN TRANSACTION;
+CREATE TABLE adapter_versions (
+	tenant VARCHAR(63) NOT NULL,
+	name VARCHAR(63) NOT NULL,
+	version INTEGER NOT NULL,
+	digest VARCHAR(64) NOT NULL,
+	created_s DOUBLE NOT NULL,
+	PRIMARY KEY (tenant, name, version),
+	FOREIGN KEY(tenant, name) REFERENCES adapters (tenant, name) ON DELETE CASCADE,
+	UNIQUE (tenant, name, digest),
+	FOREIGN KEY(digest) REFERENCES artifacts (digest)
+);
+INSERT INTO "adapter_versions" VALUES('acme','sql',1,'24de45152c481e835184a909d593867e38de56f9a581b51ccab35c9fea734937',1.79534468255109882356e+09);
+INSERT INTO "adapter_versions" VALUES('acme','sql',2,'46cc96099a672f9483da1e8dacedd906bffb7bf504608cd3591e4111fada0c53',1.79534468256350731845e+09);
+CREATE TABLE adapters (
+	tenant VARCHAR(63) NOT NULL,
+	name VARCHAR(63) NOT NULL,
+	current_version INTEGER,
+	last_version INTEGER NOT NULL,
+	PRIMARY KEY (tenant, name),
+	FOREIGN KEY(tenant) REFERENCES tenants (name) ON DELETE CASCADE
+);
+INSERT INTO "adapters" VALUES('acme','sql',2,2);
+CREATE TABLE artifacts (
+	digest VARCHAR(64) NOT NULL,
+	content_sha256 VARCHAR(64) NOT NULL,
+	base_model_id VARCHAR(255) NOT NULL,
+	max_lora_rank INTEGER NOT NULL,
+	num_bytes BIGINT NOT NULL,
+	manifest BLOB NOT NULL,
+	released_s DOUBLE,
+	PRIMARY KEY (digest)
+);
+INSERT INTO "artifacts" VALUES('24de45152c481e835184a909d593867e38de56f9a581b51ccab35c9fea734937','5affe2c530f86fc179d7e4b631736a1ed607f9d530d79c2c73d3bed2f8b94f66','tiny',4,2304,X'789C25C9C10D82301400500E5EDCC6D27E686F6CD2FCB61F8314AA2D1CB8B3803B48130E4E621CC06D34F15DDF9A5D77A6347D9A523812C0A0B44232921C9814A84ECA81E2B2AA894B4750B50A413203CC5A341CAC6A096B2E14AF9F0613E92138F2BA738FA91B976C7CB07DBAAF9BC78562917F3B7BCA377D8DE1B2FB1051471CFBC3962C7A7A35C5DF3ECE8336CB44E97D2CBE5BC938BE',NULL);
+INSERT INTO "artifacts" VALUES('46cc96099a672f9483da1e8dacedd906bffb7bf504608cd3591e4111fada0c53','5c2fdd659b8d451852345a68a088fba38e14041fc32d2bffa6912802d0d81a77','tiny',4,2304,X'789C25C9C10D82301400500E5EDCA69552E88D4D9ADFFE5F8314AA2D1CB8B3803B48130E4E621CC06D34F15DDF9AB13B539A3EAD90D62AC99402599F9C124D89C0A941B084A89834CE99DAB88A09C91A8B65A53809CEB9030466ABF26920911E0292D71D3EA66E5CB2F1C1F6E9BE6E1E168A45FEEDEC29DFF43586CBEE43041D61EC0F5BB2E0E9D5167FFB380FDA2C13A5F7B1F802FA6239F3',NULL);
+CREATE TABLE cluster (
+	id INTEGER NOT NULL,
+	schema_version INTEGER NOT NULL,
+	epoch BIGINT NOT NULL,
+	secret VARCHAR(128) NOT NULL,
+	PRIMARY KEY (id)
+);
+INSERT INTO "cluster" VALUES(1,2,1,'FA4wQEg9shfVGAigkOh3NDUsZXLl4ztnWSFo49r4YDU');
+CREATE TABLE decisions (
+	number INTEGER NOT NULL,
+	at_s DOUBLE NOT NULL,
+	kind VARCHAR(32) NOT NULL,
+	plan_version INTEGER NOT NULL,
+	reason TEXT NOT NULL,
+	attainment_before DOUBLE,
+	predicted_gain DOUBLE,
+	attainment_after DOUBLE,
+	PRIMARY KEY (number)
+);
+INSERT INTO "decisions" VALUES(1,1.79534468257910871506e+09,'applied',1,'an administrator applied it',NULL,NULL,NULL);
+INSERT INTO "decisions" VALUES(2,1.79534468258711886403e+09,'woken',1,'a request asked for tiny',NULL,NULL,NULL);
+CREATE TABLE fleet (
+	id INTEGER NOT NULL,
+	last_replica INTEGER NOT NULL,
+	last_group INTEGER NOT NULL,
+	last_version INTEGER NOT NULL,
+	active_version INTEGER NOT NULL,
+	PRIMARY KEY (id)
+);
+INSERT INTO "fleet" VALUES(1,1,1,1,1);
+CREATE TABLE keys (
+	key_id VARCHAR(32) NOT NULL,
+	tenant VARCHAR(63) NOT NULL,
+	role VARCHAR(16) NOT NULL,
+	key_sha256 VARCHAR(64) NOT NULL,
+	created_s DOUBLE NOT NULL,
+	PRIMARY KEY (key_id),
+	FOREIGN KEY(tenant) REFERENCES tenants (name) ON DELETE CASCADE,
+	UNIQUE (key_sha256)
+);
+INSERT INTO "keys" VALUES('key_5b3cf6408ae64566','acme','member','813b3706f7683d438ac6704b39ac78cd6d939664245ab2af2012963a951b0919',1.79534468252822327618e+09);
+CREATE TABLE plans (
+	version INTEGER NOT NULL,
+	body TEXT NOT NULL,
+	assigned TEXT,
+	source VARCHAR(64) NOT NULL,
+	state VARCHAR(16) NOT NULL,
+	created_s DOUBLE NOT NULL,
+	reason TEXT NOT NULL,
+	"before" INTEGER NOT NULL,
+	PRIMARY KEY (version)
+);
+INSERT INTO "plans" VALUES(1,'{"version":1,"groups":[{"name":"first","shape":{"tp":1,"pp":1},"bases":[{"base_model_id":"tiny","adapters":[],"arena_share":1.0}],"gpu":"","nodes":[]}]}',NULL,'admin','applying',1.79534468257482814784e+09,'an administrator applied it',0);
+CREATE TABLE replicas (
+	number INTEGER NOT NULL,
+	replica_id VARCHAR(300) NOT NULL,
+	state VARCHAR(16) NOT NULL,
+	body TEXT NOT NULL,
+	PRIMARY KEY (number),
+	UNIQUE (replica_id)
+);
+INSERT INTO "replicas" VALUES(1,'tiny-1','starting','{"target":{"replica_id":"tiny-1","group":"g1","base_model_id":"tiny","shape":{"tp":1,"pp":1},"gpu":"","nodes":["n1"],"adapters":[]},"state":"starting","since_s":1795344682.5833092,"group_bases":["tiny"],"planned_nodes":[],"nodes":[],"route":null}');
+CREATE TABLE tenants (
+	name VARCHAR(63) NOT NULL,
+	cache_salt VARCHAR(64) NOT NULL,
+	digest_salt VARCHAR(64) NOT NULL,
+	created_s DOUBLE NOT NULL,
+	requests_per_minute BIGINT,
+	tokens_per_minute BIGINT,
+	max_concurrent_requests BIGINT,
+	max_adapters BIGINT,
+	max_adapter_bytes BIGINT,
+	PRIMARY KEY (name)
+);
+INSERT INTO "tenants" VALUES('acme','13918f790a8474e8f510a02db84b9c2afbd25d411ebd4eb0e3ad88f1e0c49b0a','b642b0b868ad70fd73480094841903858faf544383832c934215e5903f70f5ae',1.79534468251581978801e+09,60,NULL,NULL,NULL,NULL);
+INSERT INTO "tenants" VALUES('globex','48d204929c4473c87c0c05c3f2794cc518498cbcd8103123219e81c4028c9d37','e1b3282daa8bb3a3caada08afb8df5563ab1410008de3a5406c7f050fba85cd0',1.79534468252398633951e+09,NULL,NULL,NULL,NULL,NULL);
+CREATE TABLE usage (
+	tenant VARCHAR(63) NOT NULL,
+	requests BIGINT NOT NULL,
+	prompt_tokens BIGINT NOT NULL,
+	output_tokens BIGINT NOT NULL,
+	PRIMARY KEY (tenant),
+	FOREIGN KEY(tenant) REFERENCES tenants (name) ON DELETE CASCADE
+);
+INSERT INTO "usage" VALUES('acme',3,4,5);
+INSERT INTO "usage" VALUES('globex',0,0,0);
+CREATE TABLE woken_bases (
+	base_model_id VARCHAR(255) NOT NULL,
+	woken_s DOUBLE NOT NULL,
+	PRIMARY KEY (base_model_id)
+);
+INSERT INTO "woken_bases" VALUES('tiny',1.79534468258567070962e+09);
+CREATE INDEX ix_artifacts_released_s ON artifacts (released_s);
+CREATE INDEX ix_keys_tenant ON keys (tenant);
+CREATE INDEX ix_adapter_versions_digest ON adapter_versions (digest);
+COMMIT;
