@@ -16,6 +16,7 @@ class Root(LazyGroup):
         "tenant": ("loraplex.cli.tenant:app", "Create, change and delete tenants; see their usage."),
         "key": ("loraplex.cli.key:app", "API keys of a tenant."),
         "adapter": ("loraplex.cli.adapter:app", "Register, list, roll back and delete adapters."),
+        "state": ("loraplex.cli.state:app", "Back up and restore tenants, keys, adapters and plans."),
         "trace": ("loraplex.cli.trace:app", "Look at traffic; make, convert and split traces."),
         "replay": ("loraplex.cli.replay:replay_command", "Send a trace back as open-loop load and report latencies."),
         "simulate": ("loraplex.cli.simulate:simulate_command", "Simulate a trace through a plan."),
