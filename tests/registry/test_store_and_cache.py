@@ -15,18 +15,21 @@ from loraplex.core.adapter import AdapterManifest
 from loraplex.core.control import ArtifactInfo
 from loraplex.core.errors import BadAdapter, BadConfig, NotFound, StorageFull, Unavailable
 from loraplex.core.ids import BaseModelId, Digest
+from loraplex.object_storage.retry import Retry
 from loraplex.registry.cache import NodeCache
 from loraplex.registry.config import RegistryConfig
 from loraplex.registry.store import ArtifactStore, LocalStore, RemoteStore, open_store
 
+RETRY = Retry(total_s=5.0)
 A, B = (Digest(letter * 64) for letter in "ab")
 
 
 @pytest.fixture(params=["local", "remote"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> ArtifactStore:
     if request.param == "local":
-        return open_store(f"file://{tmp_path}/store")
-    return RemoteStore(pyarrow.fs.LocalFileSystem(), f"{tmp_path}/store", url=f"mem://{tmp_path}/store?x=1")
+        return open_store(f"file://{tmp_path}/store", retry=RETRY)
+    url = f"mem://{tmp_path}/store?x=1"
+    return RemoteStore(pyarrow.fs.LocalFileSystem(), f"{tmp_path}/store", url=url, retry=RETRY)
 
 
 def _source(tmp_path: Path, data: bytes) -> Path:
@@ -68,7 +71,7 @@ def test_collect_removes_what_nobody_references(store: ArtifactStore, tmp_path: 
 
 def test_urls(tmp_path: Path) -> None:
     assert LocalStore(tmp_path).url(A) == f"{tmp_path}/aa/{A}.safetensors"
-    remote = RemoteStore(pyarrow.fs.LocalFileSystem(), "bucket/x", url="s3://bucket/x?region=eu")
+    remote = RemoteStore(pyarrow.fs.LocalFileSystem(), "bucket/x", url="s3://bucket/x?region=eu", retry=RETRY)
     assert remote.url(A) == f"s3://bucket/x/{A}.safetensors?region=eu"
 
 
@@ -117,10 +120,10 @@ def test_another_filesystem_is_copied_to(monkeypatch: pytest.MonkeyPatch, tmp_pa
 
 def test_bad_urls(tmp_path: Path) -> None:
     with pytest.raises(BadConfig, match="artifact_url"):
-        open_store("nosuch://bucket/x")
+        open_store("nosuch://bucket/x", retry=RETRY)
     (tmp_path / "file").touch()
     with pytest.raises(BadConfig, match="cannot create"):
-        open_store(str(tmp_path / "file" / "store"))
+        open_store(str(tmp_path / "file" / "store"), retry=RETRY)
 
 
 class Reader:
@@ -189,16 +192,15 @@ def test_the_stores_own_file_is_used_where_it_is(tmp_path: Path) -> None:
     assert _fetch(cache, digest)[1] != str(own), "a file of another content is not believed"
 
 
-def test_a_url_is_read_directly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    reader = Reader(url="s3://bucket/a")
+def test_a_url_is_read_directly(tmp_path: Path) -> None:
+    object_file = tmp_path / "object"
+    reader = Reader(url=object_file.as_uri())
     digest = reader.add("a")
-    (tmp_path / "object").write_bytes(reader.files[digest])
-    local = pyarrow.fs.LocalFileSystem(), str(tmp_path / "object")
-    monkeypatch.setattr(pyarrow.fs, "FileSystem", SimpleNamespace(from_uri=lambda _url: local))
+    object_file.write_bytes(reader.files[digest])
     _, path = _fetch(_cache(tmp_path / "cache", reader), digest)
     assert Path(path).read_bytes() == reader.files[digest]
     assert reader.calls == 1
-    (tmp_path / "object").unlink()
+    object_file.unlink()
     (tmp_path / "cache" / Path(path).name).unlink()
     with pytest.raises(NotFound):
         _fetch(_cache(tmp_path / "cache", reader), digest)

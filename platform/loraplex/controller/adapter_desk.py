@@ -20,6 +20,7 @@ from loraplex.core.control import AdapterView, ArtifactInfo
 from loraplex.core.errors import BadAdapter, LoraplexError, NotFound, RateLimited, StorageFull, Unavailable
 from loraplex.core.ids import BaseModelId, Digest, TenantName
 from loraplex.core.model import ModelSpec
+from loraplex.object_storage.retry import Retry
 from loraplex.registry.config import RegistryConfig
 from loraplex.registry.intake import CheckedAdapter, check_adapter
 from loraplex.registry.lora_config import CONFIG_FILE
@@ -76,7 +77,9 @@ class AdapterDesk:
         """
         self._staging: StagingArea = await self._io(StagingArea, self._data_dir / "uploads", self._config)
         url = self._config.artifact_url or str(self._data_dir / "artifacts")
-        self._store: ArtifactStore = await self._io(open_store, url)
+        self._store: ArtifactStore = await self._io(
+            partial(open_store, url, retry=Retry(total_s=self._config.storage_retry_s))
+        )
         referenced = await self._catalog.read(lambda catalog: catalog.artifact_digests())
         await self._io(self._store.collect, referenced)
         await self.sweep()

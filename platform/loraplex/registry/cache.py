@@ -10,6 +10,7 @@ others make room. Knows no tenant and no Ray. Thread-safe and blocking: a replic
 import contextlib
 import fcntl
 import hashlib
+import logging
 import os
 import threading
 import time
@@ -19,14 +20,17 @@ from pathlib import Path
 from typing import Protocol
 
 import msgspec
-import pyarrow.fs
 
 from loraplex.core.adapter import AdapterManifest
 from loraplex.core.control import ArtifactInfo
-from loraplex.core.errors import BadAdapter, NotFound, StorageFull, Unavailable
+from loraplex.core.errors import BadAdapter, BadConfig, NotFound, StorageFull, Unavailable
 from loraplex.core.ids import Digest
+from loraplex.object_storage.location import open_location
+from loraplex.object_storage.retry import Retry, read_pieces
 from loraplex.registry.config import RegistryConfig
 from loraplex.registry.store import translated_disk_errors
+
+logger = logging.getLogger(__name__)
 
 _TEMPORARY = ".tmp-"
 _ROOM_POLL_S = 0.02
@@ -50,6 +54,7 @@ class NodeCache:
         self._config = config
         self._directory = directory.absolute()
         self._reader = reader
+        self._retry = Retry(total_s=config.storage_retry_s)
         self._mutex = threading.Lock()
         self._fetching: dict[Digest, threading.Lock] = {}
         self._verified: set[tuple[str, int, int]] = set()
@@ -147,13 +152,12 @@ class NodeCache:
 
     def _remote_pieces(self, url: str) -> Iterator[bytes]:
         try:
-            filesystem, path = pyarrow.fs.FileSystem.from_uri(url)
-            with filesystem.open_input_stream(path) as stream:
-                while piece := stream.read(self._config.piece_bytes):
-                    yield bytes(piece)
+            filesystem, path = open_location(url, param="registry.artifact_url")
+            yield from read_pieces(filesystem, path, self._config.piece_bytes, self._retry)
         except FileNotFoundError as error:
             raise NotFound("the file of the adapter is not in the artifact store: it was deleted") from error
-        except (OSError, ValueError) as error:
+        except (BadConfig, OSError) as error:
+            logger.warning("the artifact store does not answer: %s", error)
             raise Unavailable("the artifact store does not answer") from error
 
     def _reserve(self, num_bytes: int, held: contextlib.ExitStack) -> Path:

@@ -12,18 +12,21 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import BinaryIO
 from urllib.parse import urlsplit
-
-import pyarrow.fs
 
 from loraplex.core.errors import BadConfig, InvalidInput, NotFound, PermissionDenied, Unavailable
 from loraplex.core.ids import TenantName
+from loraplex.object_storage.location import open_location
+from loraplex.object_storage.retry import Retry, read_pieces
+from loraplex.object_storage.url import check_url
 from loraplex.registry.lora_config import CONFIG_FILE
 from loraplex.registry.tensors_file import TENSORS_FILE
 
 _TENANT_PART = "{tenant}"
 _PIECE_BYTES = 4 * 1024 * 1024
+_RETRY = Retry(total_s=10.0)
+"""A client waits."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +46,7 @@ def parse_prefixes(prefixes: tuple[str, ...]) -> tuple[ApprovedPrefix, ...]:
     """Raises BadConfig naming the prefix."""
     parsed = []
     for prefix in prefixes:
+        check_url(prefix, param="registry.approved_url_prefixes")
         parts = urlsplit(prefix)
         if not parts.scheme or parts.fragment or (parts.scheme == "file" and (parts.netloc or parts.path in ("", "/"))):
             raise BadConfig(
@@ -79,12 +83,11 @@ def fetch_adapter(
         opened = _open_local(prefix, segments[depth:])
     else:
         opened = _open_remote(prefix, segments)
-    with opened as open_file:
+    with opened as pieces:
         for filename in (CONFIG_FILE, TENSORS_FILE):
             try:
-                with open_file(filename) as file:
-                    while piece := file.read(_PIECE_BYTES):
-                        append(filename, bytes(piece))
+                for piece in pieces(filename):
+                    append(filename, piece)
             except FileNotFoundError:
                 raise NotFound(f"there is no {filename} at {url!r}", param="url") from None
             except OSError as error:
@@ -106,11 +109,12 @@ def _split(url: str) -> tuple[str, str, tuple[str, ...]]:
     return parts.scheme, parts.netloc, segments
 
 
-_OpenFile = Callable[[str], BinaryIO]
+_Pieces = Callable[[str], Iterator[bytes]]
+"""The content of a file by its name."""
 
 
 @contextmanager
-def _open_local(prefix: ApprovedPrefix, below: tuple[str, ...]) -> Iterator[_OpenFile]:
+def _open_local(prefix: ApprovedPrefix, below: tuple[str, ...]) -> Iterator[_Pieces]:
     """Walks down by directory descriptors, so that no component can be swapped for a link meanwhile."""
     directory = Path("/", *prefix.segments)
     try:
@@ -125,9 +129,15 @@ def _open_local(prefix: ApprovedPrefix, below: tuple[str, ...]) -> Iterator[_Ope
                 raise NotFound("there is no such directory below the approved one", param="url") from error
             os.close(descriptor)
             descriptor = child
-        yield lambda filename: _open_regular(descriptor, filename)
+        yield lambda filename: _local_pieces(descriptor, filename)
     finally:
         os.close(descriptor)
+
+
+def _local_pieces(directory: int, filename: str) -> Iterator[bytes]:
+    with _open_regular(directory, filename) as file:
+        while piece := file.read(_PIECE_BYTES):
+            yield piece
 
 
 def _open_regular(directory: int, filename: str) -> BinaryIO:
@@ -140,11 +150,10 @@ def _open_regular(directory: int, filename: str) -> BinaryIO:
 
 
 @contextmanager
-def _open_remote(prefix: ApprovedPrefix, segments: tuple[str, ...]) -> Iterator[_OpenFile]:
+def _open_remote(prefix: ApprovedPrefix, segments: tuple[str, ...]) -> Iterator[_Pieces]:
     url = f"{prefix.scheme}://{prefix.host}/{'/'.join(segments)}{prefix.options}"
-    filesystem: Any
     try:
-        filesystem, path = pyarrow.fs.FileSystem.from_uri(url)
-    except (OSError, ValueError) as error:
+        filesystem, path = open_location(url, param="registry.approved_url_prefixes")
+    except BadConfig as error:
         raise Unavailable(f"the source of scheme {prefix.scheme!r} cannot be opened") from error
-    yield lambda filename: cast(BinaryIO, filesystem.open_input_stream(f"{path}/{filename}"))
+    yield lambda filename: read_pieces(filesystem, f"{path}/{filename}", _PIECE_BYTES, _RETRY)

@@ -20,6 +20,8 @@ import pyarrow.fs
 
 from loraplex.core.errors import BadConfig, NotFound, StorageFull, Unavailable
 from loraplex.core.ids import Digest
+from loraplex.object_storage.location import open_location
+from loraplex.object_storage.retry import Retry
 
 logger = logging.getLogger(__name__)
 
@@ -51,16 +53,16 @@ class ArtifactStore(Protocol):
         """
 
 
-def open_store(url: str) -> ArtifactStore:
-    """``url``: a local path, file:// URL, or another URL that ``pyarrow.fs`` understands. Raises BadConfig."""
+def open_store(url: str, *, retry: Retry) -> ArtifactStore:
+    """``url``: a local path, file:// URL, or another URL that ``object_storage`` opens. Raises BadConfig, Unavailable.
+
+    ``retry``: of a remote store's calls, but for ``remove``, which is repeated by who asks for it.
+    """
     scheme, separator, rest = url.partition("://")
     if not separator or scheme == "file":
         return LocalStore(Path(rest if separator else url))
-    try:
-        filesystem, path = pyarrow.fs.FileSystem.from_uri(url)
-    except (OSError, ValueError) as error:
-        raise BadConfig(f"registry.artifact_url {scheme}://...: {error}", param="registry.artifact_url") from error
-    return RemoteStore(filesystem, path, url=url)
+    filesystem, path = open_location(url, param="registry.artifact_url")
+    return RemoteStore(filesystem, path, url=url, retry=retry)
 
 
 @contextmanager
@@ -144,30 +146,28 @@ class LocalStore:
 class RemoteStore:
     """Objects ``root/abcd....safetensors`` of a ``pyarrow.fs.FileSystem``."""
 
-    def __init__(self, filesystem: Any, root: str, *, url: str) -> None:
+    def __init__(self, filesystem: Any, root: str, *, url: str, retry: Retry) -> None:
         """``url``: what nodes prefix to a file name to open it; options after ``?`` stay behind the name."""
         self._filesystem = filesystem
+        self._retry = retry
         self._root = root.rstrip("/")
         self._base_url, mark, options = url.partition("?")
         self._options = mark + options
 
     def publish(self, source: Path, digest: Digest) -> None:
         with translated_disk_errors("the adapter"):
-            if self._exists(digest):
-                return
-            self._filesystem.create_dir(self._root, recursive=True)
-            temporary = f"{self._root}/tmp-{uuid.uuid4().hex}"
-            with source.open("rb") as file, self._filesystem.open_output_stream(temporary) as stream:
-                shutil.copyfileobj(file, stream, 4 * 1024 * 1024)
-            self._filesystem.move(temporary, self._path(digest))
+            self._retry.call(lambda: self._publish(source, digest))
 
     def url(self, digest: Digest) -> str:
         return f"{self._base_url.rstrip('/')}/{digest}{_SUFFIX}{self._options}"
 
     def read(self, digest: Digest, offset: int, max_bytes: int) -> bytes:
-        try:
+        def attempt() -> bytes:
             with self._filesystem.open_input_file(self._path(digest)) as file:
                 return bytes(file.read_at(max_bytes, min(offset, file.size())))
+
+        try:
+            return self._retry.call(attempt)
         except FileNotFoundError:
             raise _gone(digest) from None
         except OSError as error:
@@ -182,12 +182,25 @@ class RemoteStore:
         selector = pyarrow.fs.FileSelector(self._root, allow_not_found=True)
         removed = 0
         with translated_disk_errors("the artifact store"):
-            for info in self._filesystem.get_file_info(selector):
+            for info in self._retry.call(lambda: self._filesystem.get_file_info(selector)):
                 match = _FILE_NAME.match(info.base_name)
                 if info.base_name.startswith("tmp-") or (match is not None and match[1] not in referenced):
                     self._filesystem.delete_file(info.path)
                     removed += 1
         return removed
+
+    def _publish(self, source: Path, digest: Digest) -> None:
+        """One attempt. What an earlier one left half done is done again, or collected at the next start."""
+        if self._exists(digest):
+            return
+        self._filesystem.create_dir(self._root, recursive=True)
+        temporary = f"{self._root}/tmp-{uuid.uuid4().hex}"
+        with source.open("rb") as file, self._filesystem.open_output_stream(temporary) as stream:
+            shutil.copyfileobj(file, stream, 4 * 1024 * 1024)
+        arrived = self._filesystem.get_file_info(temporary).size
+        if arrived != source.stat().st_size:
+            raise OSError(errno.EIO, f"{arrived} bytes arrived in the place of {source.stat().st_size}")
+        self._filesystem.move(temporary, self._path(digest))
 
     def _path(self, digest: Digest) -> str:
         return f"{self._root}/{digest}{_SUFFIX}"

@@ -5,18 +5,22 @@ Called by ``arrivals`` and ``stats`` and by whoever plans from traffic. May run 
 
 import glob
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
 
 import pyarrow as pa
 import pyarrow.fs as pafs
 
 from loraplex.core.errors import NotFound, Unavailable
+from loraplex.object_storage.retry import is_transient
 from loraplex.traces.order import require_valid_rows
 from loraplex.traces.parquet import iter_tables, read_table
 from loraplex.traces.schema import to_trace_schema
-from loraplex.traces.storage import TraceFile, TraceFolder, resolve, without_replaced
+from loraplex.traces.storage import RETRY, TraceFile, TraceFolder, resolve, without_replaced
 
+R = TypeVar("R")
 _SNAPSHOT_ATTEMPTS = 50
 _NOT_TRACES = (".", "_", "damaged-")
 
@@ -36,7 +40,7 @@ def read_traces(
     before this Unix time, and so hold only rows of requests that ended before it.
     Raises NotFound when there is no trace file, InvalidInput naming the file when one is damaged or not a trace and
     naming the row (counted from 0) when its time or one of its token counts cannot be, Unavailable when a writer
-    changes the folder faster than it can be listed.
+    changes the folder faster than it can be listed, or when the store does not answer.
     """
     wanted = None if columns is None else {"arrival_s", *columns}
     text = os.fspath(path)
@@ -49,7 +53,7 @@ def read_traces(
             yield from _read_file(filesystem, os.path.abspath(match), wanted, batch_rows)
         return
     filesystem, resolved = resolve(text)
-    info = filesystem.get_file_info(resolved)
+    info = _asked(partial(filesystem.get_file_info, resolved))
     if info.type == pafs.FileType.File:
         yield from _read_file(filesystem, resolved, wanted, batch_rows)
     elif info.type == pafs.FileType.Directory:
@@ -90,6 +94,16 @@ def _read_folder(
             continue  # retention took it since the listing
 
 
+def _asked(question: Callable[[], R]) -> R:
+    """Of the store; Unavailable when it does not answer for long."""
+    try:
+        return RETRY.call(question)
+    except OSError as error:
+        if not is_transient(error):
+            raise
+        raise Unavailable("the store of the traces does not answer") from error
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Snapshot:
     files: list[TraceFile]
@@ -106,9 +120,9 @@ def _snapshot(folder: TraceFolder) -> _Snapshot:
     A merge makes a trace file, then deletes its parts; one pass over the folder may see neither. Two passes that agree
     cannot both have missed the trace file. Parts are read at once; when one is gone already, all is done again.
     """
-    before = folder.listing()
+    before = _asked(folder.listing)
     for _ in range(_SNAPSHOT_ATTEMPTS):
-        listing = folder.listing()
+        listing = _asked(folder.listing)
         if {file.name for file in listing[0]} == {file.name for file in before[0]}:
             files, _replaced = without_replaced(listing[0])
             try:
@@ -118,7 +132,7 @@ def _snapshot(folder: TraceFolder) -> _Snapshot:
                     if file.is_part
                 }
             except FileNotFoundError:
-                listing = folder.listing()
+                listing = _asked(folder.listing)
             else:
                 others = [name for name in listing[1] if name.endswith(".parquet") and not name.startswith(_NOT_TRACES)]
                 return _Snapshot(files=files, parts=parts, others=sorted(others))

@@ -20,8 +20,9 @@ _log = logging.getLogger(__name__)
 def merge_parts(folder: TraceFolder, parts: list[TraceFile]) -> None:
     """Writes one trace file for ``parts`` (all of one run), then deletes them. Nothing happens with no parts.
 
-    A part that cannot be read is set aside and logged. Raises OSError, with every part still in place, when one is
-    missing (another writer was faster: what this one would write could lack rows) or the file cannot be written.
+    A damaged part is set aside and logged. Raises OSError, with every part still in place, when one is missing
+    (another writer was faster: what this one would write could lack rows) or the file cannot be written, Unavailable
+    when the store does not answer.
     """
     if not parts:
         return

@@ -14,10 +14,13 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from loraplex.core.errors import BadConfig
+from loraplex.object_storage.location import open_location
+from loraplex.object_storage.retry import Retry
 
 _NAME = re.compile(r"^(?:part-(?P<run>\w+)-(?P<seq>\d+)|trace-(?P<trun>\w+)-(?P<first>\d+)-(?P<last>\d+))\.parquet$")
 _TEMPORARY = re.compile(r"^\.tmp-(?P<run>\w+)-.*")
+RETRY = Retry(total_s=15.0)
+"""Of who reads; a writer has its own patience."""
 _ATOMIC_PUT = frozenset({"s3", "gcs", "abfs"})
 """Object stores: an object appears whole or not at all, and renaming would copy it."""
 
@@ -68,14 +71,11 @@ def without_replaced(files: list[TraceFile]) -> tuple[list[TraceFile], list[Trac
 
 
 def resolve(url: str) -> tuple[pafs.FileSystem, str]:
-    """(filesystem, path in it) of a URL or of a local path. Raises BadConfig for a URL that pyarrow.fs cannot open."""
+    """(filesystem, path in it) of a URL or of a local path. Raises BadConfig for a URL that cannot be opened,
+    Unavailable when that needs an object store which does not answer."""
     if "://" not in url:
         return pafs.LocalFileSystem(), str(Path(url).expanduser().absolute())
-    try:
-        filesystem, path = pafs.FileSystem.from_uri(url)
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise BadConfig(f"trace URL {url}: {error}", param="url") from error
-    return filesystem, path
+    return open_location(url, param="trace URL")
 
 
 class TraceFolder:

@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from loraplex.core.clock import Clock, SystemClock
 from loraplex.core.control import TraceStoreStatus
+from loraplex.core.errors import Unavailable
 from loraplex.traces.config import TraceConfig
 from loraplex.traces.parquet import to_parquet
 from loraplex.traces.rotation import adopt_orphans, delete_oldest, merge_parts
@@ -228,7 +229,7 @@ class TraceWriter:
         try:
             present = {file.name for file in self._folder.files()}
             merge_parts(self._folder, [part for part in self._parts if part.name in present])
-        except (OSError, pa.ArrowException) as error:
+        except (OSError, pa.ArrowException, Unavailable) as error:
             _log.error("cannot merge trace parts, they stay as they are: %s", error)
             self._rotate_not_before_s = self._clock.monotonic_s() + _ROTATE_RETRY_S
             return
@@ -243,5 +244,5 @@ class TraceWriter:
             self._folder.delete_temporary(older_than_s=now_s - _TEMPORARY_AGE_S)
             adopt_orphans(self._folder, own_run=self._run, still_since_s=now_s - self._config.adopt_age_s)
             delete_oldest(self._folder, own_run=self._run, max_total_bytes=self._config.max_total_bytes)
-        except (OSError, pa.ArrowException) as error:
+        except (OSError, pa.ArrowException, Unavailable) as error:
             _log.error("cannot tidy the trace folder %s: %s", self._url, error)
