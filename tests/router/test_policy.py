@@ -109,8 +109,9 @@ def test_an_adapter_stays_at_home_until_the_wait_there_costs_more_than_its_load_
     # Requests on their way make a home as well.
     coming = dataclasses.replace(view("b", resident=False), sent={ADAPTER: 1})
     assert choose(view("a", queued=500), coming) == "b"
-    # Nine others under way would use it as well: 5 ms for each.
-    busy = dataclasses.replace(view("a", queued=1000), sent={ADAPTER: 9})
+    # Forty others under way would use it as well: it counts a fifth.
+    assert choose(dataclasses.replace(view("a", queued=1000), sent={ADAPTER: 1}), view("b", resident=False)) == "a"
+    busy = dataclasses.replace(view("a", queued=1000), sent={ADAPTER: 40})
     assert choose(busy, view("b", resident=False)) == "b"
     choice = choose_replica((busy, view("b", resident=False)), demand(), CONFIG)
     assert choice is not None

@@ -4,7 +4,7 @@ The replica that is predicted to serve the request soonest takes it, ``predictio
 running there, the prompt less what its pages hold already, and the load of the adapter where it is not resident. So an
 adapter has as many homes as its load needs: another replica loads it once the wait at the homes exceeds the cost of
 that, and as long as they are idle all its requests go to the first of them, while the others forget it. One request
-waits for the load, all that follow use it: its cost is divided by the requests of the adapter that are under way.
+waits for the load, all that follow use it: it counts the less, the more requests of the adapter are under way.
 
 Replicas that are alike are told apart by rendezvous hashing (Thaler and Ravishankar, 1998) of (key, replica), so that
 equal prefixes meet again, a cold adapter has one home, and a replica that comes or goes moves only its own share;
@@ -21,7 +21,7 @@ from math import inf, log
 from loraplex.core.ids import Digest, ReplicaId
 from loraplex.core.request import EngineRequest
 from loraplex.router.config import RouterConfig
-from loraplex.router.prediction import Rates, decode_step_s, first_token_s
+from loraplex.router.prediction import LOAD_SHARE, Rates, decode_step_s, first_token_s
 
 _PREFIX_TOKENS = 64
 _WORD = (1 << 64) - 1
@@ -105,11 +105,11 @@ def choose_replica(views: Sequence[ReplicaView], demand: Demand, config: RouterC
     homes: list[tuple[float, float, ReplicaView]] = []
     others: list[tuple[float, float, ReplicaView]] = []
     least_home = least_other = inf
-    num_sharing = 1
+    sharing = 1.0
     if digest is not None:
         for view in views:
             if digest in view.sent:
-                num_sharing += view.sent[digest]
+                sharing += LOAD_SHARE * view.sent[digest]
     for view in views:
         if view.credits <= 0:
             continue
@@ -121,7 +121,7 @@ def choose_replica(views: Sequence[ReplicaView], demand: Demand, config: RouterC
                 least_home = score
         else:
             absence_s = view.absence_s(digest)
-            score += absence_s / num_sharing
+            score += absence_s / sharing
             others.append((score, first_s + absence_s, view))
             if score < least_other:
                 least_other = score

@@ -16,6 +16,8 @@ from loraplex.cost.step_cost import StepCoefficients, StepComposition, StepCost
 
 _REFERENCE_TOKENS = (1024.0, 4096.0)
 """Steps with this many prompt tokens give the line; they are beyond the point from which each token costs time."""
+LOAD_SHARE = 0.1
+"""Of the wait for an adapter's load that counts less for each other request of the adapter: one waits, all use it."""
 OUTPUT_SHARE = 0.02
 """Of a generation that ended in the mean length of generations."""
 

@@ -5,7 +5,7 @@
 
 import numpy as np
 
-from loraplex.router.prediction import decode_step_s, first_token_s
+from loraplex.router.prediction import LOAD_SHARE, decode_step_s, first_token_s
 from loraplex.simulator.compiled import inlined, inner
 from loraplex.simulator.fast_accounts import (
     begin_wait,
@@ -34,10 +34,10 @@ def choose(state: State, knobs: Knobs, r: int) -> int:
     first, end = state.first_candidate[request.key], state.first_candidate[request.key + 1]
     output = state.mean_output[request.base]
     least_home, least_other = np.inf, np.inf
-    num_sharing = 1
+    sharing = 1.0
     if adapter != NONE:
         for index in range(first, end):
-            num_sharing += state.pairs[adapter, state.candidates[index].replica].sent
+            sharing += LOAD_SHARE * state.pairs[adapter, state.candidates[index].replica].sent
     for index in range(first, end):
         p = state.candidates[index].replica
         score = np.inf
@@ -47,7 +47,7 @@ def choose(state: State, knobs: Knobs, r: int) -> int:
             if _is_home(state, adapter, p):
                 least_home = min(least_home, score)
             else:
-                score += _absence_s(state, knobs, adapter, p) / num_sharing
+                score += _absence_s(state, knobs, adapter, p) / sharing
                 least_other = min(least_other, score)
         state.scores[index - first] = score
     if least_home == np.inf and least_other == np.inf:
