@@ -51,7 +51,10 @@ def test_tenant_life(call: Run) -> None:
         )
     )
     assert updated["limits"] == {**created["limits"], "requests_per_minute": None, "max_adapters": 5}
-    assert "max_adapters: 5" in call("tenant", "show", "initech").stdout
+    shown = call("tenant", "show", "initech").stdout
+    assert "max_adapters: 5" in shown
+    assert "weight: 1" in shown
+    assert _json(call("tenant", "update", "initech", "--limit", "weight=4", "--json"))["limits"]["weight"] == 4
     assert "output tokens: 0" in call("tenant", "usage", "initech").stdout
     call("tenant", "delete", "initech", "--yes")
     assert "initech" not in call("tenant", "list").stdout

@@ -4,7 +4,14 @@ from typing import Any
 
 ADMIN_KEY = "lpx_platform_admin_key_of_the_tests"
 NO_LIMITS = dict.fromkeys(
-    ("requests_per_minute", "tokens_per_minute", "max_concurrent_requests", "max_adapters", "max_adapter_bytes")
+    (
+        "requests_per_minute",
+        "tokens_per_minute",
+        "max_concurrent_requests",
+        "max_adapters",
+        "max_adapter_bytes",
+        "weight",
+    )
 )
 
 
@@ -33,6 +40,16 @@ async def test_life_of_a_tenant(world: Any) -> None:
         assert (await admin.get("/v1/tenants/initech")).status_code == 404
 
 
+async def test_requests_carry_the_weight_of_their_tenant(world: Any) -> None:
+    body = {"model": "pirate", "prompt": "Ahoy", "max_tokens": 2}
+    assert (await world.http.post("/v1/completions", json=body)).status_code == 200
+    async with world.client(ADMIN_KEY) as admin:
+        changed = await admin.patch("/v1/tenants/acme", json={"limits": {"weight": 4}})
+        assert changed.json()["limits"] == {**NO_LIMITS, "weight": 4}
+    assert (await world.http.post("/v1/completions", json=body)).status_code == 200
+    assert [request.weight for request in world.dispatcher.requests] == [1.0, 4.0]
+
+
 async def test_only_the_admin_role(world: Any) -> None:
     for method, path in (
         ("GET", "/v1/tenants"),
@@ -55,6 +72,8 @@ async def test_bad_bodies(world: Any) -> None:
             {"name": 3},
             {"name": "a", "limits": {"requests_per_minute": -1}},
             {"name": "a", "limits": {"unknown": 1}},
+            {"name": "a", "limits": {"weight": 0}},
+            {"name": "a", "limits": {"weight": 1.5}},
             {"name": "a", "extra": 1},
         ):
             assert (await admin.post("/v1/tenants", json=body)).status_code == 400, body

@@ -64,6 +64,13 @@ def test_names_are_unique_and_limits_are_checked(database: Database, accounts: A
         accounts.create_tenant(session, "acme", TenantLimits())
     with pytest.raises(InvalidInput, match="tokens_per_minute"), database.write() as session:
         accounts.update_tenant(session, ACME, TenantLimits(tokens_per_minute=-1))
+    for weight in (0, -1, 10**9):
+        with database.write() as session, pytest.raises(InvalidInput, match="weight"):
+            accounts.update_tenant(session, ACME, TenantLimits(weight=weight))
+    with database.write() as session:
+        accounts.update_tenant(session, ACME, TenantLimits(weight=4))
+    with database.read() as session:
+        assert accounts.tenant(session, ACME).limits == TenantLimits(weight=4)
 
 
 @pytest.mark.parametrize("new_database", ["sqlite"], indirect=True)

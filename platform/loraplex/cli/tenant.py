@@ -27,11 +27,18 @@ LimitOption = Annotated[
     typer.Option(
         "--limit",
         metavar="NAME=NUMBER",
-        help="requests_per_minute, tokens_per_minute, max_concurrent_requests, max_adapters or max_adapter_bytes; "
-        "'none' lifts it. May be repeated.",
+        help="requests_per_minute, tokens_per_minute, max_concurrent_requests, max_adapters, max_adapter_bytes, or "
+        "weight: its part beside other tenants', 1 by default; 'none' lifts it. May be repeated.",
     ),
 ]
-_LIMITS = ("requests_per_minute", "tokens_per_minute", "max_concurrent_requests", "max_adapters", "max_adapter_bytes")
+_LIMITS = (
+    "requests_per_minute",
+    "tokens_per_minute",
+    "max_concurrent_requests",
+    "max_adapters",
+    "max_adapter_bytes",
+    "weight",
+)
 
 
 @app.command("create")
@@ -146,7 +153,8 @@ def _show(tenant: dict[str, Any], as_json: bool) -> None:
     typer.echo(f"tenant {tenant['name']}")
     for name in _LIMITS:
         limit = tenant["limits"].get(name)
-        typer.echo(f"  {name}: {'unlimited' if limit is None else shown(limit)}")
+        without = "1" if name == "weight" else "unlimited"
+        typer.echo(f"  {name}: {without if limit is None else shown(limit)}")
 
 
 def _limits(options: list[str] | None) -> dict[str, int | None]:

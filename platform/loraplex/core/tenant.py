@@ -5,6 +5,8 @@ from enum import StrEnum
 
 from loraplex.core.ids import TenantName
 
+MAX_WEIGHT = 1_000_000
+
 
 class Role(StrEnum):
     ADMIN = "admin"
@@ -29,6 +31,9 @@ class TenantLimits:
     """Names that are registered at the same time."""
     max_adapter_bytes: int | None = None
     """Sum over all stored versions."""
+    weight: int | None = None
+    """Of what the replicas do while tenants compete for them, a tenant of weight 4 gets four times as much as one of
+    weight 1. At least 1; None: 1."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

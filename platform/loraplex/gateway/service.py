@@ -126,6 +126,7 @@ class GatewayService:
                     priority=call.priority,
                     deadline_s=self._deadline_s(call, info),
                     traceparent=account.span.traceparent,
+                    weight=tenant.limits.weight or 1,
                 )
                 requests.append(request)
                 choices[request.request_id] = Choice(

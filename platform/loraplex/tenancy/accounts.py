@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 from loraplex.core.clock import Clock
 from loraplex.core.errors import Conflict, InvalidInput, NotFound
 from loraplex.core.ids import TenantName
-from loraplex.core.tenant import KeyView, Role, TenantLimits, TenantView, UsageRow
+from loraplex.core.tenant import MAX_WEIGHT, KeyView, Role, TenantLimits, TenantView, UsageRow
 from loraplex.tenancy.keys import check_given_key, hash_key, new_key_id
 from loraplex.tenancy.tables import KeyRow, TenantRow, UsageCounterRow
 
@@ -160,6 +160,8 @@ def _check_limits(limits: TenantLimits) -> None:
         value = getattr(limits, name)
         if value is not None and not 0 <= value <= _MAX_LIMIT:
             raise InvalidInput(f"{name} must lie between 0 and {_MAX_LIMIT}, or be absent for no limit", param=name)
+    if limits.weight is not None and not 1 <= limits.weight <= MAX_WEIGHT:
+        raise InvalidInput(f"weight must lie between 1 and {MAX_WEIGHT}, or be absent for 1", param="weight")
 
 
 def _set_limits(row: TenantRow, limits: TenantLimits) -> None:

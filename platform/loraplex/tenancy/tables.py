@@ -19,6 +19,7 @@ class TenantRow(Base):
     max_concurrent_requests: Mapped[int | None] = mapped_column(BigInteger)
     max_adapters: Mapped[int | None] = mapped_column(BigInteger)
     max_adapter_bytes: Mapped[int | None] = mapped_column(BigInteger)
+    weight: Mapped[int | None] = mapped_column(BigInteger)
 
 
 class KeyRow(Base):

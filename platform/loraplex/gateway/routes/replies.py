@@ -132,6 +132,7 @@ class LimitsReply(BaseModel):
     max_concurrent_requests: int | None
     max_adapters: int | None
     max_adapter_bytes: int | None
+    weight: int | None
 
 
 class TenantReply(BaseModel):

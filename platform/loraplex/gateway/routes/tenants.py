@@ -9,7 +9,7 @@ from starlette.responses import Response
 from loraplex.core.control import ControlPlane
 from loraplex.core.errors import NotFound
 from loraplex.core.ids import TenantName
-from loraplex.core.tenant import KeyView, Role, TenantLimits, TenantView
+from loraplex.core.tenant import MAX_WEIGHT, KeyView, Role, TenantLimits, TenantView
 from loraplex.gateway.checks import check_text
 from loraplex.gateway.directory import Directory
 from loraplex.gateway.routes import replies
@@ -23,12 +23,13 @@ _LIMITS = (
     "max_concurrent_requests",
     "max_adapters",
     "max_adapter_bytes",
+    "weight",
 )
 Limit = Annotated[int, Field(ge=0, le=2**53)]
 
 
 class LimitsBody(BaseModel):
-    """null means unlimited; in a change, a limit that is not named stays as it is."""
+    """null means unlimited, and weight 1; in a change, a limit that is not named stays as it is."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
@@ -37,6 +38,7 @@ class LimitsBody(BaseModel):
     max_concurrent_requests: Limit | None = None
     max_adapters: Limit | None = None
     max_adapter_bytes: Limit | None = None
+    weight: Annotated[int, Field(ge=1, le=MAX_WEIGHT)] | None = None
 
     def over(self, limits: TenantLimits) -> TenantLimits:
         """``limits`` with those replaced that the client named."""
