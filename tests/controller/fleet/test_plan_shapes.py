@@ -2,6 +2,7 @@
 
 import pytest
 from loraplex.controller.fleet.checks import check_plan
+from loraplex.controller.fleet.gpus import GpuLedger
 from loraplex.controller.fleet.state import FleetBase
 from loraplex.core.errors import InvalidInput
 from loraplex.core.fleet import NodeStatus
@@ -41,3 +42,14 @@ def test_shapes_that_do_not(shape: Shape, why: str) -> None:
 def test_what_is_not_known_is_not_judged() -> None:
     check(Shape(tp=3), PACED)
     check(Shape(), gpu="")
+
+
+def test_a_stage_lies_on_one_node() -> None:
+    small = GpuLedger(NodeStatus(name=f"n{index}", gpu="g", num_gpus=1 + index // 4) for index in range(6))
+    assert small.fitting(gpu="", nodes=(), shape=Shape(pp=4), per_rank=1) == ("n0", "n1", "n2", "n3")
+    assert small.fitting(gpu="", nodes=(), shape=Shape(tp=2, pp=2), per_rank=1) == ("n4", "n4", "n5", "n5")
+    assert small.fitting(gpu="", nodes=(), shape=Shape(tp=4), per_rank=1) is None
+    nodes = ("n0", "n1", "n0", "n1")
+    group = GroupPlan(name="g", shape=Shape(tp=2, pp=2), nodes=nodes, bases=(BasePlacement(base_model_id=B70),))
+    with pytest.raises(InvalidInput, match="group g: the 2 ranks of a stage must share a node"):
+        check_plan(Plan(version=1, groups=(group,)), NODES, {B70: PACED}, may_grow=False)

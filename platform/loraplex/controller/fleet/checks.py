@@ -58,6 +58,9 @@ def _check_shape(group: GroupPlan, base: FleetBase) -> None:
 
 def _check_place(group: GroupPlan, nodes: Sequence[NodeStatus], per_rank: float) -> None:
     known = {node.name: node for node in nodes}
+    tp = group.shape.tp
+    if any(len(set(group.nodes[first : first + tp])) > 1 for first in range(0, len(group.nodes), tp)):
+        raise refused(group, f"the {tp} ranks of a stage must share a node")
     for name in group.nodes:
         if name not in known:
             raise refused(group, f"this cluster has no node {name}: is the plan for another fleet?")

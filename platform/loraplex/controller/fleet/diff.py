@@ -184,7 +184,7 @@ class _Decision:
         if group.nodes:
             return group.nodes
         per_rank = self._per_rank(group.bases)
-        return self._free.fitting(gpu=group.gpu, nodes=(), num_ranks=group.shape.num_ranks, per_rank=per_rank) or ()
+        return self._free.fitting(gpu=group.gpu, nodes=(), shape=group.shape, per_rank=per_rank) or ()
 
     def _abandon_lost_starts(self) -> None:
         for group in self._running:
@@ -233,13 +233,11 @@ class _Decision:
                     self._actions.append(StartReplicas(plan=group, bases=lacking, group=runs.name, nodes=runs.nodes))
                 continue
             per_rank = self._per_rank(kind.bases)
-            place = self._free.fitting(
-                gpu=group.gpu, nodes=group.nodes, num_ranks=group.shape.num_ranks, per_rank=per_rank
-            )
+            place = self._free.fitting(gpu=group.gpu, nodes=group.nodes, shape=group.shape, per_rank=per_rank)
             planned = self._placement.asked[index]
             if place is None and self._renewed is not None and not planned:
                 # Its place is taken by what it replaces; any other of the type does.
-                place = self._free.fitting(gpu=group.gpu, nodes=(), num_ranks=group.shape.num_ranks, per_rank=per_rank)
+                place = self._free.fitting(gpu=group.gpu, nodes=(), shape=group.shape, per_rank=per_rank)
                 planned = group.nodes
             if place is None:
                 blocked.append(index)
@@ -318,9 +316,7 @@ class _Decision:
 
         def fits() -> bool:
             return (
-                self._free.fitting(
-                    gpu=wanted.gpu, nodes=wanted.nodes, num_ranks=wanted.shape.num_ranks, per_rank=per_rank
-                )
+                self._free.fitting(gpu=wanted.gpu, nodes=wanted.nodes, shape=wanted.shape, per_rank=per_rank)
                 is not None
             )
 

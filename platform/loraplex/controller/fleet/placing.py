@@ -137,7 +137,7 @@ class _Placing:
                 # It serves though its node is not seen: nothing moves before it is found dead.
                 return runs_as.nodes
             nodes = runs_as.nodes
-        place = ledger.fitting(gpu=group.gpu, nodes=nodes, num_ranks=group.shape.num_ranks, per_rank=per_rank)
+        place = ledger.fitting(gpu=group.gpu, nodes=nodes, shape=group.shape, per_rank=per_rank)
         if place is not None and per_rank:
             ledger.take(place, per_rank)
         return place
