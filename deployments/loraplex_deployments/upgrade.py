@@ -76,10 +76,11 @@ def check_fixed(old: PlatformConfig, new: PlatformConfig) -> None:
 
 def hand_over(old: PlatformConfig, new: PlatformConfig, progress: Progress) -> RunningPlatform:
     """A controller with the new config. When that cannot start, one with the old config is back and the reason is
-    raised."""
+    raised; Unavailable when there is none to replace."""
+    found = controller_handle()
     progress("replacing the controller")
     try:
-        controller = replace_controller(controller_handle(), new)
+        controller = replace_controller(found, new)
     except Exception:
         ray.get(create_controller(old).start.remote())
         raise

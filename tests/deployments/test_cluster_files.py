@@ -1,16 +1,21 @@
 """Every file of ``cluster-configs/``, offline: Ray takes the cluster files, the platform the fleets, the planner plans
 on them."""
 
+import time
 from pathlib import Path
 from typing import Any
 
+import boto3
 import pytest
 import yaml
 from loraplex.cli.main import app
 from loraplex.cli.plan import read_fleet, read_plan
 from loraplex.config.platform import load_platform_config
+from moto import mock_aws
 from ray._private.label_utils import validate_node_label_syntax
 from ray._private.resource_and_label_spec import ResourceAndLabelSpec
+from ray.autoscaler._private.aws.config import bootstrap_aws
+from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.util.accelerators import accelerators
 from typer.testing import CliRunner
@@ -71,6 +76,33 @@ def _is_spot(node: dict[str, Any]) -> bool:
     """As AWS says it, or Google."""
     asked = node.get("InstanceMarketOptions", {}).get("MarketType"), node.get("scheduling", {}).get("provisioningModel")
     return "spot" in asked or "SPOT" in asked
+
+
+@pytest.mark.slow
+def test_ray_makes_nodes_of_the_aws_file_and_knows_its_machines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`ray up` as far as the first instance, against an AWS in memory: it says of each machine what the file says."""
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "test")
+    (tmp_path / ".ssh").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(time, "sleep", lambda _seconds: None)
+    with mock_aws(config={"iam": {"load_aws_managed_policies": True}}):
+        config = prepared(CLUSTERS / "aws.yaml")
+        said = {name: dict(kind["resources"]) for name, kind in config["available_node_types"].items()}
+        for kind in config["available_node_types"].values():
+            kind["resources"] = {}
+        found = AWSNodeProvider.fillout_available_node_types_resources(config)
+        for name, kind in found["available_node_types"].items():
+            assert said[name].items() <= kind["resources"].items()
+        ready = bootstrap_aws(found)
+        (security_group,) = boto3.client("ec2", region_name=ready["provider"]["region"]).describe_security_groups(
+            GroupNames=["loraplex"]
+        )["SecurityGroups"]
+    ports = {rule.get("FromPort") for rule in security_group["IpPermissions"]}
+    assert {22, 8000, 9000} <= ports
+    assert all(kind["node_config"]["SecurityGroupIds"] for kind in ready["available_node_types"].values())
 
 
 def test_every_fleet_with_gpus_can_be_planned_on() -> None:
