@@ -52,12 +52,15 @@ class Machines(FakeActuator):
         self._stack = stack
         self._tracing = tracing
         self.secret: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self.executors: list[FakeExecutor] = []
 
     async def start(self, target: ReplicaTarget, *, epoch: int) -> ReplicaRoute:
         route = await super().start(target, epoch=epoch)
+        executor = FakeExecutor(model=fake_model(base_model_id=TINY_BASE, vocab_size=400), num_pages=512)
+        self.executors.append(executor)
         loop = EngineLoop(
             replica_id=target.replica_id,
-            executor=FakeExecutor(model=fake_model(base_model_id=TINY_BASE, vocab_size=400), num_pages=512),
+            executor=executor,
             engine_config=EngineConfig(max_running=16),
             source=Source(),
             tracing=self._tracing,
@@ -78,6 +81,7 @@ class Machines(FakeActuator):
 class Platform:
     controller: Controller
     gateway: Gateway
+    machines: Machines
 
     def client(self, key: str | None) -> httpx.AsyncClient:
         headers = {} if key is None else {"authorization": f"Bearer {key}"}
@@ -166,4 +170,4 @@ async def platform(
         async with asyncio.timeout(20):
             while gateway.not_ready() is not None:  # noqa: ASYNC110 (what is waited for has no event)
                 await asyncio.sleep(0.01)
-        yield Platform(controller=controller, gateway=gateway)
+        yield Platform(controller=controller, gateway=gateway, machines=machines)

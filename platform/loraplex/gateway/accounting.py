@@ -4,6 +4,7 @@ Opened by the service once the tenant that pays is known; closed by ``Generation
 service.
 """
 
+import logging
 from typing import Protocol
 
 from loraplex.core.clock import Clock
@@ -16,6 +17,8 @@ from loraplex.telemetry.tracing import NO_SPAN, Tracing
 from loraplex.tenancy.quota_gate import QuotaGate, Reservation
 from loraplex.traces.recorder import RecorderCounters
 from loraplex.traces.row import TraceRow
+
+logger = logging.getLogger(__name__)
 
 
 class Tracer(Protocol):
@@ -112,6 +115,21 @@ class Account:
             now_s=now_s,
         )
         self._end_span(status, finish_reason, output_tokens, cached_tokens, replica_id)
+        logger.info(
+            "%s ended: %d",
+            self._call.endpoint,
+            status,
+            extra={
+                "tenant": self._tenant,
+                "base_model": None if self.model is None else self.model.base.base_model_id,
+                "adapter": None if adapter is None else adapter.ref.name,
+                "replica": replica_id,
+                "prompt_tokens": self._prompt_tokens,
+                "output_tokens": output_tokens,
+                "ttft_s": ttft_s,
+                "e2e_s": e2e_s,
+            },
+        )
         self._tracer.record(
             TraceRow(
                 arrival_s=self._info.arrival_s,

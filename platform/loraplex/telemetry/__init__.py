@@ -1,1 +1,1 @@
-"""Metrics, each named once, and the set-up of logging. Knows nothing of what is measured."""
+"""Metrics, each named once, dashboards and alerts over them, spans, the set-up of logging. Knows not who counts."""
