@@ -48,6 +48,22 @@ async def test_serves_and_keeps_usage_while_the_controller_is_away(world: Any) -
     assert sum(row.requests for row in world.control.rows_of("report_usage")) == 1
 
 
+async def test_a_database_that_does_not_answer_holds_up_no_lease(world: Any) -> None:
+    """The controller writes usage to it; leases it answers from memory."""
+    asked = asyncio.Event()
+
+    async def hangs(*_args: Any) -> None:
+        asked.set()
+        await asyncio.Event().wait()
+
+    world.control.report_usage = hangs
+    assert (await world.http.post("/v1/chat/completions", json=CHAT)).status_code == 200
+    await asked.wait()
+    before = [name for name, _ in world.control.calls].count("lease_quota")
+    await world.eventually(lambda: [name for name, _ in world.control.calls].count("lease_quota") > before + 2)
+    del world.control.report_usage
+
+
 async def test_limits_and_demand(world: Any) -> None:
     await world.control.update_tenant("acme", TenantLimits(requests_per_minute=1))
     await world.eventually(lambda: world.gateway._view.directory.tenant("acme").limits.requests_per_minute == 1)

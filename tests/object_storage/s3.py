@@ -1,6 +1,7 @@
 """A real S3 server process (moto's) behind a gate: closed, nobody gets through, as when the network is away."""
 
 import contextlib
+import importlib.util
 import os
 import selectors
 import socket
@@ -25,6 +26,11 @@ class S3Server:
     """Takes any credentials. ``url`` is reached through the gate, with credentials from a file."""
 
     def __init__(self) -> None:
+        """Raises RuntimeError when the server is not installed, saying what brings it."""
+        if any(importlib.util.find_spec(name) is None for name in ("moto", "flask", "flask_cors")):
+            raise RuntimeError(
+                "the tests need an S3 server: pip install -c requirements.lock 'moto[s3]' flask flask-cors"
+            )
         self._directory = tempfile.TemporaryDirectory(prefix="loraplex-s3-")
         root = Path(self._directory.name)
         self.credentials_file = root / "credentials"

@@ -35,6 +35,9 @@ from loraplex.tenancy.quota_gate import QuotaGate
 
 logger = logging.getLogger(__name__)
 
+_LAST_REPORT_S = 5.0
+"""How long a gateway that stops waits to be rid of its usage."""
+
 OnRoutes = Callable[[tuple[ReplicaRoute, ...], str], Awaitable[None] | None]
 """Told the routes and the cluster secret whenever they change; ``Router.update`` is one."""
 
@@ -119,7 +122,7 @@ class Gateway:
     async def start(self, *, wait_s: float = 10.0) -> None:
         """Begins to follow the controller; returns once the gateway has a snapshot and a quota lease, or after
         ``wait_s`` without them: it goes on trying."""
-        loops = (self._follow(), self._lease(), self._observer.watch_fleet())
+        loops = (self._follow(), self._lease(), self._report(), self._observer.watch_fleet())
         self._loops = [asyncio.create_task(loop) for loop in loops]
         await self._view.wait_for(lambda _directory: self._leased, timeout_s=wait_s)
 
@@ -130,9 +133,10 @@ class Gateway:
         await asyncio.gather(*self._loops, *self._warm.values(), return_exceptions=True)
         self._loops = []
         try:
-            await self._report_usage()
-        except LoraplexError as error:
-            logger.warning("the last usage could not be reported: %s", error.message)
+            async with asyncio.timeout(_LAST_REPORT_S):
+                await self._report_usage()
+        except (LoraplexError, TimeoutError) as error:
+            logger.warning("the last usage could not be reported: %s", error)
 
     def not_ready(self) -> str | None:
         """Why the gateway cannot serve now; None when it can."""
@@ -196,7 +200,7 @@ class Gateway:
             logger.exception("the tokenizer of base %s cannot be loaded", base_model_id)
 
     async def _lease(self) -> None:
-        """Exchanges demand for quota shares and reports usage, each slice for ever."""
+        """Exchanges demand for quota shares, each slice for ever."""
         await self._view.wait_for(lambda _directory: True, timeout_s=None)
         while True:
             try:
@@ -205,10 +209,19 @@ class Gateway:
                 if not self._leased:
                     self._leased = True
                     self._view.notify()
-                await self._report_usage()
             except Exception as error:  # as above
                 self._controller_failed("lease_quota", error)
             await asyncio.sleep(self._tenancy.slice_s)
+
+    async def _report(self) -> None:
+        """Reports usage each slice for ever. Apart from the lease: the controller has to write it to its database,
+        which may be slow or away, and a gateway that is not heard for long loses its shares."""
+        while True:
+            await asyncio.sleep(self._tenancy.slice_s)
+            try:
+                await self._report_usage()
+            except Exception as error:  # as above
+                self._controller_failed("report_usage", error)
 
     async def _report_usage(self) -> None:
         rows = self._quota.take_usage()

@@ -26,6 +26,10 @@ _QUOTA_RETRY_S = 60.0
 """Adapter limits do not refill with time; a client that retries at all should do it seldom."""
 
 
+_FORGOTTEN_AT_ONCE = 50
+"""Their files may lie in an object store, and nobody else writes while they are removed."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredArtifact:
     manifest: AdapterManifest
@@ -194,8 +198,10 @@ class Registry:
         return frozenset(Digest(digest) for digest in session.scalars(select(ArtifactRow.digest)))
 
     def forget(self, session: Session, *, released_before_s: float) -> tuple[Digest, ...]:
-        """Drops the artifacts that nothing has named since ``released_before_s``; the caller removes their files."""
-        rows = list(session.scalars(select(ArtifactRow).where(ArtifactRow.released_s < released_before_s)))
+        """Drops the artifacts that nothing has named since ``released_before_s``, the longest first and not too many at
+        once; the caller removes their files."""
+        query = select(ArtifactRow).where(ArtifactRow.released_s < released_before_s)
+        rows = list(session.scalars(query.order_by(ArtifactRow.released_s).limit(_FORGOTTEN_AT_ONCE)))
         for row in rows:
             session.delete(row)
         session.flush()
