@@ -57,11 +57,13 @@ class TelemetryCost(msgspec.Struct, frozen=True, kw_only=True):
     tokens_per_s_with: float
     throughput_ratio: float
     """With / without: the median over pairs that ran one after the other."""
+    throughput_ratios: tuple[float, ...]
+    """Of each pair: they scatter with what else the machine does."""
     cpu_ratio: float
-    """Likewise of the process's CPU time for each token."""
+    """Likewise of the process's CPU time for each token, which does not."""
+    cpu_ratios: tuple[float, ...]
     cost_percent: float
-    """1 - ``throughput_ratio``."""
-    ratios: tuple[float, ...]
+    """Of the throughput of an engine that the CPU limits, as this one: 1 - 1 / ``cpu_ratio``."""
     num_spans: int
     """That reached the collector, of all runs."""
 
@@ -213,17 +215,18 @@ def measure(load: Load) -> TelemetryCost:
     here.send(None)
     num_spans = here.recv()
     process.join()
-    ratios = tuple(round(pair[True][0] / pair[False][0], 4) for pair in pairs)
-    ratio = statistics.median(ratios)
+    ratios, cpu_ratios = (tuple(round(pair[True][index] / pair[False][index], 4) for pair in pairs) for index in (0, 1))
+    cpu_ratio = statistics.median(cpu_ratios)
     return TelemetryCost(
         load=load,
         machine=f"{platform.machine()}, {multiprocessing.cpu_count()} cores, 1 thread",
         tokens_per_s_without=round(statistics.median(pair[False][0] for pair in pairs), 2),
         tokens_per_s_with=round(statistics.median(pair[True][0] for pair in pairs), 2),
-        throughput_ratio=round(ratio, 4),
-        cpu_ratio=round(statistics.median(pair[True][1] / pair[False][1] for pair in pairs), 4),
-        cost_percent=round(100 * (1 - ratio), 2),
-        ratios=ratios,
+        throughput_ratio=statistics.median(ratios),
+        throughput_ratios=ratios,
+        cpu_ratio=cpu_ratio,
+        cpu_ratios=cpu_ratios,
+        cost_percent=round(100 * (1 - 1 / cpu_ratio), 2),
         num_spans=num_spans,
     )
 

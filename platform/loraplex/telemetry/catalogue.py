@@ -15,7 +15,11 @@ STATUS = Label(
     name="status", values="HTTP status; of gRPC the one that it maps to; 499: the client left", max_values=16
 )
 KIND = Label(name="kind", values="`prompt`, `cached` (part of prompt), `output`", max_values=3)
-CALL = Label(name="call", values="the controller's method: `snapshot`, `lease_quota`, `fleet_status`", max_values=3)
+CALL = Label(
+    name="call",
+    values="the controller's method: `snapshot`, `lease_quota`, `report_usage`, `fleet_status`",
+    max_values=4,
+)
 TENANT = Label(
     name="tenant", values="the first `telemetry.max_tenants` tenants that send requests, then `other`", max_values=101
 )
