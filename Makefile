@@ -76,6 +76,7 @@ figures: setup-dev
 	$(BIN)/python kernels/benchmarks/bench_decode_cpu.py --threads 1 > $(FIGURES)/decode_cpu_1_thread.json
 	$(BIN)/python kernels/benchmarks/bench_decode_cpu.py --threads 2 > $(FIGURES)/decode_cpu_2_threads.json
 	$(BIN)/python -m loraplex.bench.gateway_capacity --json > $(FIGURES)/gateway_capacity_cpu.json
+	$(BIN)/python -m loraplex.bench.telemetry_cost > $(FIGURES)/telemetry_cost_cpu.json
 	$(BIN)/loraplex bench serve $(SERVE_CPU) > $(FIGURES)/platform_cpu.json
 	$(BIN)/loraplex bench serve $(SERVE_CPU) --proxy python > $(FIGURES)/platform_python_proxies_cpu.json
 	$(BIN)/loraplex bench start > $(FIGURES)/platform_adapters_cpu.json

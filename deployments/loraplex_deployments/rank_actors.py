@@ -30,7 +30,7 @@ class RankActor:
 
     def __init__(self, base: BaseModelConfig, config: PlatformConfig, engine_node: str) -> None:
         """``engine_node``: Ray's id of the node of the replica's engine."""
-        configure_logging()
+        configure_logging(config.telemetry.logs)
         self._elsewhere = ray.get_runtime_context().get_node_id() != engine_node
         if self._elsewhere:
             # Made on this node as well, at the path that the engine names.
