@@ -85,7 +85,9 @@ def _run_and_kill(options: ControllerOptions, first: int, delay_s: float) -> lis
     return [line.split() for line in said.split("\n")[:-1]]
 
 
-@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize(
+    ("new_database", "seed"), [("sqlite", 1), ("sqlite", 2), ("postgresql", 1)], indirect=["new_database"]
+)
 async def test_kill_minus_nine(make_options: Callable[..., ControllerOptions], start: Any, seed: int) -> None:
     options = make_options()
     rng = random.Random(seed)

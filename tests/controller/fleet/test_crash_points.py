@@ -53,7 +53,15 @@ class Death:
         return written
 
 
-@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 5))])
+@pytest.mark.parametrize(
+    ("new_database", "seed"),
+    [
+        ("sqlite", 0),
+        *(pytest.param("sqlite", seed, marks=pytest.mark.slow) for seed in range(1, 5)),
+        *(pytest.param("postgresql", seed, marks=pytest.mark.slow) for seed in range(2)),
+    ],
+    indirect=["new_database"],
+)
 async def test_every_crash_converges(
     tmp_path: Path, database_url: str, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
