@@ -1,10 +1,12 @@
 """The HTTP endpoint of a running platform, with the official client: what a tenant sees."""
 
 import json
+from pathlib import Path
 
 import httpx
 import openai
 import pytest
+import ray
 from openai import OpenAI
 
 from tests.deployments.conftest import Demo
@@ -152,3 +154,18 @@ def test_metrics_name_tenants_to_the_administrator_only(demo: Demo) -> None:
 
 def bearer(demo: Demo, tenant: str) -> dict[str, str]:
     return {"authorization": f"Bearer {demo.key(tenant)}"}
+
+
+def test_no_log_of_the_cluster_tells_prompts_or_keys(demo: Demo) -> None:
+    """Whatever Ray, Serve and our own processes wrote since they started, all tests before this one among it."""
+    prompt = "Do porcupines like Tuesdays?"
+    ask(client(demo, "acme"), "pirate", prompt)
+    with pytest.raises(openai.BadRequestError):
+        ask(client(demo, "acme"), prompt, prompt, n=1000)
+    secrets = [prompt, "porcupines", "capital of France", "lpx_", str(demo.content["admin_key"]), demo.key("acme")]
+    logs = Path(ray._private.worker._global_node.get_logs_dir_path())
+    written = {path: path.read_bytes() for path in logs.rglob("*") if path.is_file()}
+    assert sum(len(data) for data in written.values()) > 10_000
+    told = {(path.name, secret) for path, data in written.items() for secret in secrets if secret.encode() in data}
+    assert told == set()
+    assert any(b"completions ended: 200" in data for data in written.values())
