@@ -3,8 +3,10 @@
 import asyncio
 import contextlib
 import itertools
+import subprocess
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import msgspec
 import psutil
@@ -19,6 +21,11 @@ from loraplex_deployments.launch import RunningPlatform, stop_controller
 from loraplex_deployments.upgrade import check_fixed, hand_over, renew
 
 from tests.deployments.own_process import OwnProcess
+from tests.deployments.served import free_port
+from tests.deployments.test_deploy import Config, cluster, loraplex, one_line
+from tests.deployments.test_joined_cluster import Cluster
+
+__all__ = ["cluster"]
 
 SETUP = ClusterSetup(nodes=1, gpus_per_node=3, replicas=2, gateways=2, adapters=2, paced=PacedSetup(factor=8.0))
 _STREAMS = 6
@@ -128,6 +135,43 @@ async def repeated(bench: BenchCluster, streams: list[WatchedStream]) -> list[Wa
     await watch.wait_end()
     await watch.close()
     return watch.streams
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_command_brings_another_config_to_what_is_deployed(cluster: Cluster, tmp_path: Path) -> None:
+    config = Config(tmp_path, cluster)
+
+    def upgrade() -> subprocess.CompletedProcess[str]:
+        return loraplex("upgrade", "--config", config.write(), "--address", cluster.address)
+
+    assert "nothing is deployed there" in one_line(upgrade(), 1)
+    deployed = config.deploy()
+    assert deployed.returncode == 0, deployed.stdout + deployed.stderr
+    assert config.complete().status_code == 200
+    before = cluster.replica()
+
+    listen = config.content["listen"]
+    config.content["listen"] = {"http_port": free_port(), "grpc_port": free_port()}
+    assert "listen.grpc_port, listen.http_port cannot change" in one_line(upgrade(), 1)
+    config.content["listen"] = listen
+    (base,) = config.content["base_models"]  # type: ignore[misc]
+    base["tokenizer"] = str(tmp_path / "missing")
+    assert "tokenizer" in one_line(upgrade(), 2)
+    del base["tokenizer"]
+    assert cluster.replica() == before, "what is refused touches nothing"
+    assert config.complete().status_code == 200
+
+    base["engine"] = {"overdue_s": 1.5}
+    config.content["tenants"] = [{"name": "acme"}, {"name": "globex"}]
+    upgraded = upgrade()
+    assert upgraded.returncode == 0, upgraded.stdout + upgraded.stderr
+    assert "the config differs in base_models, tenants" in upgraded.stdout
+    assert cluster.replica() != before
+    assert config.complete().status_code == 200
+    again = config.deploy()
+    assert "deployed already" in again.stdout, again.stdout + again.stderr
 
 
 @pytest.mark.parametrize(
