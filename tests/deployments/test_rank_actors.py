@@ -1,6 +1,7 @@
 """Replicas of several ranks on Ray: they say what one rank says, and go on saying it when a rank dies or hangs.
 
-The times are ``loraplex bench faults --no-paced --shape 2x1 --faults rank,rank-hangs``.
+The times are ``loraplex bench faults --no-paced --shape 2x1 --faults rank,rank-hangs`` and ``loraplex bench replan
+--shapes 1x1,2x1,1x2``.
 """
 
 import asyncio
@@ -9,9 +10,9 @@ from collections.abc import Iterator
 
 import pytest
 from loraplex.core.plan import BasePlacement, GroupPlan, Plan, Shape
-from loraplex_deployments.bench_cluster import BASE, BenchCluster, ClusterSetup, bench_cluster
+from loraplex_deployments.bench_cluster import BASE, BenchCluster, ClusterSetup, bench_cluster, node_name
 from loraplex_deployments.bench_faults import Fault, FaultOptions, FaultResult, measure_faults
-from loraplex_deployments.bench_replan import settled
+from loraplex_deployments.bench_replan import ReplanBenchResult, ReplanOptions, measure_changes, settled
 from loraplex_deployments.bench_streams import StreamWatch, WatchedStream
 
 from tests.deployments.own_process import OwnProcess
@@ -82,13 +83,27 @@ def take_shapes(*shapes: Shape) -> list[int]:
     return ranks()
 
 
+def take_two_nodes() -> list[int]:
+    """How many ranks each has."""
+    nodes = (node_name(0), node_name(1))
+    group = GroupPlan(name="g", shape=Shape(pp=2), nodes=nodes, bases=(BasePlacement(base_model_id=BASE),))
+    record = World.bench.platform.call("apply_plan", Plan(version=1, groups=(group,)), renumber=True)
+    asyncio.run(settled(World.bench, record.plan.version))
+    return [sum("RankActor" in " ".join(p.cmdline()) for p in World.bench.cluster.processes(node)) for node in nodes]
+
+
 def ranks() -> list[int]:
     return [process.pid for process in World.bench.ranks()]
 
 
-@pytest.mark.parametrize("shape", [Shape(tp=2), pytest.param(Shape(pp=2), marks=pytest.mark.slow)], ids=str)
-def test_several_ranks_say_what_one_says(world: OwnProcess, texts_of_one_rank: list[str], shape: Shape) -> None:
-    assert len(world.call(take_shapes, shape)) == shape.num_ranks
+def test_two_shards_say_what_one_rank_says(world: OwnProcess, texts_of_one_rank: list[str]) -> None:
+    assert len(world.call(take_shapes, Shape(tp=2))) == 2
+    assert world.call(say) == texts_of_one_rank
+
+
+@pytest.mark.slow
+def test_two_stages_on_two_nodes_say_what_one_rank_says(world: OwnProcess, texts_of_one_rank: list[str]) -> None:
+    assert world.call(take_two_nodes) == [1, 1]
     assert world.call(say) == texts_of_one_rank
 
 
@@ -104,6 +119,27 @@ def test_a_rank_that_is_killed_costs_a_pause(world: OwnProcess) -> None:
 def test_a_rank_that_hangs_costs_a_pause(world: OwnProcess) -> None:
     world.call(take_shapes, Shape(tp=2), Shape(pp=2))
     check(world.call(disturb, Fault.RANK_HANGS))
+
+
+@pytest.mark.slow
+def test_no_request_fails_and_no_answer_differs_while_groups_change_their_shape(world: OwnProcess) -> None:
+    result = world.call(reshape)
+    assert [change.shapes for change in result.changes] == [(Shape(tp=2),), (Shape(pp=2),), (Shape(),)]
+    assert (result.failed, result.errors) == (0, {})
+    assert result.compared > 10
+    assert result.different == 0
+
+
+def reshape() -> ReplanBenchResult:
+    options = ReplanOptions(
+        cluster=SETUP,
+        changes=3,
+        requests_per_s=1.5,
+        output_tokens=16,
+        calm_s=1.0,
+        shapes=(Shape(), Shape(tp=2), Shape(pp=2)),
+    )
+    return asyncio.run(measure_changes(World.bench, options))
 
 
 def disturb(fault: Fault) -> FaultResult:
