@@ -116,7 +116,7 @@ schema = schemathesis.openapi.from_dict(DOCUMENT)
 @settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
 def test_fuzz(case: Any, url: str) -> None:
     key = KEYS["admin" if case.path.startswith(ADMIN_PATHS) else "tenant"]
-    # /v1/plans/{version} takes GET, also where the version is a word: so `Allow` says more than the document.
+    # `Allow` of /v1/plans/rollback also names the GET of /v1/plans/{version}.
     excluded = [ignored_auth, positive_data_acceptance, allow_header_conformance]
     if case.method == "GET":
         # Query parameters that nobody knows are ignored, as is usual.

@@ -99,11 +99,11 @@ def plan_routes(control: ControlPlane) -> APIRouter:
         """With its adapters where they are meant to be now."""
         return json_reply(plan_reply(await control.plan_record(None)))
 
-    @router.get("/plans/{version}", response_model=plan_replies.PlanReply)
+    @router.get("/plans/{version:int}", response_model=plan_replies.PlanReply)
     async def get_plan(version: Version) -> Response:
         return json_reply(plan_reply(await control.plan_record(version)))
 
-    @router.post("/plans/{version}/accept", status_code=201, response_model=plan_replies.PlanReply)
+    @router.post("/plans/{version:int}/accept", status_code=201, response_model=plan_replies.PlanReply)
     async def accept(version: Version) -> Response:
         """Put a proposal of the planner in force."""
         return json_reply(plan_reply(await control.accept_plan(version)), status=201)
