@@ -123,7 +123,9 @@ class GrpcReplicaClient:
                     self._listener.on_frame(frame)
                 return f"the replica ended the stream: {(await call.code()).name} {await call.details()}".rstrip()
             except asyncio.CancelledError:
-                if not self._silent_s:
+                # The call was cancelled by the watch, or this task by ``close``, or both: then ``close`` counts.
+                own = asyncio.current_task()
+                if not self._silent_s or (own is not None and own.cancelling()):
                     raise
                 return f"nothing was heard of the replica for {self._silent_s:.1f} s"
             except grpc.aio.AioRpcError as error:
