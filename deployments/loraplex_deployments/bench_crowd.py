@@ -22,8 +22,8 @@ from loraplex.simulator.routing_study import POLICIES
 from loraplex.simulator.types import Slo
 from loraplex.traces.arrivals import Arrivals
 
-from loraplex_deployments.bench_processes import CpuUse
-from loraplex_deployments.bench_tenants import MAX_CPU, Machine, TenantSetup, predicted, tenant_platform, within_context
+from loraplex_deployments.bench_processes import CpuUse, warn_of_busy_machine
+from loraplex_deployments.bench_tenants import Machine, TenantSetup, predicted, tenant_platform, within_context
 
 _TTFT_S, _TPOT_S = 0.06, 0.0145
 """Targets at an H100's own pace."""
@@ -214,8 +214,7 @@ def main() -> None:
     for found in result.policies:
         print(_line(found))
     cpu = max(found.cpu.machine for found in result.policies)
-    if cpu > MAX_CPU:
-        print(f"the machine used {cpu:.0%} of its CPU, more than {MAX_CPU:.0%}: these figures are of no use")
+    warn_of_busy_machine(cpu)
 
 
 if __name__ == "__main__":

@@ -23,8 +23,8 @@ from loraplex.simulator.types import Slo
 from loraplex.tenancy.fair_shares import jain_index, max_min_shares
 from loraplex.traces.arrivals import Arrivals
 
-from loraplex_deployments.bench_processes import CpuUse
-from loraplex_deployments.bench_tenants import MAX_CPU, Machine, TenantSetup, predicted, tenant_platform, within_context
+from loraplex_deployments.bench_processes import CpuUse, warn_of_busy_machine
+from loraplex_deployments.bench_tenants import Machine, TenantSetup, predicted, tenant_platform, within_context
 
 _EVERYONE = "everyone"
 
@@ -222,8 +222,7 @@ def main() -> None:
     print(f"by tenant: {_line(result.by_tenant)}")
     print(f"first come, first served: {_line(result.first_come)}")
     cpu = max(run.cpu.machine for run in (result.by_tenant, result.first_come))
-    if cpu > MAX_CPU:
-        print(f"the machine used {cpu:.0%} of its CPU, more than {MAX_CPU:.0%}: these figures are of no use")
+    warn_of_busy_machine(cpu)
 
 
 if __name__ == "__main__":

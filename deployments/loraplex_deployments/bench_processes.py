@@ -16,6 +16,13 @@ _ROLES = {
 }
 """Role -> part of the command line. Everything else of Ray is ``ray``."""
 _CLIENT = "multiprocessing"
+_MAX_CPU = 0.8
+
+
+def warn_of_busy_machine(cpu: float) -> None:
+    """Prints that times taken while the machine used this share of its CPU tell of the machine, where they do."""
+    if cpu > _MAX_CPU:
+        print(f"the machine used {cpu:.0%} of its CPU, more than {_MAX_CPU:.0%}: these figures are of no use")
 
 
 def cpu_seconds() -> dict[str, float]:

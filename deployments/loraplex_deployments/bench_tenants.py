@@ -57,7 +57,6 @@ _MODEL = "random:tiny-llama"
 _GPU = "h100-80gb"
 _LORA_RANK = 16
 _VISIBLE_TIMEOUT_S = 60.0
-MAX_CPU = 0.8
 
 Say = Callable[[str], None]
 

@@ -35,9 +35,7 @@ def deploy_command(
     timeout_s: Annotated[float, typer.Option("--timeout", help="Seconds until it must be ready.")] = 600.0,
 ) -> None:
     """Deploy: put the platform on a running Ray cluster; run it on the head node. Returns when it serves."""
-    stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda _number, _frame: stop.set())
+    given_up = on_signals()
     settings = for_cluster(load_platform_config(config), address)
     progress = progress_since(time.monotonic())
     demo: dict[str, Any] | None = None
@@ -54,7 +52,7 @@ def deploy_command(
             settings,
             set_up=prepare,
             progress=progress,
-            given_up=stop.is_set,
+            given_up=given_up.is_set,
             replace=replace,
             timeout_s=timeout_s,
         )
@@ -85,6 +83,14 @@ def deployed_command(
         _print_deployment(found)
     if found is None or not (found.controller_answers and found.gateways_run) or found.replica_failures:
         raise typer.Exit(1)
+
+
+def on_signals() -> threading.Event:
+    """Set when the user gives up: by Ctrl-C, or as a service manager does."""
+    given_up = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda _number, _frame: given_up.set())
+    return given_up
 
 
 def for_cluster(config: PlatformConfig, address: str | None) -> PlatformConfig:

@@ -1,7 +1,5 @@
 """``loraplex upgrade``: another build or config for a deployed platform, which serves on meanwhile."""
 
-import signal
-import threading
 import time
 from pathlib import Path
 from typing import Annotated
@@ -10,7 +8,7 @@ import typer
 from loraplex.config.platform import load_platform_config
 
 from loraplex_deployments.cli import progress_since, set_up
-from loraplex_deployments.deploy_commands import for_cluster
+from loraplex_deployments.deploy_commands import for_cluster, on_signals
 from loraplex_deployments.launch import RunningPlatform, data_dir_lock
 from loraplex_deployments.upgrade import upgrade
 
@@ -24,9 +22,7 @@ def upgrade_command(
     timeout_s: Annotated[float, typer.Option("--timeout", help="Seconds to wait for the replicas.")] = 3600.0,
 ) -> None:
     """Upgrade: replace controller, replicas and gateways of what is deployed, one by one; run it on the head node."""
-    stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda _number, _frame: stop.set())
+    given_up = on_signals()
     settings = for_cluster(load_platform_config(config), address)
     progress = progress_since(time.monotonic())
 
@@ -38,7 +34,7 @@ def upgrade_command(
             settings,
             set_up=prepare,
             progress=progress,
-            given_up=stop.is_set,
+            given_up=given_up.is_set,
             timeout_s=timeout_s,
         )
     progress("upgraded")
