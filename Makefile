@@ -83,7 +83,7 @@ figures: setup-dev
 
 # Every figure of the engine, on a machine with one H100 80GB; about an hour and a half.
 GPU := --model random:llama3-8b --device cuda
-GPU_NARROW := base,lora-1,lora-32,lora-256,cold-32,cold-256,1-base,1-lora-1,32-base,32-lora-1,32-lora-32
+GPU_NARROW := base,base-lora-32-idle,lora-1,lora-32,lora-256,cold-32,cold-256,1-base,1-lora-1,32-base,32-lora-1,32-lora-32
 GPU_WIDE := 64-base,64-lora-32,rank-8,rank-16,rank-32,rank-64,rank-mixed,many-5,many-5-capped,many-2000,many-2000-capped
 GPU_SERVE := --max-step-tokens 8192 --streams 256 --requests 256 --input 256 --output 128 --clients 4 --rounds 5 --single-ttft 15 --json
 figures-gpu: setup-dev

@@ -112,6 +112,22 @@ def test_cold_adapters_are_loaded_and_a_cap_keeps_them_moving() -> None:
         session.close()
 
 
+def test_adapters_may_stand_by() -> None:
+    session = BenchSession(_setup())
+    try:
+        load = EngineLoad(requests=4, input_tokens=8, output_tokens=3, adapters=3, popularity=Popularity.NONE)
+        manifests = session.prepare(load)
+        assert set(session.engine.resident_adapters()) == {manifest.digest for manifest in manifests}
+        assert [request.adapter for request in session.requests(load, manifests)] == [None] * 4
+        result = session.run(load)
+        assert result.output_tokens == 12
+        assert result.adapters is not None
+        assert result.adapters.loads == 0
+        assert set(session.engine.resident_adapters()) == {manifest.digest for manifest in manifests}
+    finally:
+        session.close()
+
+
 def test_single_ttft_and_parts() -> None:
     load = EngineLoad(requests=3, input_tokens=8, output_tokens=2, adapters=2, lora_ranks=(8, 16))
     bench = run_engine_bench(EngineBenchOptions(setup=_setup(), load=load, single_ttft=3, profile_steps=2))
@@ -165,6 +181,7 @@ def test_overlapping_kernels_count_once() -> None:
 
 def test_popularity() -> None:
     assert draw_adapters(5, 2, Popularity.ROUND_ROBIN) == [0, 1, 0, 1, 0]
+    assert draw_adapters(2, 2, Popularity.NONE) == draw_adapters(2, 0, Popularity.UNIFORM) == [None, None]
     uniform = draw_adapters(4000, 4, Popularity.UNIFORM)
     zipf = draw_adapters(4000, 4, Popularity.ZIPF, zipf_exponent=1.5)
     assert all(850 < uniform.count(adapter) < 1150 for adapter in range(4))

@@ -22,6 +22,7 @@ def _load(requests: int, adapters: int, *, resident: bool = True, ranks: tuple[i
 
 CASES: dict[str, EngineLoad] = {
     "base": _load(256, 0),
+    "base-lora-32-idle": msgspec.structs.replace(_load(256, 32), popularity=Popularity.NONE),
     "lora-1": _load(256, 1),
     "lora-32": _load(256, 32),
     "lora-256": _load(256, 256),
@@ -44,8 +45,9 @@ CASES: dict[str, EngineLoad] = {
     "many-5": msgspec.structs.replace(_MANY, adapters=5),
     "many-2000": _MANY,
 }
-"""256 + 128 tokens each. NUMBER-...: that many requests. cold: adapters in host memory at the start. many: rank 8 on
-the attention projections, uniform popularity, 256 of 4,000 requests at a time."""
+"""256 + 128 tokens each. NUMBER-...: that many requests. idle: adapters resident, all requests for the base. cold:
+adapters in host memory at the start. many: rank 8 on the attention projections, uniform popularity, 256 of 4,000
+requests at a time."""
 
 
 def chosen_cases(names: tuple[str, ...], shrink: int) -> dict[str, EngineLoad | None]:

@@ -52,7 +52,7 @@ class EngineLoad(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     input_tokens: _AtLeastOne = 256
     output_tokens: _AtLeastOne = 128
     adapters: _NotNegative = 0
-    """Distinct adapters; 0 means the plain base."""
+    """Distinct ones at hand; 0 means the plain base."""
     lora_ranks: tuple[_AtLeastOne, ...] = (16,)
     """Of the adapters, in turn."""
     modules: tuple[str, ...] = LORA_MODULES

@@ -23,6 +23,8 @@ class Popularity(StrEnum):
     """Drawn with equal probability."""
     ZIPF = "zipf"
     """Drawn with probability proportional to 1 / rank ** exponent."""
+    NONE = "none"
+    """All requests are for the plain base; the adapters stand by."""
 
 
 def random_manifests(
@@ -57,8 +59,10 @@ def random_manifests(
 
 def draw_adapters(
     num_requests: int, num_adapters: int, popularity: Popularity, *, zipf_exponent: float = 1.0, seed: int = 0
-) -> list[int]:
-    """The adapter of each request, 0 <= a < num_adapters (at least one)."""
+) -> list[int | None]:
+    """The adapter of each request, 0 <= a < num_adapters; None: the plain base."""
+    if num_adapters == 0 or popularity is Popularity.NONE:
+        return [None] * num_requests
     if popularity is Popularity.ROUND_ROBIN:
         return [request % num_adapters for request in range(num_requests)]
     weights = np.ones(num_adapters)

@@ -1,4 +1,4 @@
-"""What a benchmark of the engine found. Pure data, the same as JSON. Made by ``session`` and ``engine_bench``."""
+"""What a benchmark of the engine found. Pure data, the same as JSON. Made by ``session``, ``sweep`` and others."""
 
 from collections.abc import Sequence
 
@@ -43,7 +43,7 @@ class AdapterTraffic(msgspec.Struct, frozen=True, kw_only=True):
     """Copies onto the accelerator while the clock ran."""
     loads_per_s: float
     hit_rate: float
-    """Share of the requests whose adapter was on the accelerator when they were admitted."""
+    """Share of the requests whose adapter, if any, was on the accelerator when they were admitted."""
 
 
 class LoadResult(msgspec.Struct, frozen=True, kw_only=True):
@@ -102,3 +102,51 @@ class EngineBenchResult(msgspec.Struct, frozen=True, kw_only=True):
     single_ttft: SingleTtft | None
     prefill_parts: PartTimes | None
     decode_parts: PartTimes | None
+
+
+class SweepRow(msgspec.Struct, frozen=True, kw_only=True):
+    """One case of one round. TTFT and TPOT are medians over the requests."""
+
+    case: str
+    round: int
+    adapters: int
+    requests: int
+    input_tokens: int
+    output_tokens: int
+    lora_rank: int
+    """The largest one; 0 without adapters."""
+    output_tokens_per_s: float
+    ttft_ms: float
+    tpot_ms: float | None
+    eta: float
+    result: LoadResult
+
+
+class SweepSummary(msgspec.Struct, frozen=True, kw_only=True):
+    """Medians of a case over its rounds."""
+
+    case: str
+    rounds: int
+    adapters: int
+    requests: int
+    lora_rank: int
+    output_tokens_per_s: float
+    ttft_ms: float
+    tpot_ms: float | None
+    eta: float
+    ratio: float | None
+    """Median over the rounds of its tokens/s / those of the first case; None where that did not run."""
+
+
+class SweepTable(msgspec.Struct, kw_only=True):
+    """What the file holds."""
+
+    setup: EngineSetup
+    shrink: int
+    commit: str | None
+    machine: Machine | None = None
+    rows: list[SweepRow] = []
+    single_ttft: SingleTtft | None = None
+    summary: list[SweepSummary] = []
+    left: list[str] = []
+    """Cases for which the budget did not last."""

@@ -164,12 +164,10 @@ class BenchSession:
         self, load: EngineLoad, manifests: Sequence[AdapterManifest], *, output_tokens: int | None = None
     ) -> list[EngineRequest]:
         """New prompts each time."""
-        adapters: Sequence[AdapterManifest | None] = [None] * load.requests
-        if manifests:
-            drawn = draw_adapters(
-                load.requests, len(manifests), load.popularity, zipf_exponent=load.zipf_exponent, seed=load.seed
-            )
-            adapters = [manifests[index] for index in drawn]
+        drawn = draw_adapters(
+            load.requests, len(manifests), load.popularity, zipf_exponent=load.zipf_exponent, seed=load.seed
+        )
+        adapters = [None if index is None else manifests[index] for index in drawn]
         tokens = output_tokens or load.output_tokens
         return [self.request(adapter, input_tokens=load.input_tokens, output_tokens=tokens) for adapter in adapters]
 

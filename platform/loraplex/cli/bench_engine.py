@@ -44,7 +44,9 @@ def engine_command(
         str | None, typer.Option(help="Ranks of the adapters in turn, e.g. 8,16,32,64; instead of --rank.")
     ] = None,
     modules: Annotated[str, typer.Option(help="Projections with LoRA, e.g. q,k,v,o.")] = "all",
-    popularity: Annotated[str, typer.Option(help="Of the adapters: round-robin, uniform or zipf.")] = "round-robin",
+    popularity: Annotated[
+        str, typer.Option(help="Of the adapters: round-robin, uniform, zipf or none.")
+    ] = "round-robin",
     zipf_exponent: Annotated[float, typer.Option(min=0.0, help="With --popularity zipf.")] = 1.0,
     resident: Annotated[
         bool, typer.Option("--resident/--cold", help="Adapters on the accelerator, or in host memory, at the start.")
