@@ -3,7 +3,6 @@
 import asyncio
 import dataclasses
 import itertools
-from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 
 import pytest
@@ -26,12 +25,6 @@ from tests.router.replicas import (
     start_replica,
     start_router,
 )
-
-
-@pytest.fixture
-async def stack() -> AsyncIterator[AsyncExitStack]:
-    async with AsyncExitStack() as stack:
-        yield stack
 
 
 async def test_many_requests_over_adapters_get_their_tokens(stack: AsyncExitStack) -> None:
