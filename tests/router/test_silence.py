@@ -1,19 +1,22 @@
 """Replicas that say nothing any more without their stream being broken: hung, or behind a network that is."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import Callable
 from contextlib import AsyncExitStack
+from typing import Any
 
 import pytest
 from loraplex.core.control import ReplicaRoute
 from loraplex.core.ids import GatewayId
 from loraplex.replica.config import ReplicaConfig
+from loraplex.router.client import GrpcReplicaClient, ReplicaListener
 from loraplex.router.config import RouterConfig
 from loraplex.router.router import Router
 
 from tests.router.replicas import SECRET, Replica, check, eventually, make_request, start_replica
 
 SILENCE_S = 0.6
+GATEWAY = GatewayId("g1")
 
 
 class Wire:
@@ -60,19 +63,13 @@ class Wire:
             sink.close()
 
 
-@pytest.fixture
-async def stack() -> AsyncIterator[AsyncExitStack]:
-    async with AsyncExitStack() as stack:
-        yield stack
-
-
 async def _replica(stack: AsyncExitStack, replica_id: str, *, step_s: float = 0.002) -> Replica:
     config = ReplicaConfig(heartbeat_s=0.1, stop_grace_s=0.0)
     return await start_replica(stack, replica_id, step_s=step_s, config=config)
 
 
 def _router(stack: AsyncExitStack, *routes: ReplicaRoute) -> Router:
-    router = Router(gateway_id=GatewayId("g1"), config=RouterConfig(silence_s=SILENCE_S))
+    router = Router(gateway_id=GATEWAY, config=RouterConfig(silence_s=SILENCE_S))
     stack.push_async_callback(router.close)
     router.update(routes, SECRET)
     return router
@@ -122,3 +119,40 @@ async def test_a_replica_that_promises_no_heartbeat_may_be_silent(
     await asyncio.sleep(2 * SILENCE_S)
     assert set(router.loads()) == {older.replica_id}
     assert "is down" not in caplog.text
+
+
+class TellingClient(GrpcReplicaClient):
+    """Calls ``given_up`` in the very turn of the event loop in which it gives its replica up."""
+
+    given_up: Callable[[], None]
+
+    async def _watch(self, call: Any) -> None:
+        await super()._watch(call)
+        self.given_up()
+
+
+async def test_a_router_that_closes_while_a_silent_replica_is_given_up_ends(stack: AsyncExitStack) -> None:
+    wire = Wire(await _replica(stack, "silent"))
+    route = await wire.start()
+    stack.push_async_callback(wire.close)
+    closing: list[asyncio.Task[None]] = []
+
+    def connect(route: ReplicaRoute, listener: ReplicaListener) -> GrpcReplicaClient:
+        client = TellingClient(
+            route.address,
+            gateway_id=GATEWAY,
+            cluster_secret=lambda: SECRET,
+            listener=listener,
+            config=RouterConfig(silence_s=SILENCE_S),
+        )
+        client.given_up = lambda: closing.append(asyncio.create_task(router.close()))
+        return client
+
+    router = Router(gateway_id=GATEWAY, connect=connect)
+    router.update((route,), SECRET)
+    await eventually(lambda: len(router.loads()) == 1)
+    wire.cut()
+    await eventually(lambda: bool(closing))
+    # Not ``wait_for``: its cancellation would end what hangs.
+    ended, _ = await asyncio.wait(closing, timeout=3.0)
+    assert ended == set(closing)
