@@ -1,128 +1,29 @@
-"""Strict intake: what is accepted becomes a complete manifest, everything else a BadAdapter that names the thing."""
+"""Strict intake: what is accepted becomes a complete manifest, every other config a BadAdapter that names the thing."""
 
 import hashlib
 import json
 import math
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from loraplex.core.errors import BadAdapter
 from loraplex.core.ids import BaseModelId
-from loraplex.core.model import LORA_MODULES, ModelSpec
+from loraplex.core.model import LORA_MODULES
 from loraplex.registry.config import RegistryConfig
-from loraplex.registry.intake import CheckedAdapter, check_adapter
+from loraplex.registry.intake import check_adapter
 
-TINY = ModelSpec(
-    base_model_id=BaseModelId("tiny"),
-    family="llama",
-    hidden_size=16,
-    intermediate_size=24,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=4,
-    vocab_size=32,
-    max_context_tokens=64,
-    rms_norm_eps=1e-5,
-    rope_theta=10000.0,
+from tests.registry.peft_files import (
+    SALT,
+    TINY,
+    check,
+    lora_config,
+    lora_tensors,
+    refusal,
+    safetensors_bytes,
+    with_header,
 )
-SALT = "00" * 32
-PREFIX = "base_model.model.model.layers"
-Q_A = f"{PREFIX}.0.self_attn.q_proj.lora_A.weight"
-
-Tensors = dict[str, tuple[str, tuple[int, ...], bytes]]
-
-
-def lora_config(**changes: Any) -> dict[str, Any]:
-    """As peft 0.21 writes it, for the fields that matter; a change to ``...`` removes the key."""
-    config: dict[str, Any] = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": "tiny",
-        "r": 4,
-        "lora_alpha": 8,
-        "target_modules": ["q_proj", "v_proj"],
-        "bias": "none",
-        "use_rslora": False,
-        "use_dora": False,
-        "lora_bias": False,
-        "modules_to_save": None,
-        "rank_pattern": {},
-        "alpha_pattern": {},
-        "layers_to_transform": None,
-        "fan_in_fan_out": False,
-        "megatron_core": "megatron.core",
-        "qalora_group_size": 16,
-        "peft_version": "0.21.2",
-    }
-    config.update(changes)
-    return {key: value for key, value in config.items() if value is not ...}
-
-
-def lora_tensors(config: dict[str, Any], *, spec: ModelSpec = TINY, dtype: str = "F32", seed: int = 0) -> Tensors:
-    """Right tensors for ``config``; the rank may differ by a rank_pattern of plain module names."""
-    rng = np.random.default_rng(seed)
-    tensors: Tensors = {}
-    for layer in range(spec.num_layers):
-        for module in config["target_modules"]:
-            parent = "self_attn" if LORA_MODULES.index(module) < 4 else "mlp"
-            rank = config["rank_pattern"].get(module, config["r"])
-            in_features, out_features = spec.projection_shape(module)
-            for part, shape in (("A", (rank, in_features)), ("B", (out_features, rank))):
-                values = rng.normal(size=shape).astype("<f4")
-                data = {
-                    "F32": values,
-                    "F16": values.astype("<f2"),
-                    "BF16": (values.view("<u4") >> 16).astype("<u2"),
-                }[dtype]
-                name = f"{PREFIX}.{layer}.{parent}.{module}.lora_{part}.weight"
-                tensors[name] = (dtype, shape, data.tobytes())
-    return tensors
-
-
-def safetensors_bytes(tensors: Tensors) -> bytes:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    position = 0
-    for name, (dtype, shape, data) in tensors.items():
-        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, position + len(data)]}
-        position += len(data)
-    return with_header(json.dumps(header).encode(), b"".join(data for _, _, data in tensors.values()))
-
-
-def with_header(header: bytes, data: bytes) -> bytes:
-    return len(header).to_bytes(8, "little") + header + data
-
-
-def check(
-    directory: Path,
-    config: dict[str, Any] | bytes,
-    tensors: Tensors | bytes,
-    *,
-    spec: ModelSpec = TINY,
-    salt: str = SALT,
-    limits: RegistryConfig | None = None,
-) -> CheckedAdapter:
-    directory.mkdir(exist_ok=True)
-    config_bytes = config if isinstance(config, bytes) else json.dumps(config).encode()
-    (directory / "adapter_config.json").write_bytes(config_bytes)
-    content = tensors if isinstance(tensors, bytes) else safetensors_bytes(tensors)
-    (directory / "adapter_model.safetensors").write_bytes(content)
-    bases = {spec.base_model_id: spec}
-    return check_adapter(directory, bases=bases, digest_salt=salt, config=limits or RegistryConfig())
-
-
-def refusal(directory: Path, config: dict[str, Any] | bytes, tensors: Tensors | bytes, **more: Any) -> str:
-    with pytest.raises(BadAdapter) as caught:
-        check(directory, config, tensors, **more)
-    assert caught.value.param in ("adapter_config.json", "adapter_model.safetensors")
-    assert len(caught.value.message) < 500
-    return caught.value.message
 
 
 @pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
@@ -280,189 +181,3 @@ def test_wrong_base_is_told_by_shape_and_by_name(tmp_path: Path) -> None:
     bases[BaseModelId("tiny-c")] = replace(TINY, base_model_id=BaseModelId("tiny-c"))
     with pytest.raises(BadAdapter, match="'org/Tiny-B' names none of the served base models: tiny-a, tiny-c"):
         check_adapter(tmp_path, bases=bases, digest_salt=SALT, config=RegistryConfig())
-
-
-@pytest.mark.parametrize(
-    ("name", "named"),
-    [
-        (f"{PREFIX}.0.self_attn.q_proj.lora_magnitude_vector", "DoRA"),
-        (f"{PREFIX}.0.self_attn.q_proj.lora_B.bias", "bias is not supported"),
-        ("base_model.model.lm_head.modules_to_save.weight", "modules_to_save"),
-        ("base_model.model.model.embed_tokens.lora_embedding_A", "LoRA on embeddings"),
-        (f"{PREFIX}.0.self_attn.k_proj.lora_A.weight", "not one that adapter_config.json and the base model call for"),
-        (f"{PREFIX}.2.self_attn.q_proj.lora_A.weight", "not one that"),
-        (f"{PREFIX}.00.self_attn.q_proj.lora_A.weight", "not one that"),
-        ("x" * 10_000, "not one that"),
-    ],
-)
-def test_extra_tensors_are_named(tmp_path: Path, name: str, named: str) -> None:
-    tensors = lora_tensors(lora_config()) | {name: ("F32", (1,), b"\0\0\0\0")}
-    assert named in refusal(tmp_path, lora_config(), tensors)
-
-
-@pytest.mark.parametrize("part", ["A", "B"])
-def test_half_a_pair_is_missing(tmp_path: Path, part: str) -> None:
-    tensors = lora_tensors(lora_config())
-    name = f"{PREFIX}.1.self_attn.v_proj.lora_{part}.weight"
-    del tensors[name]
-    assert f"{name!r} is missing" in refusal(tmp_path, lora_config(), tensors)
-
-
-@pytest.mark.parametrize(
-    ("dtype", "pattern"),
-    [
-        ("F32", b"\x00\x00\xc0\x7f"),
-        ("F32", b"\x00\x00\x80\xff"),
-        ("F16", b"\x00\x7e"),
-        ("F16", b"\x00\xfc"),
-        ("BF16", b"\xc0\x7f"),
-        ("BF16", b"\x80\xff"),
-    ],
-)
-@pytest.mark.parametrize("last", [False, True])
-def test_nan_and_infinity_are_found_in_every_dtype(tmp_path: Path, dtype: str, pattern: bytes, last: bool) -> None:
-    tensors = lora_tensors(lora_config(), dtype=dtype)
-    name = list(tensors)[-1 if last else 0]
-    kind, shape, data = tensors[name]
-    size = len(pattern)
-    tensors[name] = (kind, shape, data[:-size] + pattern if last else pattern + data[size:])
-    # Small pieces: the check must not depend on where a piece ends.
-    message = refusal(tmp_path, lora_config(), tensors, limits=RegistryConfig(piece_bytes=12))
-    assert f"{name!r} holds NaN or infinity" in message
-
-
-def _edited(change: Any) -> bytes:
-    tensors = lora_tensors(lora_config())
-    content = safetensors_bytes(tensors)
-    header_end = 8 + int.from_bytes(content[:8], "little")
-    header = json.loads(content[8:header_end])
-    change(header)
-    return with_header(json.dumps(header).encode(), content[header_end:])
-
-
-def _set(**fields: Any) -> Any:
-    return lambda header: header[Q_A].update(fields)
-
-
-@pytest.mark.parametrize(
-    ("content", "named"),
-    [
-        (b"", "0 bytes are too few"),
-        (b"\x10", "1 bytes are too few"),
-        ((10 * 2**30).to_bytes(8, "little"), "claims 10737418240 bytes"),
-        (b"\xff" * 100, "claims"),
-        ((1000).to_bytes(8, "little") + b"{}", "truncated?"),
-        (b"PK\x03\x04" + b"\0" * 100, "pickle or a zip"),
-        (b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j", "pickle or a zip"),
-        (with_header(b"{}", b""), "is missing"),
-        (with_header(b"{}", b"1234"), "4 bytes follow"),
-        (with_header(b"nonsense", b""), "not JSON"),
-        (with_header(b"[]", b""), "not a JSON object"),
-        (with_header(b'{"a":{},"a":{}}', b""), "appears twice"),
-        (with_header(b'{"a": 1}', b""), "must have exactly"),
-        (_edited(_set(dtype="I8")), "dtype 'I8'"),
-        (_edited(_set(dtype="F64")), "dtype 'F64'"),
-        (_edited(_set(shape=[2, 2])), "another number"),
-        (_edited(_set(shape=[-4, -16])), "no list of sizes"),
-        (_edited(_set(shape=[16, 4])), "has shape [16, 4]"),
-        (_edited(_set(shape=[1] * 9)), "no list of sizes"),
-        (_edited(_set(data_offsets=[0])), "no byte range"),
-        (_edited(_set(data_offsets=[256, 0])), "no byte range"),
-        (_edited(_set(data_offsets=[4, 260])), "gap before it"),
-        (_edited(_set(data_offsets=[256, 512])), "gap"),
-        (_edited(_set(extra=1)), "must have exactly"),
-        (_edited(lambda header: header.update(__metadata__={"a": 1})), "__metadata__"),
-        (safetensors_bytes(lora_tensors(lora_config()))[:-1], "truncated?"),
-        (safetensors_bytes(lora_tensors(lora_config())) + b"\0", "1 bytes follow the last tensor"),
-    ],
-)
-def test_broken_tensor_files(tmp_path: Path, content: bytes, named: str) -> None:
-    assert named in refusal(tmp_path, lora_config(), content)
-
-
-def test_overlap_is_found(tmp_path: Path) -> None:
-    def overlap(header: dict[str, Any]) -> None:
-        other = header[f"{PREFIX}.0.self_attn.v_proj.lora_A.weight"]
-        other["data_offsets"] = list(header[Q_A]["data_offsets"])
-
-    assert "overlaps" in refusal(tmp_path, lora_config(), _edited(overlap))
-
-
-def test_a_huge_header_claim_reads_eight_bytes(tmp_path: Path) -> None:
-    path = tmp_path / "adapter_model.safetensors"
-    path.write_bytes((10 * 2**30).to_bytes(8, "little"))
-    with path.open("r+b") as file:
-        file.truncate(11 * 2**30)
-    (tmp_path / "adapter_config.json").write_text(json.dumps(lora_config()))
-    started = time.perf_counter()
-    limits = RegistryConfig(max_adapter_bytes=20 * 2**30)
-    with pytest.raises(BadAdapter, match="claims 10737418240 bytes"):
-        check_adapter(tmp_path, bases={TINY.base_model_id: TINY}, digest_salt=SALT, config=limits)
-    assert time.perf_counter() - started < 0.5
-    with pytest.raises(BadAdapter, match="more than the allowed"):
-        check_adapter(tmp_path, bases={TINY.base_model_id: TINY}, digest_salt=SALT, config=RegistryConfig())
-
-
-def test_a_header_that_begins_like_a_pickle_is_still_a_header(tmp_path: Path) -> None:
-    content = safetensors_bytes(lora_tensors(lora_config()))
-    header_end = 8 + int.from_bytes(content[:8], "little")
-    padded = content[8:header_end].ljust(0x0480)
-    assert len(padded) == 0x0480
-    assert with_header(padded, b"").startswith(b"\x80\x04")
-    check(tmp_path, lora_config(), with_header(padded, content[header_end:]))
-
-
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=10),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
-    max_leaves=8,
-)
-GOOD_CONTENT = safetensors_bytes(lora_tensors(lora_config()))
-FUZZ = settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
-)
-
-
-def _accepts_or_refuses(directory: Path, config: dict[str, Any] | bytes, content: Tensors | bytes) -> bool:
-    try:
-        check(directory, config, content)
-    except BadAdapter:
-        return False
-    return True
-
-
-@FUZZ
-@given(config=st.binary(max_size=300), content=st.binary(max_size=300))
-def test_arbitrary_bytes_are_bad_adapters(tmp_path: Path, config: bytes, content: bytes) -> None:
-    assert not _accepts_or_refuses(tmp_path, config, GOOD_CONTENT)
-    assert not _accepts_or_refuses(tmp_path, lora_config(), content)
-    assert not _accepts_or_refuses(tmp_path, lora_config(), with_header(content, content))
-
-
-@FUZZ
-@given(key=st.sampled_from(sorted(lora_config())) | st.text(max_size=12), value=JSON)
-def test_arbitrary_config_values_are_accepted_or_bad(tmp_path: Path, key: str, value: Any) -> None:
-    _accepts_or_refuses(tmp_path, lora_config() | {key: value}, GOOD_CONTENT)
-
-
-@FUZZ
-@given(name=st.just(Q_A) | st.just("__metadata__") | st.text(max_size=12), value=JSON)
-def test_arbitrary_header_entries_are_accepted_or_bad(tmp_path: Path, name: str, value: Any) -> None:
-    _accepts_or_refuses(tmp_path, lora_config(), _edited(lambda header: header.update({name: value})))
-
-
-@FUZZ
-@given(
-    field=st.sampled_from(["dtype", "shape", "data_offsets"]),
-    value=JSON | st.lists(st.integers(-(2**70), 2**70), max_size=4),
-)
-def test_arbitrary_tensor_fields_are_accepted_or_bad(tmp_path: Path, field: str, value: Any) -> None:
-    _accepts_or_refuses(tmp_path, lora_config(), _edited(_set(**{field: value})))
-
-
-@FUZZ
-@given(position=st.integers(0, len(GOOD_CONTENT) - 1), byte=st.integers(0, 255), cut=st.booleans())
-def test_a_flipped_byte_or_a_cut(tmp_path: Path, position: int, byte: int, cut: bool) -> None:
-    content = GOOD_CONTENT[:position] if cut else GOOD_CONTENT[:position] + bytes([byte]) + GOOD_CONTENT[position + 1 :]
-    accepted = _accepts_or_refuses(tmp_path, lora_config(), content)
-    assert not (cut and accepted)
