@@ -13,21 +13,15 @@ import psycopg
 import pytest
 from loraplex.controller.config import ControllerOptions
 from loraplex.controller.controller import Controller
-from loraplex.core.control import ControlSnapshot, TenantDemand
+from loraplex.core.control import TenantDemand
 from loraplex.core.errors import Unavailable
-from loraplex.core.ids import GatewayId, TenantName
+from loraplex.core.ids import GatewayId
 from loraplex.core.tenant import TenantLimits, UsageRow
 
+from tests.controller.calls import ACME, newest
 from tests.database.postgres import PostgresServer
 
 pytestmark = pytest.mark.parametrize("new_database", ["postgresql"], indirect=True)
-ACME = TenantName("acme")
-
-
-async def _snapshot(controller: Controller) -> ControlSnapshot:
-    snapshot = await controller.snapshot(after_epoch=0, after_version=0, timeout_s=0)
-    assert snapshot is not None
-    return snapshot
 
 
 def _stored(url: str) -> set[str]:
@@ -83,7 +77,7 @@ async def test_kill_minus_nine_during_writes(
     assert failed, "some met the server while it was away"
     assert acknowledged <= stored, "nothing that was acknowledged is lost"
     assert failed & stored == set(), "and nothing that failed has happened"
-    assert {tenant.name for tenant in (await _snapshot(controller)).tenants} == stored
+    assert {tenant.name for tenant in (await newest(controller)).tenants} == stored
     assert controller.epoch == 1
 
 
@@ -98,7 +92,7 @@ async def test_away_for_a_while(controller: Controller, postgres: PostgresServer
                 await controller.create_tenant("globex", TenantLimits())
             with pytest.raises(Unavailable, match="does not answer"):
                 await controller.report_usage(gateway, usage)
-            assert [tenant.name for tenant in (await _snapshot(controller)).tenants] == [ACME]
+            assert [tenant.name for tenant in (await newest(controller)).tenants] == [ACME]
             demand = (TenantDemand(tenant=ACME, requests=5, tokens=100, running=1),)
             assert {share.tenant for share in await controller.lease_quota(gateway, demand, ())} == {"*", ACME}
     finally:
@@ -202,7 +196,7 @@ async def test_a_commit_whose_answer_is_lost(
             await creating
     stored = {ACME, "globex"} if when == "after" else {ACME}
     assert _stored(database_url) == stored
-    assert {tenant.name for tenant in (await _snapshot(controller)).tenants} == stored
+    assert {tenant.name for tenant in (await newest(controller)).tenants} == stored
     await controller.create_tenant("initech", TenantLimits())
     await controller.stop()
 
@@ -225,7 +219,7 @@ async def test_stop_does_not_wait_for_a_commit_in_doubt(
     with pytest.raises(Unavailable):
         await creating
     again = await start(make_options())
-    assert [tenant.name for tenant in (await _snapshot(again)).tenants] == [ACME], "the next one reads what there is"
+    assert [tenant.name for tenant in (await newest(again)).tenants] == [ACME], "the next one reads what there is"
     await again.stop()
 
 
