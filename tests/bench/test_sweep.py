@@ -6,7 +6,8 @@ import pytest
 from loraplex.bench.cases import CASES, SINGLE_TTFT, chosen_cases
 from loraplex.bench.options import EngineSetup
 from loraplex.bench.plot import bar_chart
-from loraplex.bench.sweep import SweepOptions, SweepTable, run_sweep
+from loraplex.bench.results import SweepTable
+from loraplex.bench.sweep import SweepOptions, run_sweep
 from loraplex.core.errors import BadConfig
 
 SETUP = EngineSetup(model="random:tiny-llama", threads=1, num_pages=2000)

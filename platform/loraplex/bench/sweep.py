@@ -18,7 +18,7 @@ import msgspec
 from loraplex.bench.cases import SINGLE_TTFT, chosen_cases
 from loraplex.bench.options import EngineLoad, EngineSetup
 from loraplex.bench.plot import bar_chart
-from loraplex.bench.results import LoadResult, Machine, SingleTtft
+from loraplex.bench.results import LoadResult, SweepRow, SweepSummary, SweepTable
 from loraplex.bench.session import BenchSession
 from loraplex.bench.single_ttft import measure_single_ttft
 from loraplex.core.errors import BadConfig
@@ -34,54 +34,6 @@ class SweepOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     budget_s: float | None = None
     """No case starts later than this after the start of the sweep, loading included."""
     shrink: Annotated[int, msgspec.Meta(ge=1)] = 1
-
-
-class SweepRow(msgspec.Struct, frozen=True, kw_only=True):
-    """One case of one round. TTFT and TPOT are medians over the requests."""
-
-    case: str
-    round: int
-    adapters: int
-    requests: int
-    input_tokens: int
-    output_tokens: int
-    lora_rank: int
-    """The largest one; 0 without adapters."""
-    output_tokens_per_s: float
-    ttft_ms: float
-    tpot_ms: float | None
-    eta: float
-    result: LoadResult
-
-
-class SweepSummary(msgspec.Struct, frozen=True, kw_only=True):
-    """Medians of a case over its rounds."""
-
-    case: str
-    rounds: int
-    adapters: int
-    requests: int
-    lora_rank: int
-    output_tokens_per_s: float
-    ttft_ms: float
-    tpot_ms: float | None
-    eta: float
-    ratio: float | None
-    """Median over the rounds of its tokens/s / those of the first case; None where that did not run."""
-
-
-class SweepTable(msgspec.Struct, kw_only=True):
-    """What the file holds."""
-
-    setup: EngineSetup
-    shrink: int
-    commit: str | None
-    machine: Machine | None = None
-    rows: list[SweepRow] = []
-    single_ttft: SingleTtft | None = None
-    summary: list[SweepSummary] = []
-    left: list[str] = []
-    """Cases for which the budget did not last."""
 
 
 def run_sweep(options: SweepOptions, out: Path, *, say: Callable[[str], None]) -> SweepTable:
