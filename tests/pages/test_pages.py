@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from loraplex.core.errors import Unavailable
 from loraplex.pages.bar_chart import bar_chart
+from loraplex.pages.grouped_bars import Bars, grouped_bars
 from loraplex.pages.heat_map import heat_map
 from loraplex.pages.line_chart import Series, line_chart
 from loraplex.pages.page import bullets, figures, folded, page, paragraph, section, table
@@ -86,6 +87,28 @@ def test_bars_and_cells_tell_their_values() -> None:
         ("heat", "0.55", "0,1"),
         ("warm", "1.00", "1,0"),
     ]
+
+
+def test_grouped_bars_tell_side_group_and_value() -> None:
+    sides = [Bars(name="<ours>", values=[12345.6, math.nan]), Bars(name="theirs", values=[0.0, 1200.5])]
+    root = ElementTree.fromstring(grouped_bars(["few", "many\nmore"], sides, y_label="tokens/s", x_label="adapters"))
+    bars = [rect for rect in root.iter(f"{SVG}rect") if rect.find(f"{SVG}title") is not None]
+    assert ["".join(bar.itertext()) for bar in bars] == [
+        "<ours>, few: 12,346",
+        "theirs, few: 0",
+        "theirs, many more: 1,200",
+    ]
+    assert [bar.get("class") for bar in bars] == ["f0", "f1", "f1"]
+    assert float(bars[0].get("height", 0)) > 5 * float(bars[2].get("height", 0)) > 0
+    words = [text.text for text in root.iter(f"{SVG}text")]
+    assert {"12,346", "1,200", "few", "many", "more", "adapters", "tokens/s", "<ours>", "theirs"} <= set(words)
+    # One side needs no legend, and nothing at all is still a picture.
+    assert "a" not in [t.text for t in ElementTree.fromstring(_one_side("a")).iter(f"{SVG}text")]
+    ElementTree.fromstring(grouped_bars([], [], y_label="y"))
+
+
+def _one_side(name: str) -> str:
+    return grouped_bars(["g"], [Bars(name=name, values=[5.0])], y_label="y", y_high=1.0)
 
 
 def test_a_page_is_whole_and_fetches_nothing() -> None:
