@@ -1,6 +1,7 @@
 """Made-up adapters as PEFT directories, for benchmarks that bring adapters in through the registry.
 
-Called by ``loraplex bench serve``. (``session`` draws its adapters straight into host memory.)
+Called by ``loraplex bench serve`` and ``against_transformers``. (``session`` draws its adapters straight into host
+memory.)
 """
 
 import json
@@ -13,14 +14,16 @@ from loraplex.core.adapter import AdapterManifest
 from loraplex.core.model import ModelSpec
 
 
-def write_random_peft(directory: Path, manifest: AdapterManifest, model: ModelSpec, *, seed: int) -> None:
-    """Writes config and bf16 weights of one adapter into ``directory``, which is made. All its blocks have one rank;
-    the scale is 1."""
+def write_random_peft(
+    directory: Path, manifest: AdapterManifest, model: ModelSpec, *, seed: int, scale: int = 1
+) -> None:
+    """Writes config and bf16 weights of one adapter into ``directory``, which is made. All its blocks have one rank and
+    this ``scale``, whatever the manifest says."""
     (lora_rank,) = {block.lora_rank for block in manifest.blocks}
     config = {
         "peft_type": "LORA",
         "r": lora_rank,
-        "lora_alpha": lora_rank,
+        "lora_alpha": lora_rank * scale,
         "target_modules": sorted({block.module for block in manifest.blocks}),
     }
     directory.mkdir(parents=True)

@@ -10,31 +10,18 @@ are compared at every generated position. Run by ``make figures`` and, with fewe
 import argparse
 import json
 import sys
-from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import torch
 import transformers
-from peft import PeftModel
 
-from loraplex.core.adapter import AdapterRef
-from loraplex.core.clock import SystemClock
-from loraplex.core.ids import Digest, RequestId, TenantName
-from loraplex.core.model import ModelSpec
-from loraplex.core.request import EngineRequest, SamplingParams
-from loraplex.core.step import RowStart, StepPlan
+from loraplex.bench.reference import Reference
+from loraplex.bench.tapped import Continuation, Prompt, TappedEngine
 from loraplex.demo import DEMO_ADAPTERS
 from loraplex.demo.base import DEMO_BASE_ID, prepare_demo_base
-from loraplex.engine import Engine, EngineConfig
-from loraplex.model_runner import ExecutorBase, ExecutorConfig, build_executor
-from loraplex.model_runner.drawn import Drawn
-from loraplex.model_runner.sampler import Sampler
-from loraplex.registry.config import RegistryConfig
-from loraplex.registry.intake import check_adapter
-from loraplex.replica.driver import StepDriver
+from loraplex.engine import EngineConfig
+from loraplex.model_runner import ExecutorConfig
 
 PROMPTS = (
     "What is the capital of Italy?",
@@ -58,7 +45,6 @@ PROMPTS = (
     "How does rain form?",
     "What is the largest planet?",
 )
-_TENANT = TenantName("parity")
 
 
 class Agreement(msgspec.Struct, frozen=True, kw_only=True):
@@ -76,131 +62,6 @@ class Agreement(msgspec.Struct, frozen=True, kw_only=True):
     """Largest |ours - theirs| over the largest |theirs| of the position, over both modes."""
 
 
-class _Tap:
-    """A sampler that keeps the logits that it is given, per slot, until someone takes them."""
-
-    def __init__(self, model: ModelSpec, device: torch.device) -> None:
-        self._sampler = Sampler(model, device)
-        self.logits: dict[int, list[torch.Tensor]] = {}
-
-    def start(self, start: RowStart) -> None:
-        self.logits[start.slot] = []
-        self._sampler.start(start)
-
-    def release(self, slot: int) -> None:
-        self._sampler.release(slot)
-
-    def draw(self, logits_BV: torch.Tensor, slots: Sequence[int], *, last_token: torch.Tensor | None = None) -> Drawn:
-        for slot, logits_V in zip(slots, logits_BV, strict=True):
-            self.logits[slot].append(logits_V.clone())
-        return self._sampler.draw(logits_BV, slots, last_token=last_token)
-
-
-class _Recorder:
-    """An executor that remembers which request each slot was, so that the tap's logits find their request."""
-
-    def __init__(self, inner: ExecutorBase, tap: _Tap) -> None:
-        self._inner = inner
-        self._tap = tap
-        self.logits: dict[tuple[Digest | None, tuple[int, ...]], list[torch.Tensor]] = {}
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._inner, name)
-
-    def submit(self, plan: StepPlan) -> None:
-        adapters = {row.slot: row.adapter for row in plan.rows}
-        self._inner.submit(plan)
-        for start in plan.starts:
-            prompt = start.token_ids[: start.num_prompt_tokens]
-            self.logits[adapters[start.slot], prompt] = self._tap.logits[start.slot]
-
-
-class _Ours:
-    """The demo base in our engine, its adapters staged."""
-
-    def __init__(self, directory: Path) -> None:
-        taps: list[_Tap] = []
-
-        def tapped(model: ModelSpec, device: torch.device) -> _Tap:
-            taps.append(_Tap(model, device))
-            return taps[0]
-
-        executor = build_executor(
-            ExecutorConfig(dtype="float32", num_pages=900),
-            model=str(directory),
-            base_model_id=DEMO_BASE_ID,
-            sampler=tapped,
-        )
-        self.recorder = _Recorder(executor, taps[0])
-        self._engine = Engine(EngineConfig(prefix_cache=False), model=executor.model, arena=executor.arena)
-        self._driver = StepDriver(self._engine, self.recorder, clock=SystemClock(), unstage=executor.unstage_adapter)
-        self._count = 0
-        self.adapters: dict[str, AdapterRef] = {}
-        for demo in DEMO_ADAPTERS:
-            manifest = check_adapter(
-                demo.directory, bases={DEMO_BASE_ID: executor.model}, digest_salt="00" * 16, config=RegistryConfig()
-            ).manifest
-            executor.stage_adapter(manifest, str(demo.directory / "adapter_model.safetensors"))
-            self._engine.adapter_staged(manifest.digest, executor.adapter_pages(manifest), 0.0)
-            self.adapters[demo.name] = AdapterRef(tenant=_TENANT, name=demo.name, version=1, digest=manifest.digest)
-
-    def generate(self, jobs: Sequence[tuple[str, list[int]]], max_tokens: int) -> list[list[int]]:
-        """Greedy tokens of (model, prompt) pairs, all submitted at once."""
-        tokens: dict[RequestId, list[int]] = {}
-        for model, prompt in jobs:
-            request_id = RequestId(f"r{self._count}")
-            self._count += 1
-            tokens[request_id] = []
-            self._engine.add(
-                EngineRequest(
-                    request_id=request_id,
-                    tenant=_TENANT,
-                    base_model_id=DEMO_BASE_ID,
-                    adapter=self.adapters.get(model),
-                    prompt_token_ids=tuple(prompt),
-                    sampling=SamplingParams(max_tokens=max_tokens, seed=0, temperature=0.0, ignore_eos=True),
-                    arrival_s=0.0,
-                    cache_salt="parity",
-                ),
-                0.0,
-            )
-        while self._engine.num_unfinished:
-            for output in self._driver.step().outputs:
-                tokens[output.request_id] += [token.token_id for token in output.tokens]
-        return list(tokens.values())
-
-    def logits(self, model: str, prompt: list[int]) -> torch.Tensor:
-        """(tokens, V) of the last run of this pair."""
-        adapter = self.adapters.get(model)
-        return torch.stack(self.recorder.logits[adapter.digest if adapter else None, tuple(prompt)])
-
-
-class _Theirs:
-    """transformers with PEFT, fp32."""
-
-    def __init__(self, directory: Path) -> None:
-        model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
-        first, *others = DEMO_ADAPTERS
-        self._model: Any = PeftModel.from_pretrained(model, first.directory, adapter_name=first.name)
-        for demo in others:
-            self._model.load_adapter(demo.directory, adapter_name=demo.name)
-
-    @torch.inference_mode()
-    def generate(self, model: str, prompt: list[int], max_tokens: int) -> tuple[list[int], torch.Tensor]:
-        """Greedy tokens, and the (tokens, V) logits that chose them."""
-        if model != DEMO_BASE_ID:
-            self._model.set_adapter(model)
-        with self._model.disable_adapter() if model == DEMO_BASE_ID else nullcontext():
-            ids, cache, tokens, logits = torch.tensor([prompt]), None, [], []
-            for _ in range(max_tokens):
-                out = self._model(ids, past_key_values=cache, use_cache=True)
-                cache = out.past_key_values
-                logits.append(out.logits[0, -1].float())
-                ids = logits[-1].argmax().reshape(1, 1)
-                tokens.append(int(ids))
-        return tokens, torch.stack(logits)
-
-
 def run_parity(directory: Path, *, num_prompts: int, max_tokens: int) -> list[Agreement]:
     """``directory``: the demo base as a Hugging Face directory."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
@@ -210,35 +71,44 @@ def run_parity(directory: Path, *, num_prompts: int, max_tokens: int) -> list[Ag
         )["input_ids"]
         for text in PROMPTS[:num_prompts]
     ]
-    models = [str(DEMO_BASE_ID), *(demo.name for demo in DEMO_ADAPTERS)]
-    ours, theirs = _Ours(directory), _Theirs(directory)
-    jobs = [(model, prompt) for model in models for prompt in prompts]
-    expected = [theirs.generate(model, prompt, max_tokens) for model, prompt in jobs]
+    adapters = {demo.name: demo.directory for demo in DEMO_ADAPTERS}
+    models = [None, *adapters]
+    ours = TappedEngine(
+        str(directory),
+        ExecutorConfig(dtype="float32", num_pages=900),
+        EngineConfig(prefix_cache=False),
+        adapters=adapters,
+    )
+    theirs = Reference(str(directory), adapters=adapters, weights=torch.float32, device=torch.device("cpu"))
+    jobs = [Prompt(adapter=model, token_ids=tuple(prompt)) for model in models for prompt in prompts]
+    expected = [theirs.generate(job, max_tokens) for job in jobs]
     alone = [ours.generate([job], max_tokens)[0] for job in jobs]
-    errors = [_relative_error(ours.logits(*job), logits) for job, (_, logits) in zip(jobs, expected, strict=True)]
     mixed = ours.generate(jobs, max_tokens)
-    errors_mixed = [_relative_error(ours.logits(*job), logits) for job, (_, logits) in zip(jobs, expected, strict=True)]
+    ours.close()
     agreements = []
     for model in models:
-        own = [index for index, job in enumerate(jobs) if job[0] == model]
+        own = [index for index, job in enumerate(jobs) if job.adapter == model]
         agreements.append(
             Agreement(
-                model=model,
+                model=model or str(DEMO_BASE_ID),
                 prompts=len(own),
                 tokens=max_tokens * len(own),
-                equal_alone=sum(alone[index] == expected[index][0] for index in own),
-                equal_mixed=sum(mixed[index] == expected[index][0] for index in own),
-                max_relative_logit_error=max(max(errors[index], errors_mixed[index]) for index in own),
+                equal_alone=sum(alone[index].token_ids == expected[index].token_ids for index in own),
+                equal_mixed=sum(mixed[index].token_ids == expected[index].token_ids for index in own),
+                max_relative_logit_error=max(
+                    _relative_error(run[index], expected[index]) for run in (alone, mixed) for index in own
+                ),
             )
         )
     return agreements
 
 
-def _relative_error(ours_TV: torch.Tensor, theirs_TV: torch.Tensor) -> float:
+def _relative_error(ours: Continuation, theirs: Continuation) -> float:
     """Largest over positions; after a first differing token the comparison would be meaningless and is infinite."""
-    if ours_TV.shape != theirs_TV.shape:
+    if ours.token_ids != theirs.token_ids:
         return float("inf")
-    return float(((ours_TV - theirs_TV).abs().amax(1) / theirs_TV.abs().amax(1)).max())
+    difference_T = (ours.logits - theirs.logits).abs().amax(1)
+    return float((difference_T / theirs.logits.abs().amax(1)).max())
 
 
 def main() -> None:

@@ -138,11 +138,17 @@ _CONFIGS: Mapping[str, Mapping[str, Any]] = {
 }
 
 
-def random_spec(name: str, base_model_id: BaseModelId) -> ModelSpec:
-    """The shape called ``name`` (without ``random:``). BadConfig listing the known names."""
+def random_config(name: str) -> Mapping[str, Any]:
+    """The ``config.json`` of the shape called ``name`` (without ``random:``). BadConfig listing the known names."""
     config = _CONFIGS.get(name)
     if config is None:
         raise BadConfig(f"random:{name} is not known (known: {', '.join(_CONFIGS)})", param="model")
+    return config
+
+
+def random_spec(name: str, base_model_id: BaseModelId) -> ModelSpec:
+    """The shape called ``name`` (without ``random:``). BadConfig listing the known names."""
+    config = random_config(name)
     family = family_by_name(config["model_type"], source=f"random:{name}")
     return family.read_spec(config, base_model_id, source=f"random:{name}")
 
