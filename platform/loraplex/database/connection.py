@@ -17,13 +17,14 @@ from sqlalchemy.exc import ArgumentError, DBAPIError
 
 from loraplex.core.errors import BadConfig, StorageFull, Unavailable
 from loraplex.database.config import DatabaseConfig
+from loraplex.database.silence import PatientConnection, connect_patiently
 
 logger = logging.getLogger(__name__)
 
 _POSTGRES_DISK_FULL = "53100"
 _POSTGRES_DRIVER = "postgresql+psycopg"
-_KEEPALIVES = {"keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3, "tcp_user_timeout": 15_000}
-"""A server that is gone without a word is noticed within half a minute."""
+_KEEPALIVES = {"keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3}
+"""A host that is gone without a word is noticed within half a minute."""
 _IDLE_TRANSACTION_S = 60
 """After that a controller that hangs inside a transaction loses it, and the next one is not kept waiting."""
 
@@ -61,9 +62,16 @@ def make_engine(url: URL, config: DatabaseConfig) -> Engine:
         event.listen(engine, "begin", _begin_sqlite)
         return engine
     timeouts = {"connect_timeout": int(config.connect_timeout_s)} | _KEEPALIVES
+    timeouts["tcp_user_timeout"] = int(config.answer_timeout_s * 1000)
     # What the URL says of these comes first.
     arguments = {name: value for name, value in timeouts.items() if name not in url.query}
     engine = create_engine(url, pool_pre_ping=True, connect_args=arguments)
+    # A lock may be waited for as long as a statement is allowed to.
+    answer_timeout_s = config.busy_timeout_s + config.answer_timeout_s
+
+    def connect(_dialect: Any, _record: Any, arguments: Any, parameters: Any) -> PatientConnection:
+        return connect_patiently(*arguments, answer_timeout_s=answer_timeout_s, **parameters)
+
     lock_timeout_ms = int(config.busy_timeout_s * 1000)
 
     def set_up(connection: Any, _record: Any) -> None:
@@ -76,6 +84,7 @@ def make_engine(url: URL, config: DatabaseConfig) -> Engine:
             )
         connection.commit()
 
+    event.listen(engine, "do_connect", connect)
     event.listen(engine, "connect", set_up)
     return engine
 

@@ -20,6 +20,7 @@ from loraplex.database import schema
 from loraplex.database.base import ClusterRow
 from loraplex.database.config import DatabaseConfig
 from loraplex.database.connection import database_url, make_engine, reading, shown, translated, writing
+from loraplex.database.silence import Silence
 
 logger = logging.getLogger(__name__)
 
@@ -55,10 +56,12 @@ class Database:
         except BaseException:
             self._engine.dispose()
             raise
+        self._silence = Silence(self._engine)
 
     @contextmanager
     def read(self) -> Iterator[Session]:
-        """A consistent view; nothing that is changed in it is kept."""
+        """A consistent view; nothing that is changed in it is kept. Raises Unavailable."""
+        self._silence.check()
         with translated(self._url), self._read_sessions() as session:
             yield session
 
@@ -70,6 +73,7 @@ class Database:
         Raises Unavailable when a newer controller holds the lease (code ``superseded``) or the database does not
         answer, StorageFull when the disk is full.
         """
+        self._silence.check()
         with translated(self._url), self._write_sessions() as session:
             # FOR UPDATE (ignored by SQLite, whose BEGIN IMMEDIATE does the same) makes writers of two controllers
             # queue here, so that none commits after the lease has moved.
@@ -101,6 +105,7 @@ class Database:
         self._given_up.set()
 
     def close(self) -> None:
+        self._silence.close()
         self._engine.dispose()
 
     def _was_committed(self, transaction: str) -> bool:
@@ -109,6 +114,9 @@ class Database:
         self._doubt.set()
         try:
             while not self._given_up.is_set():
+                if self._silence.lasts:
+                    self._given_up.wait(_DOUBT_POLL_S)
+                    continue
                 try:
                     with self._read_sessions() as session:
                         state = session.scalar(select(func.pg_xact_status(text(f"'{int(transaction)}'::xid8"))))
