@@ -1,13 +1,15 @@
+import gzip
 import json
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 from loraplex.bench.engine_bench import run_engine_bench
 from loraplex.bench.options import EngineBenchOptions, EngineLoad, EngineSetup, module_names
-from loraplex.bench.part_times import covered, part_of
+from loraplex.bench.part_times import covered, host_waits, part_of
 from loraplex.bench.random_adapters import Popularity, draw_adapters, random_manifests
 from loraplex.bench.session import BenchSession
 from loraplex.core.errors import BadConfig, ContextTooLong
@@ -128,9 +130,12 @@ def test_adapters_may_stand_by() -> None:
         session.close()
 
 
-def test_single_ttft_and_parts() -> None:
+def test_single_ttft_and_parts(tmp_path: Path) -> None:
     load = EngineLoad(requests=3, input_tokens=8, output_tokens=2, adapters=2, lora_ranks=(8, 16))
-    bench = run_engine_bench(EngineBenchOptions(setup=_setup(), load=load, single_ttft=3, profile_steps=2))
+    trace = tmp_path / "new" / "decode.json.gz"
+    bench = run_engine_bench(
+        EngineBenchOptions(setup=_setup(), load=load, single_ttft=3, profile_steps=2, profile_trace=str(trace))
+    )
     single = bench.single_ttft
     assert single is not None
     assert single.added_by_cold_s == single.cold_s.p50 - single.warm_s.p50
@@ -142,6 +147,10 @@ def test_single_ttft_and_parts() -> None:
         assert 0 < parts.busy_s <= parts.wall_s
         assert sum(parts.shares.values()) == pytest.approx(1)
         assert parts.shares["gemm"] > 0
+        assert parts.host_waits is None
+    with gzip.open(trace) as file:
+        names = {event.get("name") for event in json.load(file)["traceEvents"]}
+    assert "loraplex: steps" in names
 
 
 def test_profiled_decode_steps_hold_every_request() -> None:
@@ -173,6 +182,16 @@ def test_profiled_decode_steps_hold_every_request() -> None:
 )
 def test_parts_by_name(kernel: str, part: str) -> None:
     assert part_of(kernel) == part
+
+
+def test_what_makes_the_host_wait() -> None:
+    waits = ["cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy", "cudaFree"]
+    waits += ["cuCtxSynchronize", "Memcpy DtoH (Device -> Pageable)"]
+    others = ["cudaMemcpyAsync", "cudaStreamWaitEvent", "cudaGraphLaunch", "cuLaunchKernelEx", "cudaEventQuery"]
+    others += ["cudaFreeAsync", "Memcpy DtoH (Device -> Pinned)", "aten::copy_", "cudaEventRecord"]
+    assert host_waits([*waits, *others, "cudaEventSynchronize"], 2) == {
+        name: (1.0 if name == "cudaEventSynchronize" else 0.5) for name in waits
+    }
 
 
 def test_overlapping_kernels_count_once() -> None:
@@ -208,6 +227,8 @@ def test_what_is_wrong_is_named() -> None:
         )
     with pytest.raises(BadConfig, match="'x'"):
         module_names("q,x")
+    with pytest.raises(BadConfig, match="steps to profile"):
+        run_engine_bench(EngineBenchOptions(setup=_setup(), profile_trace="trace.json"))
     with pytest.raises(BadConfig, match="lm_head"):
         run_engine_bench(EngineBenchOptions(setup=_setup(), load=EngineLoad(modules=("lm_head",))))
 

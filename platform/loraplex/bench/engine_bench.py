@@ -4,6 +4,8 @@ No Ray, no network, no text. Called by ``loraplex bench engine``, and without th
 ``python -m loraplex.bench engine '{"setup": {"model": "random:tiny-llama"}}'``.
 """
 
+from pathlib import Path
+
 import torch
 
 from loraplex.bench.options import EngineBenchOptions, EngineLoad
@@ -17,14 +19,15 @@ from loraplex.core.ids import RequestId
 def run_engine_bench(options: EngineBenchOptions) -> EngineBenchResult:
     """Builds the model, runs the load, returns the figures. Raises BadConfig, InvalidInput; LoraplexError
     itself when a request ends with an error."""
-    options.load.check()
+    options.check()
     session = BenchSession(options.setup)
     try:
         result = session.run(options.load)
         single = measure_single_ttft(session, options.load, options.single_ttft) if options.single_ttft else None
         prefill, decode = (None, None)
         if options.profile_steps:
-            prefill, decode = measure_phases(session, options.load, options.profile_steps)
+            trace = None if options.profile_trace is None else Path(options.profile_trace)
+            prefill, decode = measure_phases(session, options.load, options.profile_steps, trace=trace)
         return EngineBenchResult(
             options=options,
             machine=session.machine,
@@ -37,8 +40,11 @@ def run_engine_bench(options: EngineBenchOptions) -> EngineBenchResult:
         session.close()
 
 
-def measure_phases(session: BenchSession, load: EngineLoad, num_steps: int) -> tuple[PartTimes, PartTimes]:
-    """The load's prefill, all of it at once, and then ``num_steps`` decode steps: where the time of each goes."""
+def measure_phases(
+    session: BenchSession, load: EngineLoad, num_steps: int, *, trace: Path | None = None
+) -> tuple[PartTimes, PartTimes]:
+    """The load's prefill, all of it at once, and then ``num_steps`` decode steps: where the time of each goes.
+    ``trace``: file for the timeline of the latter."""
     device = torch.device(session.setup.device)
     manifests = session.prepare(load)
     num_requests = min(load.requests, session.setup.max_running)
@@ -61,7 +67,7 @@ def measure_phases(session: BenchSession, load: EngineLoad, num_steps: int) -> t
             session.step(timings)
         return num_steps
 
-    parts = measure_parts(prefill, device), measure_parts(decode, device)
+    parts = measure_parts(prefill, device), measure_parts(decode, device, trace=trace)
     while session.engine.num_unfinished:
         session.step(timings)
     session.drive(())

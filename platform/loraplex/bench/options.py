@@ -88,6 +88,17 @@ class EngineBenchOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unkno
     """Requests of each kind (base, warm adapter, cold adapter) that are sent one at a time for their TTFT."""
     profile_steps: _NotNegative = 0
     """Decode steps, after the prefill of the same load, whose time is shared out by part."""
+    profile_trace: str | None = None
+    """File for the timeline of those decode steps, as Chrome and Perfetto read it; ``.json`` or ``.json.gz``."""
+
+    def check(self) -> None:
+        """Raises BadConfig."""
+        self.load.check()
+        if self.profile_trace is not None:
+            if not self.profile_steps:
+                raise BadConfig("a timeline needs steps to profile", param="profile_steps")
+            if not self.profile_trace.endswith((".json", ".json.gz")):
+                raise BadConfig(f"{self.profile_trace}: should end in .json or .json.gz", param="profile_trace")
 
 
 def module_names(text: str) -> tuple[str, ...]:

@@ -93,6 +93,9 @@ class PartTimes(msgspec.Struct, frozen=True, kw_only=True):
     """Time in which at least one kernel ran. On the CPU: in operators."""
     shares: dict[str, float]
     """Part -> its share of the kernels' time; largest first."""
+    host_waits: dict[str, float] | None
+    """Name -> calls a step by which the host waits for the device: ``cudaEventSynchronize`` is the read-back of the
+    tokens. None on the CPU."""
 
 
 class EngineBenchResult(msgspec.Struct, frozen=True, kw_only=True):

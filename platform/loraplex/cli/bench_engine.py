@@ -63,6 +63,9 @@ def engine_command(
         int, typer.Option(min=0, help="Also: this many lone requests each of base, warm and cold adapter.")
     ] = 0,
     profile: Annotated[int, typer.Option(min=0, help="Also: the time of this many decode steps by part.")] = 0,
+    profile_trace: Annotated[
+        str | None, typer.Option(help="With --profile: a file for their timeline, .json or .json.gz.")
+    ] = None,
     device: DeviceOption = "cpu",
     dtype: DtypeOption = "auto",
     tp: TpOption = 1,
@@ -115,6 +118,7 @@ def engine_command(
             ),
             single_ttft=single_ttft,
             profile_steps=profile,
+            profile_trace=profile_trace,
         )
     )
     if as_json:
@@ -244,3 +248,6 @@ def _print_parts(phase: str, parts: "PartTimes | None") -> None:
             f"{phase}: {parts.steps} steps in {shown(1000 * parts.wall_s)} ms, device busy "
             f"{parts.busy_s / parts.wall_s:.1%}: {shares}"
         )
+        if parts.host_waits is not None:
+            waits = ", ".join(f"{call} {shown(count)}" for call, count in parts.host_waits.items())
+            typer.echo(f"  the host waits, times a step: {waits or 'never'}")
