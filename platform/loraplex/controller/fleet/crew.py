@@ -1,6 +1,6 @@
 """One task per replica that talks to the actuator for as long as it takes: start, watch, assign, stop.
 
-Decides nothing: what came of it goes to ``tell`` as an event, on the event loop. Called by ``manager``.
+Decides nothing: what came of it goes to ``tell`` as an event, on the event loop. Called by ``manager`` and ``events``.
 """
 
 import asyncio

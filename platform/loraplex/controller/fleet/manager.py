@@ -1,5 +1,7 @@
 """Keeps the machines at the plan in force: observes, asks ``diff`` what is next, records it, does it.
 
+Owns the turns; what is seen of the replicas is ``events``', what should run ``plans``'.
+
 Intents are written to the database before they are carried out and facts after they are seen, so that a controller
 that dies anywhere leaves a successor that finishes or undoes what was begun. Without the database nothing new begins;
 what serves goes on being served. All in one event loop; nothing here waits for a replica.
@@ -12,18 +14,8 @@ from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import replace
 from typing import TypeVar
 
-from loraplex.controller.fleet.attempts import Attempts
 from loraplex.controller.fleet.config import FleetConfig
-from loraplex.controller.fleet.crew import (
-    Assigned,
-    AssignFailed,
-    Crew,
-    Down,
-    Event,
-    Ready,
-    Stopped,
-    Superseded,
-)
+from loraplex.controller.fleet.crew import Crew, Event
 from loraplex.controller.fleet.desired import Desired
 from loraplex.controller.fleet.diff import (
     Action,
@@ -37,20 +29,21 @@ from loraplex.controller.fleet.diff import (
     decide,
 )
 from loraplex.controller.fleet.drains import Drains, Loads
+from loraplex.controller.fleet.events import EventDesk
 from loraplex.controller.fleet.nodes import NodeWatch
 from loraplex.controller.fleet.placing import Placer
 from loraplex.controller.fleet.plans import PlanDesk
 from loraplex.controller.fleet.roster import Roster
 from loraplex.controller.fleet.state import AdapterKey, FleetBase, Kind, Replica, ReplicaState, adapter_keys, routes_of
 from loraplex.controller.fleet.status import fleet_status
-from loraplex.controller.fleet.store import FleetStore, Reason
+from loraplex.controller.fleet.store import FleetStore
 from loraplex.core.clock import Clock
 from loraplex.core.control import ReplicaRoute
 from loraplex.core.errors import LoraplexError, Unavailable
-from loraplex.core.fleet import Actuator, NodeStatus, RunningReplica
+from loraplex.core.fleet import Actuator, NodeStatus
 from loraplex.core.ids import BaseModelId, ReplicaId
-from loraplex.core.plan import AdapterShare, Plan, Shape
-from loraplex.core.rollout import DecisionKind, FleetStatus
+from loraplex.core.plan import Plan, Shape
+from loraplex.core.rollout import FleetStatus
 
 logger = logging.getLogger(__name__)
 
@@ -86,13 +79,9 @@ class FleetManager:
         self._drains = Drains(config, loads)
         self._nodes = NodeWatch(hold_s=config.node_hold_s, max_hold_s=config.node_max_hold_s)
         self._placer = Placer(bases)
-        self._starts = Attempts(first_s=config.retry_first_s, max_s=config.retry_max_s)
-        self._assigns = Attempts(first_s=config.retry_first_s, max_s=config.retry_max_s)
         self._crew = Crew(actuator, epoch=store.epoch, retry_s=config.retry_first_s, tell=self._hear)
         self._roster = Roster(store, clock, bases)
-        self._events: list[Event] = []
-        self._notes: list[tuple[DecisionKind, int, Reason]] = []
-        self._failures: dict[Kind, tuple[ReplicaId, str]] = {}
+        self._events = EventDesk(self._roster, self._crew, store, self._desired, self._nodes, config, clock)
         self._decided: Decided | None = None
         self._problem = ""
         self._superseded = False
@@ -159,7 +148,7 @@ class FleetManager:
 
     def failures(self) -> dict[ReplicaId, str]:
         """Of each kind of group that has a replica down, the last one and why."""
-        return dict(self._failures.values())
+        return self._events.failures()
 
     def status(self) -> FleetStatus:
         plan, extra = self._desired.groups()
@@ -170,7 +159,7 @@ class FleetManager:
             self.replicas,
             settled=self._decided is not None and self._decided.settled,
             outdated=self._roster.outdated_groups(),
-            why=lambda group: self._starts.reason(Kind.of(group)),
+            why=lambda group: self._events.start_failure(Kind.of(group)),
             problem=self._problem,
         )
 
@@ -182,8 +171,9 @@ class FleetManager:
 
     async def _step(self) -> None:
         async with self.plans.turn:
-            self._take_events()
-            await self._save()
+            if self._events.take():
+                self._publish()
+            await self._events.save()
         await self._look()
         async with self.plans.turn:
             now_s = self._clock.monotonic_s()
@@ -191,9 +181,7 @@ class FleetManager:
             observed = Observed(
                 replicas=self.replicas,
                 nodes=self._nodes.usable(now_s),
-                held_back=frozenset(
-                    kind for kind in map(Kind.of, (*plan, *extra)) if self._starts.held_back(kind, now_s)
-                ),
+                held_back=frozenset(filter(self._events.start_held_back, map(Kind.of, (*plan, *extra)))),
                 drained=self._drains.drained(now_s),
                 crowded=frozenset(
                     replica.target.group
@@ -226,84 +214,6 @@ class FleetManager:
             await self._store.sleep(base, reason)
             self._desired.sleep(base)
 
-    def _take_events(self) -> None:
-        events, self._events = self._events, []
-        for event in events:
-            if isinstance(event, Superseded):
-                self._superseded = True
-                raise Unavailable("a later controller commands the machines", code="superseded")
-            self._take(event)
-        if events:
-            self._publish()
-
-    def _take(self, event: Event) -> None:
-        now_s = self._clock.monotonic_s()
-        match event:
-            case Ready(replica_id, route):
-                replica = self._roster[replica_id]
-                if replica.state is ReplicaState.STOPPING:
-                    return
-                routed = replace(replica, route=route)
-                if replica.state is ReplicaState.STARTING:
-                    self._roster.put_state(routed, ReplicaState.SERVING)
-                    logger.info("replica %s is ready at %s", replica_id, route.address)
-                else:
-                    self._roster.put(routed)
-                self._failures.pop(Kind.of_replica(replica), None)
-            case Down(replica_id, reason):
-                replica = self._roster[replica_id]
-                if replica.state is not ReplicaState.STOPPING:
-                    self._note_failure(replica, reason, now_s)
-                    self._leave(replica)
-            case Stopped(replica_id):
-                self._roster.remove(replica_id)
-            case Assigned(target):
-                self._assigns.succeeded(target.replica_id)
-                self._put_adapters(target.replica_id, target.adapters)
-            case AssignFailed(target, reason):
-                self._assigns.failed(target.replica_id, reason, now_s)
-                if self._assigns.count(target.replica_id) >= self._config.max_attempts:
-                    self._assigns.succeeded(target.replica_id)
-                    self._put_adapters(target.replica_id, target.adapters)
-                    self._note(DecisionKind.NOT_RESIDENT, f"replica {target.replica_id}: {reason}")
-
-    def _note_failure(self, replica: Replica, reason: str, now_s: float) -> None:
-        replica_id = replica.target.replica_id
-        logger.error("replica %s is down: %s", replica_id, reason)
-        if replica.state is ReplicaState.DRAINING:
-            return
-        kind, ran_s = Kind.of_replica(replica), self._roster.in_state_s(replica_id)
-        self._failures[kind] = (replica_id, reason)
-        serving = replica.state is ReplicaState.SERVING
-        up = {node.name for node in self._nodes.usable(now_s)}
-        if serving and ran_s >= self._config.stable_s:
-            self._starts.succeeded(kind)
-        elif all(node in up for node in replica.nodes or replica.target.nodes):
-            self._starts.failed(kind, reason, now_s)
-        if serving:
-            self._note(DecisionKind.REPLACED_REPLICA, f"replica {replica_id} is down: {reason}")
-
-    def _leave(self, replica: Replica) -> None:
-        """No route from now on; its GPUs are free when it is stopped."""
-        self._roster.put_state(replica, ReplicaState.STOPPING)
-        self._crew.stop(replica.target.replica_id)
-
-    def _put_adapters(self, replica_id: ReplicaId, adapters: tuple[AdapterShare, ...]) -> None:
-        replica = self._roster.get(replica_id)
-        if replica is not None and replica.state is ReplicaState.SERVING:
-            self._roster.put(replace(replica, target=replace(replica.target, adapters=adapters)))
-
-    def _note(self, kind: DecisionKind, reason: str) -> None:
-        self._notes.append((kind, self.plans.active.plan.version, Reason(text=reason)))
-
-    async def _save(self) -> None:
-        """What was seen since the last time. As it stays undone when the database is away, it is done again then."""
-        for replica_id in await self._roster.save():
-            self._crew.forget(replica_id)
-        while self._notes:
-            await self._store.decide(*self._notes[0])
-            del self._notes[0]
-
     async def _act(self, action: Action) -> None:
         match action:
             case StartReplicas():
@@ -330,9 +240,7 @@ class FleetManager:
     async def _assign(self, action: Assign) -> None:
         """What is gained is loaded, then routed; what is lost is routed away, then may go."""
         replica = self._roster[action.replica_id]
-        if self._crew.assigning(action.replica_id) or self._assigns.held_back(
-            action.replica_id, self._clock.monotonic_s()
-        ):
+        if self._crew.assigning(action.replica_id) or self._events.assign_held_back(action.replica_id):
             return
         target = replace(replica.target, adapters=action.adapters)
         had, has = adapter_keys(replica.target.adapters), adapter_keys(action.adapters)
@@ -357,9 +265,9 @@ class FleetManager:
         for index, group in enumerate(active.plan.groups):
             kind = Kind.of(group)
             serves = index in decided.groups and decided.groups[index].serves
-            if not serves and self._starts.count(kind) >= self._config.max_attempts:
+            if not serves and self._events.start_given_up(kind):
                 self._failed_kinds.add(kind)
-                reason = f"group {group.name} cannot be started: {self._starts.reason(kind)}"
+                reason = f"group {group.name} cannot be started: {self._events.start_failure(kind)}"
                 fallback = await self._store.fail(active.plan.version, reason)
                 logger.error("plan %d failed, plan %d is in force: %s", active.plan.version, fallback, reason)
                 self._desired.activate(await self._store.plan(fallback) if fallback else None)
@@ -367,45 +275,21 @@ class FleetManager:
                 return
 
     def _plan_changed(self) -> None:
-        self._starts.clear()
+        self._events.plan_changed()
         self._wake.set()
 
     async def _adopt(self) -> None:
-        """Joins the records with what runs: takes over what is in both, stops or records the rest."""
+        """What already runs."""
         self._nodes.observe(await _bounded(self._actuator.nodes()), self._clock.monotonic_s())
         running = {found.replica_id: found for found in await _bounded(self._actuator.running())}
-        for replica_id, found in running.items():
-            if self._roster.get(replica_id) is None:
-                bases = sorted({one.base_model_id for one in running.values() if one.group == found.group})
-                await self._roster.adopt(found, tuple(bases))
-        for replica in self._roster:
-            self._take_over(replica, running.get(replica.target.replica_id))
+        await self._events.adopt(running)
         self._publish()
-
-    def _take_over(self, replica: Replica, found: RunningReplica | None) -> None:
-        replica_id = replica.target.replica_id
-        if replica.state is ReplicaState.STOPPING:
-            self._crew.stop(replica_id)
-        elif found is None:
-            if replica.state is not ReplicaState.STARTING:
-                self._note(DecisionKind.REPLACED_REPLICA, f"replica {replica_id} was gone when the controller started")
-            self._leave(replica)
-        else:
-            if found.nodes and found.nodes != replica.nodes:
-                self._roster.put(replace(replica, nodes=found.nodes))
-            if replica.state is ReplicaState.DRAINING:
-                self._crew.watch(replica_id)
-            else:
-                self._crew.start(replica.target)
-                if replica.state is ReplicaState.SERVING:
-                    # What it lost was routed away first, and may still be there.
-                    self._crew.assign(replica.target)
 
     def _publish(self) -> None:
         self._publish_routes(routes_of(self._roster))
 
     def _hear(self, event: Event) -> None:
-        self._events.append(event)
+        self._events.hear(event)
         self._wake.set()
 
 

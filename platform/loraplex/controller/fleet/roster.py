@@ -1,7 +1,7 @@
 """The replicas that this controller answers for, as it knows them now, and what of that the database has yet to learn.
 
 Owns the records in memory. Facts are put here when they are seen and saved after; intents are saved first, through the
-other methods. Decides nothing. Called by ``manager``.
+other methods. Decides nothing. Called by ``manager`` and ``events``.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
