@@ -47,7 +47,7 @@ class EngineMachine(RuleBasedStateMachine):
         max_adapter_pages=st.sampled_from([None, 5, 6]),
         max_ahead_pages=st.sampled_from([0, 1, 4, 512]),
         max_in_flight=st.integers(1, 3),
-        pipeline=st.booleans(),
+        stages_less=st.sampled_from([None, 0, 1]),
         raises_in=st.sampled_from(["submit", "collect"]),
     )
     def start(
@@ -60,7 +60,7 @@ class EngineMachine(RuleBasedStateMachine):
         max_adapter_pages: int | None,
         max_ahead_pages: int,
         max_in_flight: int,
-        pipeline: bool,
+        stages_less: int | None,
         raises_in: Literal["submit", "collect"],
     ) -> None:
         self.executor = FakeExecutor(
@@ -70,7 +70,7 @@ class EngineMachine(RuleBasedStateMachine):
             poisoned=[POISONED],
             unloadable=[UNLOADABLE],
             max_in_flight=max_in_flight,
-            num_stages=max_in_flight if pipeline else 1,
+            num_stages=1 if stages_less is None else max(1, max_in_flight - stages_less),
             raises_in=raises_in,
         )
         self.num_glitches = 0

@@ -9,11 +9,14 @@ from loraplex.testing.fake_executor import FakeExecutor, expected_tokens, fake_m
 
 
 class Pipeline:
-    """Keeps ``num_stages`` steps in flight, as a driver does."""
+    """Keeps ``num_stages`` steps in flight, and as many as ``ahead`` more, as a driver does."""
 
-    def __init__(self, num_stages: int, **config: int) -> None:
+    def __init__(self, num_stages: int, *, ahead: int = 0, **config: int) -> None:
         self.executor = FakeExecutor(
-            model=fake_model(max_context_tokens=256), num_pages=200, max_in_flight=num_stages, num_stages=num_stages
+            model=fake_model(max_context_tokens=256),
+            num_pages=200,
+            max_in_flight=num_stages + ahead,
+            num_stages=num_stages,
         )
         settings = {"max_running": 16, "max_step_tokens": 64, **config}
         self.engine = Engine(
@@ -70,6 +73,23 @@ def test_the_decoding_are_shared_out_among_the_stages_and_none_is_pending(num_st
         assert all(row.token_ids != (PENDING,) for plan in pipeline.in_flight for row in plan.rows)
         sizes = [len(plan.rows) for plan in pipeline.in_flight]
     assert sizes == [12 // num_stages] * num_stages
+    while pipeline.engine.num_unfinished:
+        pipeline.turn()
+    for request in requests:
+        assert tuple(pipeline.tokens[request.request_id]) == expected_tokens(request, 20)
+
+
+@pytest.mark.parametrize("num_stages", [2, 3])
+def test_a_step_ahead_holds_the_pending_tokens_of_the_oldest(num_stages: int) -> None:
+    pipeline = Pipeline(num_stages, ahead=1)
+    requests = [pipeline.add(f"r{index}", prompt=2 + index, max_tokens=20) for index in range(12)]
+    while any(len(pipeline.tokens.get(request.request_id, ())) < 10 for request in requests):
+        pipeline.turn()
+        pipeline.fill()
+    assert [len(plan.rows) for plan in pipeline.in_flight] == [12 // num_stages] * (num_stages + 1)
+    oldest, newest = pipeline.in_flight[0], pipeline.in_flight[-1]
+    assert {row.slot for row in newest.rows} == {row.slot for row in oldest.rows}
+    assert all(row.token_ids == (PENDING,) for row in newest.rows)
     while pipeline.engine.num_unfinished:
         pipeline.turn()
     for request in requests:

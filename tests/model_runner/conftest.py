@@ -113,27 +113,28 @@ class Driver:
         dtype: torch.dtype = torch.float32,
         batch_invariant: bool = False,
         max_step_tokens: int = 1024,
+        group: Callable[[ArgmaxSampler], Any] | None = None,
     ) -> None:
-        """``kernels``: the Triton kernels instead of plain torch; on the CPU under the interpreter."""
-        spec = load_model_spec(str(directory), BASE)
-        shard = Shard.whole(spec)
-        weights = load_weights(str(directory), shard, dtype=dtype, device=device)
-        self.arena = Arena(spec, num_pages=num_pages, page_size=page_size, dtype=dtype, device=device)
+        """``kernels``: the Triton kernels instead of plain torch; on the CPU under the interpreter. ``group``: builds
+        another executor, with ``page_size`` and ``num_pages`` as given here."""
+        self._page_size = page_size
         self.sampler = ArgmaxSampler()
-        make: Any = TorchExecutor
-        if kernels:
-            from loraplex.model_runner.gpu.executor import GpuExecutor
+        if group is not None:
+            self.executor = group(self.sampler)
+        else:
+            spec = load_model_spec(str(directory), BASE)
+            shard = Shard.whole(spec)
+            weights = load_weights(str(directory), shard, dtype=dtype, device=device)
+            self.arena = Arena(spec, num_pages=num_pages, page_size=page_size, dtype=dtype, device=device)
+            make: Any = TorchExecutor
+            if kernels:
+                from loraplex.model_runner.gpu.executor import GpuExecutor
 
-            make = partial(GpuExecutor, cuda_graphs=cuda_graphs, batch_invariant=batch_invariant)
-            weights = _unpacked(weights)
-        self.executor = make(
-            spec if kernels else shard,
-            weights,
-            self.arena,
-            self.sampler,
-            max_rows=max_rows,
-            max_step_tokens=max_step_tokens,
-        )
+                make = partial(GpuExecutor, cuda_graphs=cuda_graphs, batch_invariant=batch_invariant)
+                weights = unpacked(weights)
+            self.executor = make(
+                shard, weights, self.arena, self.sampler, max_rows=max_rows, max_step_tokens=max_step_tokens
+            )
         self._free = torch.randperm(num_pages).tolist()
         self._slots = 0
         self._requests: list[Request] = []
@@ -152,7 +153,7 @@ class Driver:
         self._slots += 1
         request = Request(slot=self._slots, prompt=prompt, adapter=adapter)
         if prefix_of is not None:
-            size = self.arena.spec.page_size
+            size = self._page_size
             common = 0
             while common < len(prompt) - 1 and prompt[common] == prefix_of.prompt[common]:
                 common += 1
@@ -167,7 +168,7 @@ class Driver:
         rows, starts = [], []
         for request, count in ordered:
             end = request.done + count
-            missing = -(-end // self.arena.spec.page_size) - len(request.pages)
+            missing = -(-end // self._page_size) - len(request.pages)
             request.pages += self.take_pages(max(missing, 0))
             if request.slot not in self.sampler.logits:
                 starts.append(
@@ -215,7 +216,7 @@ class Driver:
             self.step([(r, min(chunk, len(r.tokens) - r.done)) for r in requests if len(r.generated) < num_tokens])
 
 
-def _unpacked(weights: DecoderWeights) -> DecoderWeights:
+def unpacked(weights: DecoderWeights) -> DecoderWeights:
     """As they are on a GPU."""
 
     def plain(part: Any) -> Any:

@@ -123,7 +123,13 @@ def build(shape: Shape, *, num_pages: int, kernels: bool, max_rows: int, graphs:
             Shard.whole(spec), shape.weights(device), arena, sampler, max_rows=max_rows, max_step_tokens=64
         )
     executor = GpuExecutor(
-        spec, shape.weights(device), arena, sampler, max_rows=max_rows, max_step_tokens=256, cuda_graphs=graphs
+        Shard.whole(spec),
+        shape.weights(device),
+        arena,
+        sampler,
+        max_rows=max_rows,
+        max_step_tokens=256,
+        cuda_graphs=graphs,
     )
     if CUDA and graphs:
         executor.warm_up()

@@ -15,6 +15,7 @@ from loraplex.core.step import Row, RowStart, StepPlan
 from loraplex.model_runner.arena import Arena
 from loraplex.model_runner.drawn import Drawn
 from loraplex.model_runner.sampler import Sampler
+from loraplex.model_runner.shard import Shard
 
 pytest.importorskip("triton")
 from loraplex.model_runner.gpu.executor import GpuExecutor
@@ -40,7 +41,7 @@ class Steps:
         self.adapter = adapter
         self.sampler = RecordingSampler(spec, DEVICE)
         self.executor = GpuExecutor(
-            spec,
+            Shard.whole(spec),
             TINY.weights(DEVICE),
             Arena(spec, num_pages=64, page_size=16, dtype=TINY.dtype, device=DEVICE),
             self.sampler,

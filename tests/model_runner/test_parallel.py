@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 from loraplex.core.plan import Shape
 from loraplex.core.request import EngineRequest
 from loraplex.cost.stages import stage_layers
@@ -43,24 +44,26 @@ class World:
     expected: Outcome
     """On one rank."""
 
-    def build(self, shape: Shape) -> ExecutorBase:
-        """With pages for the largest adapter and two or three of six requests."""
+    def build(self, shape: Shape, *, device: str = "cpu", page_size: int = 4) -> ExecutorBase:
+        """With pages for the largest adapter and, of 4 tokens, for two or three of six requests."""
         config = ExecutorConfig(
+            device=device,
+            dtype="float32",
             tp=shape.tp,
             pp=shape.pp,
-            num_pages=self.largest_adapter_pages(shape) + 20,
-            page_size=4,
+            num_pages=self.largest_adapter_pages(shape, page_size) + 20,
+            page_size=page_size,
             num_threads=1,
             max_rows=8,
             max_step_tokens=16,
         )
         return build_executor(config, model=self.model, base_model_id=BASE)
 
-    def largest_adapter_pages(self, shape: Shape) -> int:
+    def largest_adapter_pages(self, shape: Shape, page_size: int) -> int:
         spec = load_model_spec_of(Path(self.model))
         return max(
             plan_shard_layout(
-                adapter.manifest.blocks, shard, page_bytes=4 * shard.local.kv_elements_per_token * 4, itemsize=4
+                adapter.manifest.blocks, shard, page_bytes=page_size * shard.local.kv_elements_per_token * 4, itemsize=4
             ).num_pages
             for adapter in self.adapters
             for shard in plan_shards(spec, shape, stage_layers(spec, shape.pp))
@@ -88,12 +91,16 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], World]:
     return get
 
 
-def check_same(world: World, shape: Shape) -> None:
-    executor = world.build(shape)
+def run_group(world: World, executor: ExecutorBase) -> Outcome:
     try:
         outcome = run_load(executor, world.adapters, world.requests)
     finally:
         executor.close()
+    check_tokens(world, outcome)
+    return outcome
+
+
+def check_tokens(world: World, outcome: Outcome) -> None:
     assert outcome.token_ids == world.expected.token_ids
     for request_id, tokens in outcome.tokens.items():
         for token, wanted in zip(tokens, world.expected.tokens[request_id], strict=True):
@@ -102,6 +109,10 @@ def check_same(world: World, shape: Shape) -> None:
                 continue
             assert token.logprob == pytest.approx(wanted.logprob, abs=1e-3)
             assert [top.token_id for top in token.top_logprobs] == [top.token_id for top in wanted.top_logprobs]
+
+
+def check_same(world: World, shape: Shape) -> None:
+    outcome = run_group(world, world.build(shape))
     assert outcome.preemptions > 0, "nobody was preempted"
     assert outcome.cached_tokens > 0, "no prefix was hit"
     assert outcome.adapter_loads > len(world.adapters), "no adapter had to leave and come again"
@@ -118,6 +129,15 @@ def test_a_group_gives_the_tokens_of_one_rank(world: Callable[[str], World], fam
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_in_every_shape(world: Callable[[str], World], family: str, shape: Shape) -> None:
     check_same(world(family), shape)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda value: _name(value))
+def test_a_group_of_gpus_gives_the_tokens_of_one_cpu(world: Callable[[str], World], shape: Shape) -> None:
+    if torch.cuda.device_count() < shape.num_ranks:
+        pytest.skip(f"{shape.num_ranks} CUDA devices are needed")
+    outcome = run_group(world("qwen2"), world("qwen2").build(shape, device="cuda", page_size=16))
+    assert outcome.adapter_loads > 0
+    assert outcome.most_in_flight > shape.pp, "no step was planned ahead of its tokens"
 
 
 def _name(value: object) -> str:

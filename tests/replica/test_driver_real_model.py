@@ -39,7 +39,7 @@ def kernel_executor(num_pages: int) -> ExecutorBase:
     spec = load_model_spec(MODEL, BASE)
     weights = load_weights(MODEL, Shard.whole(spec), dtype=torch.float32, device=device)
     arena = Arena(spec, num_pages=num_pages, page_size=16, dtype=torch.float32, device=device)
-    return GpuExecutor(spec, weights, arena, Sampler(spec, device), max_rows=4, max_step_tokens=32)
+    return GpuExecutor(Shard.whole(spec), weights, arena, Sampler(spec, device), max_rows=4, max_step_tokens=32)
 
 
 def run(

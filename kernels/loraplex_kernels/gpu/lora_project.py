@@ -32,17 +32,20 @@ class LoraProjections:
         max_tokens: int,
         *,
         batch_invariant: bool = False,
+        partial_sums: bool = False,
     ) -> None:
         """``in_features``, ``widths``: of each site, its input features and the columns of its modules.
 
         ``batch_invariant``: the same operations in every step, so that tokens meet the same arithmetic whatever the
         others are, given ``tile_rows`` and ``rank_cap`` of always the same value. Rows without an adapter do so even
-        in steps that have no LoRA.
+        in steps that have no LoRA. ``partial_sums``: what sites of one module (o and down) put out is to be summed over
+        shards, so their LoRA is added at once.
         """
         device = table.arena.device
         self._table = table
         self._widths = widths
         self._batch_invariant = batch_invariant
+        self._partial_sums = partial_sums
         self.scratch = torch.empty(
             max(partial_elements(max_tokens, size, site, MAX_RANK) for site, size in in_features.items()),
             dtype=torch.float32,
@@ -79,18 +82,23 @@ class LoraProjections:
             self._expand(added_TO, partial, layer, site, tiles, add=False, overlap=True)
         out_TO = gemm()
         main.wait_stream(self._side)
+        if self._is_summed(site):
+            return out_TO.add_(added_TO), None
         return out_TO, added_TO
 
     def _after(
         self, out_TO: torch.Tensor, partial: torch.Tensor, layer: int, site: Site, tiles: LoraTiles, *, overlap: bool
     ) -> tuple[torch.Tensor, PendingExpand | None]:
         apart = site.num_modules == 1 and not tuning.fuses_norm(tiles.tile_rows)
-        if apart or self._batch_invariant:
+        if apart or self._batch_invariant or self._is_summed(site):
             self._expand(out_TO, partial, layer, site, tiles, overlap=overlap)
             return out_TO, None
         return out_TO, PendingExpand(
             table=self._table, tiles=tiles, layer=layer, site=site, partial=partial, overlap=overlap
         )
+
+    def _is_summed(self, site: Site) -> bool:
+        return self._partial_sums and site.num_modules == 1
 
     def _expand(
         self,

@@ -108,12 +108,12 @@ class Executor(Protocol):
     @property
     def max_in_flight(self) -> int:
         """Steps that may be submitted and not collected: 1 where ``submit`` itself computes, 2 where the host can
-        prepare a step while the device runs the one before, one a stage in a pipeline."""
+        prepare a step while the device runs the one before, one a stage in a pipeline, or one more."""
 
     @property
     def num_stages(self) -> int:
-        """Of the pipeline. With more than one no row may hold PENDING: a request is in one step at a time but for the
-        chunks of its prompt, and steps take their share of the running so that every stage has one."""
+        """Of the pipeline. A row may hold PENDING when the step that samples it is at least as many steps before, and
+        steps take their share of the running so that every stage has one."""
 
     def check(self) -> None:
         """Raises ExecutorLost when a process that it runs on is gone or hangs, as every other method then does.

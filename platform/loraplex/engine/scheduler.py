@@ -11,9 +11,10 @@ A step may be planned while others are in flight. Then nobody is preempted and n
 plan is empty, and the caller asks again when a step is done. A request that ends while a step in flight holds a row of
 it keeps slot, pages and adapter until that step is done.
 
-Of a pipeline with several stages each works at a step of its own: a request whose next token is pending waits for it,
-and a step takes no more than its share of the decoding requests, in the order of their adapters, and of
-``max_step_tokens``, so that the others make up the steps beside it.
+Of a pipeline with several stages each works at a step of its own: a request whose next token is pending waits for it
+until the step that samples it is as many steps before as there are stages, and a step takes no more than its share of
+the decoding requests, in the order of their adapters, and of ``max_step_tokens``, so that the others make up the steps
+beside it.
 
 Knows nothing of tokens' values or outputs; called by ``engine``.
 """
@@ -62,6 +63,8 @@ class Scheduler:
         self._admitted_costs: deque[defaultdict[TenantName, float]] = deque()
         """Of each step in flight, and last of the one being planned: what its newly admitted cost, not yet charged."""
         self._num_in_flight = 0
+        self._num_planned = 0
+        """Steps, without those that were withdrawn or are void."""
         self.waiting = WaitingQueue()
         self.running: list[Sequence] = []
         """By rank, least first."""
@@ -117,6 +120,9 @@ class Scheduler:
             self._admitted_costs.pop()
             return {}
         self._num_in_flight += 1
+        self._num_planned += 1
+        for sequence in self._shares:
+            sequence.last_step = self._num_planned
         return self._shares
 
     def take_releases(self) -> tuple[int, ...]:
@@ -127,8 +133,7 @@ class Scheduler:
 
     def withdraw(self, releases: tuple[int, ...], starting: Iterable[Sequence]) -> None:
         """The executor never saw the last plan: its releases and starts are due again. Changes state."""
-        self._num_in_flight -= 1
-        self._admitted_costs.pop()
+        self._forget_last()
         self._releases[:0] = releases
         for sequence in starting:
             sequence.needs_start = True
@@ -140,8 +145,7 @@ class Scheduler:
         Pages and progress stay: what the steps wrote lies past ``num_computed``.
         """
         for _ in range(num_steps):
-            self._num_in_flight -= 1
-            self._admitted_costs.pop()
+            self._forget_last()
         self.quarantine.step_done()
         slots = [sequence.slot for sequence in sequences if sequence.slot is not None]
         # A slot may be due already: its step could not be started, and then the one before it failed.
@@ -163,6 +167,11 @@ class Scheduler:
         self._num_in_flight -= 1
         self._admitted_costs.popleft()
         self.quarantine.step_done()
+
+    def _forget_last(self) -> None:
+        self._num_in_flight -= 1
+        self._num_planned -= 1
+        self._admitted_costs.pop()
 
     def _share_all(self, now_s: float) -> None:
         only = self.quarantine.next_set()
@@ -192,12 +201,17 @@ class Scheduler:
                 # Nothing follows the last token that it may have, even while that token is pending.
                 known < sequence.max_tokens_total
                 and sequence.slot is not None
-                and (most is None or (len(shares) < most and known == len(sequence.token_ids)))
+                and (most is None or (len(shares) < most and not self._waits_for_token(sequence)))
                 and (position < len(sequence.pages) * page_size or self._has_room(sequence))
             ):
                 shares[sequence] = 1
         self._budget = self._step_tokens - len(shares)
         return sorted(chunks, key=_rank)
+
+    def _waits_for_token(self, sequence: Sequence) -> bool:
+        """Its next token will not be on the first stage when the step that is being planned begins there."""
+        is_pending = sequence.num_known > len(sequence.token_ids)
+        return is_pending and self._num_planned + 1 - sequence.last_step < self._num_stages
 
     def _most_decodes(self) -> int | None:
         """Decode rows of a step at most; None where the whole model works at one step."""

@@ -16,6 +16,7 @@ class Sequence:
         "charged_tokens",
         "emitted",
         "end_reason",
+        "last_step",
         "max_tokens_total",
         "needs_start",
         "num_cached",
@@ -66,6 +67,8 @@ class Sequence:
         self.num_known = len(self.token_ids)
         self.num_in_flight = 0
         """Steps in flight that hold a row of it."""
+        self.last_step = 0
+        """Number of the last step that was planned with a row of it."""
         self.num_cached: int | None = None
         """Prompt tokens found in the prefix cache at the first admission."""
         self.pages: list[int] = []

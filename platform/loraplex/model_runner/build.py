@@ -22,7 +22,7 @@ from loraplex.model_runner.executor import TorchExecutor
 from loraplex.model_runner.executor_base import ExecutorBase
 from loraplex.model_runner.peers import Peers
 from loraplex.model_runner.random_models import random_spec, random_tensors
-from loraplex.model_runner.rank_executor import TokenSampler
+from loraplex.model_runner.rank_executor import RankExecutor, TokenSampler
 from loraplex.model_runner.ranks.group_executor import GroupExecutor
 from loraplex.model_runner.ranks.launcher import RankLauncher
 from loraplex.model_runner.ranks.local import LocalLauncher
@@ -96,7 +96,7 @@ def build_rank(
     device: torch.device,
     sampler: Callable[[ModelSpec, torch.device], TokenSampler] | None = None,
     peers: Peers | None = None,
-) -> ExecutorBase:
+) -> RankExecutor:
     """The executor of one rank, in this process. ``weights``: those of ``shard``; ``peers``: the other ranks, None
     where there are none. BadConfig."""
     spec = shard.model
@@ -118,7 +118,7 @@ def build_rank(
     from loraplex.model_runner.gpu.executor import GpuExecutor
 
     executor = GpuExecutor(
-        spec,
+        shard,
         weights,
         arena,
         draw,
@@ -126,13 +126,15 @@ def build_rank(
         max_step_tokens=config.max_step_tokens,
         cuda_graphs=config.cuda_graphs,
         batch_invariant=config.batch_invariant,
+        peers=peers,
     )
     executor.warm_up()
     return executor
 
 
-def rank_device(config: ExecutorConfig) -> torch.device:
-    """Raises BadConfig when there is no such device."""
+def rank_device(config: ExecutorConfig, rank: int = 0) -> torch.device:
+    """The device of a group's ``rank``: they lie one after the other from ``config.device`` on. Raises BadConfig when
+    there is no such device."""
     name = config.device
     try:
         device = torch.device(name)
@@ -142,6 +144,10 @@ def rank_device(config: ExecutorConfig) -> torch.device:
         raise BadConfig(f"device {name!r} is not supported: cpu or cuda", param="device")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise BadConfig("device cuda: torch sees no CUDA device", param="device")
+    if device.type == "cuda":
+        device = torch.device("cuda", (device.index or 0) + rank)
+        if device.index >= torch.cuda.device_count():
+            raise BadConfig(f"device {device}: torch sees {torch.cuda.device_count()} CUDA devices", param="device")
     return device
 
 
@@ -163,8 +169,8 @@ def _build_group(
     launcher: RankLauncher | None,
 ) -> ExecutorBase:
     check_shape(spec, shape)
-    if device.type != "cpu":
-        raise BadConfig(f"tp {shape.tp} x pp {shape.pp}: groups of several ranks run on the CPU only", param="tp")
+    if config.batch_invariant:
+        raise BadConfig("batch_invariant is for one rank", param="batch_invariant")
     cut = stage_layers(spec, shape.pp) if config.stage_layers is None else config.stage_layers
     num_threads = config.num_threads or max(1, torch.get_num_threads() // shape.num_ranks)
     return GroupExecutor(

@@ -39,7 +39,9 @@ def forward(
     eps = model.rms_norm_eps
     segments = batch.segments
     if weights.embedding is None:
-        residual_TD = peers.receive_hidden(num_tokens)
+        norm = weights.layers[0].input_norm
+        residual_TD = norm.new_empty((num_tokens, model.hidden_size))
+        peers.receive_hidden(residual_TD)
     else:
         residual_TD = functional.embedding(batch.token_ids, weights.embedding)
     normed_TD = rms_norm(residual_TD, weights.layers[0].input_norm, eps)
@@ -55,14 +57,14 @@ def forward(
         attended_TC = paged_attention(qkv_TC, kv, index, batch.attention)
         delta_TD = linear(attended_TC, layer.o)
         lora_add_(delta_TD, attended_TC, segments, site + 1)
-        peers.all_reduce_(delta_TD)
+        delta_TD = peers.all_reduce(delta_TD)
         normed_TD = add_rms_norm_(residual_TD, delta_TD, layer.post_norm, eps)
         gate_up_TJ = linear(normed_TD, layer.gate_up)
         lora_add_(gate_up_TJ, normed_TD, segments, site + 2)
         gated_TI = silu_mul(gate_up_TJ)
         delta_TD = linear(gated_TI, layer.down)
         lora_add_(delta_TD, gated_TI, segments, site + 3)
-        peers.all_reduce_(delta_TD)
+        delta_TD = peers.all_reduce(delta_TD)
         if next_norm is None:
             peers.send_hidden(residual_TD.add_(delta_TD))
         else:

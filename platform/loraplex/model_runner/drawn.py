@@ -50,6 +50,10 @@ class Drawn:
             self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._copied.record(torch.cuda.current_stream(tokens_B.device))
 
+    def ready(self) -> bool:
+        """``result`` would not wait."""
+        return self._copied is None or bool(self._copied.query())  # type: ignore[no-untyped-call]
+
     def result(self) -> list[SampledToken]:
         """The tokens in the order of the slots that were drawn; waits until they are on the host."""
         if self._copied is not None:

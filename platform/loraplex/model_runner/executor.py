@@ -77,6 +77,9 @@ class TorchExecutor(RankExecutor):
                 tokens = self._run_rows(plan)
         self._result = StepResult(step_id=plan.step_id, tokens=tokens, duration_s=time.perf_counter() - started_s)
 
+    def ready(self) -> bool:
+        return self._result is not None
+
     def collect(self) -> StepResult:
         """The result of the step that was submitted. Conflict when there is none."""
         result, self._result = self._result, None

@@ -1,4 +1,5 @@
-"""How a rank exchanges tensors with the others of its group: what the decoder asks for, and the answer of a rank alone.
+"""How a rank exchanges tensors with the others of its group: what decoder and executor ask for, and what a rank alone
+answers.
 
 The exchange itself is ``ranks.exchange``. Legend: T tokens, D hidden, B sampled rows, V vocabulary.
 """
@@ -9,32 +10,45 @@ import torch
 
 
 class Peers(Protocol):
-    """All ranks of a group call the same methods in the same order, with tensors of the same shapes."""
+    """All ranks of a group call the same methods in the same order, with tensors of the same shapes. On a GPU nothing
+    waits but the stream."""
 
-    def all_reduce_(self, x: torch.Tensor) -> None:
-        """Sums ``x`` over the shards of the stage, in place: every one gets the same bits."""
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        """The sum of ``x`` over the shards of the stage, the same bits on each; ``x`` may be overwritten."""
 
     def gather_logits(self, logits_BV: torch.Tensor) -> torch.Tensor:
         """(B, columns of this shard) -> (B, V) on every shard of the stage."""
 
-    def receive_hidden(self, num_tokens: int) -> torch.Tensor:
-        """(T, D) residual of the same shard of the stage before."""
+    def receive_hidden(self, out_TD: torch.Tensor) -> None:
+        """The residual of the same shard of the stage before."""
 
     def send_hidden(self, residual_TD: torch.Tensor) -> None:
         """To the same shard of the next stage. Nobody may write to ``residual_TD`` afterwards; does not wait."""
+
+    def send_tokens(self, tokens_B: torch.Tensor) -> None:
+        """From the last stage, which drew them, to the same shard of the first: (B,) int32. As ``send_hidden``."""
+
+    def receive_tokens(self, out_B: torch.Tensor) -> None:
+        """On the first stage, in the order of the steps."""
 
 
 class Alone:
     """A group of one rank: it is first and last stage, and holds all columns."""
 
-    def all_reduce_(self, x: torch.Tensor) -> None:
-        pass
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        return x
 
     def gather_logits(self, logits_BV: torch.Tensor) -> torch.Tensor:
         return logits_BV
 
-    def receive_hidden(self, num_tokens: int) -> torch.Tensor:
+    def receive_hidden(self, out_TD: torch.Tensor) -> None:
         raise AssertionError("there is no stage before")
 
     def send_hidden(self, residual_TD: torch.Tensor) -> None:
         raise AssertionError("there is no next stage")
+
+    def send_tokens(self, tokens_B: torch.Tensor) -> None:
+        raise AssertionError("first and last stage are one")
+
+    def receive_tokens(self, out_B: torch.Tensor) -> None:
+        raise AssertionError("first and last stage are one")

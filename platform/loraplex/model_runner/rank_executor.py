@@ -1,6 +1,7 @@
 """What the executors of all devices share on one rank: the rank's part of the model, its arena, the host tier of
 adapters, the limits of a step."""
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -55,6 +56,10 @@ class RankExecutor(ExecutorBase):
         return self._arena.spec
 
     @property
+    def device(self) -> torch.device:
+        return self._arena.pages.device
+
+    @property
     def itemsize(self) -> int:
         return self._arena.dtype.itemsize
 
@@ -78,6 +83,10 @@ class RankExecutor(ExecutorBase):
 
     def unstage_adapter(self, digest: Digest) -> None:
         self._host.unstage(digest)
+
+    @abstractmethod
+    def ready(self) -> bool:
+        """The oldest step in flight has ended: ``collect`` would not wait."""
 
     def _check_size(self, plan: StepPlan) -> None:
         check_step_size(plan, max_rows=self._max_rows, max_step_tokens=self._max_step_tokens)

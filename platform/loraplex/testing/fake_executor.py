@@ -93,9 +93,9 @@ class FakeExecutor:
     ``violations``.
 
     Steps take ``step_s`` each, one after the other; ``max_in_flight`` of them may be submitted, with ``num_stages``
-    greater than 1 none with a pending token. ``poisoned``: adapters
-    whose rows raise, in ``submit`` or in ``collect`` (after the rows before them have run). ``unloadable``: adapters
-    whose load raises. ``unstageable``: adapters whose staging raises BadAdapter.
+    greater than 1 with a pending token only when the step that draws it is at least as many steps before.
+    ``poisoned``: adapters whose rows raise, in ``submit`` or in ``collect`` (after the rows before them have run).
+    ``unloadable``: adapters whose load raises. ``unstageable``: adapters whose staging raises BadAdapter.
     ``fails_once_in``: the next such call raises.
     """
 
@@ -243,15 +243,22 @@ class FakeExecutor:
         in_flight = {row.slot for step in self._in_flight for row in step.rows}
         check(not in_flight & set(plan.releases), "a slot is released that a step in flight uses")
         check(not in_flight & {start.slot for start in plan.starts}, "a slot is opened that a step in flight uses")
-        sampling = {row.slot for row in self._in_flight[-1].rows if row.samples} if self._in_flight else set()
+        # Of each slot in flight its last row: how many steps before, and whether it samples.
+        last = {
+            row.slot: (before, row.samples)
+            for before, step in zip(range(len(self._in_flight), 0, -1), self._in_flight, strict=True)
+            for row in step.rows
+        }
         users = self._users_in_flight()
         for row in plan.rows:
             end = row.start + len(row.token_ids)
             check(len(set(row.pages)) == len(row.pages), "a page occurs twice in a page table")
             check(len(row.pages) * size >= end, "the page table is too short")
             check(PENDING not in row.token_ids or row.token_ids == (PENDING,), "a pending token in a chunk")
-            check(PENDING not in row.token_ids or row.slot in sampling, "no step samples the pending token")
-            check(PENDING not in row.token_ids or self._num_stages == 1, "a pending token between stages")
+            if PENDING in row.token_ids:
+                before, samples = last.get(row.slot, (0, False))
+                check(samples, "no step samples the pending token")
+                check(before >= self._num_stages, "a pending token between stages")
             written = {row.pages[position // size] for position in range(row.start, end)}
             check(all(users[page] <= {row.slot} for page in written), "a page of a step in flight is written")
 

@@ -1,11 +1,12 @@
-"""The decoder body on Triton kernels: one forward pass over a step's tokens, eager or inside a graph capture.
+"""The decoder body on Triton kernels: one rank's forward pass over a step's tokens, eager or inside a graph capture.
 
 The same order of operations as ``model_runner.decoder``; a projection leaves what its LoRA adds to the operation that
 reads the GEMM's output. Batch-invariant steps take the
 operations of which no row depends on the others, the same in every step: GEMMs of our own, one number of attention
 splits, expands apart. Owns scratch; weights, pages and routes are handed in. Called by the executor
 under ``torch.inference_mode``.
-Legend: T tokens, D hidden, B sampled rows, V vocabulary, C = q + k + v columns, J gate + up columns, I = J / 2.
+Legend, sizes of the rank's part: T tokens, D hidden, B sampled rows, V vocabulary, C = q + k + v columns, J gate + up
+columns, I = J / 2.
 """
 
 from collections.abc import Sequence
@@ -24,13 +25,14 @@ from loraplex_kernels.gpu.attention import (
 from loraplex_kernels.gpu.linear import linear
 from loraplex_kernels.gpu.lora import LoraTable, PendingExpand, Site
 from loraplex_kernels.gpu.lora_project import LoraProjections
-from loraplex_kernels.gpu.norm import add_rms_norm, embed
+from loraplex_kernels.gpu.norm import add_rms_norm, embed, rms_norm
 from loraplex_kernels.gpu.rotary_kv import rotary_write_kv
 
-from loraplex.core.model import ModelSpec
 from loraplex.model_runner.arena import Arena
 from loraplex.model_runner.gpu.adapters import Arrival
 from loraplex.model_runner.gpu.inputs import DeviceStep
+from loraplex.model_runner.peers import Peers
+from loraplex.model_runner.shard import Shard
 from loraplex.model_runner.weights import DecoderWeights, LayerWeights
 
 _FALLBACK_SMS = 8
@@ -43,9 +45,10 @@ _INVARIANT_SPLITS = 4
 class GpuDecoder:
     def __init__(
         self,
-        model: ModelSpec,
+        shard: Shard,
         weights: DecoderWeights,
         arena: Arena,
+        peers: Peers,
         *,
         table: LoraTable,
         page_table: torch.Tensor,
@@ -60,7 +63,9 @@ class GpuDecoder:
         ``batch_invariant``: steps must come from ``StepInputs`` of the same kind, and no weight may be packed.
         """
         device = arena.pages.device
+        model = shard.local
         self._model = model
+        self._peers = peers
         self._weights = weights
         self._arena = arena.elements
         self._layout = arena.kv.layout
@@ -88,48 +93,60 @@ class GpuDecoder:
             },
             max_step_tokens,
             batch_invariant=batch_invariant,
+            partial_sums=shard.shape.tp > 1,
         )
         self._scratch: dict[int, DecodeScratch | None] = {}
         self._max_rows = max_rows
         self._batch_invariant = batch_invariant
 
-    def run(self, step: DeviceStep) -> torch.Tensor | None:
-        """Runs the step and stores its keys and values. Returns (B, V) logits in the dtype of the weights, None when no
-        row samples. A step with ``arrivals`` waits for each before the layer that needs it."""
+    def run(self, step: DeviceStep, hidden_TD: torch.Tensor | None) -> torch.Tensor | None:
+        """Runs the step and stores its keys and values. Returns (B, whole vocabulary) logits in the dtype of the
+        weights, None when no row samples; before the last stage (T, D) residual. A step with ``arrivals`` waits for
+        each before the layer that needs it.
+
+        ``hidden_TD``: the residual of the stage before, which is overwritten; None on the first stage.
+        """
         model, weights, eps = self._model, self._weights, self._model.rms_norm_eps
         num_tokens = step.token_ids.shape[0]
-        embedding = weights.embedding
-        assert embedding is not None, "the first stage holds the embedding"
-        residual_TD = embedding.new_empty((num_tokens, model.hidden_size))
-        normed_TD = torch.empty_like(residual_TD)
-        attended_TC = embedding.new_empty((num_tokens, model.q_size))
-        gated_TI = embedding.new_empty((num_tokens, model.intermediate_size))
         first_norm = weights.layers[0].input_norm
-        embed(step.token_ids, step.token_slot, self._last_token, embedding, first_norm, eps, residual_TD, normed_TD)
-        assert weights.final_norm is not None, "the last stage holds the final norm"
-        next_norms = [layer.input_norm for layer in weights.layers[1:]] + [weights.final_norm]
+        residual_TD = first_norm.new_empty((num_tokens, model.hidden_size)) if hidden_TD is None else hidden_TD
+        normed_TD = torch.empty_like(residual_TD)
+        attended_TC = first_norm.new_empty((num_tokens, model.q_size))
+        gated_TI = first_norm.new_empty((num_tokens, model.intermediate_size))
+        if hidden_TD is None:
+            embedding = weights.embedding
+            assert embedding is not None, "the first stage holds the embedding"
+            embed(step.token_ids, step.token_slot, self._last_token, embedding, first_norm, eps, residual_TD, normed_TD)
+        else:
+            rms_norm(residual_TD, first_norm, eps, normed_TD)
+        # Before the last stage any norm serves: the residual alone is handed on.
+        last_norm = first_norm if weights.final_norm is None else weights.final_norm
+        next_norms = [layer.input_norm for layer in weights.layers[1:]] + [last_norm]
         for index, (layer, next_norm) in enumerate(zip(weights.layers, next_norms, strict=True)):
             _wait(step.arrivals, index)
             qkv_TC, lora = self._project(normed_TD, layer.qkv, layer.qkv_bias, index, Site.QKV, step)
             self._rotate(qkv_TC, layer, index, step, lora)
             self._attend(qkv_TC, index, step, attended_TC)
             delta_TD, lora = self._project(attended_TC, layer.o, None, index, Site.O, step)
+            delta_TD = self._peers.all_reduce(delta_TD)
             add_rms_norm(residual_TD, delta_TD, layer.post_norm, eps, normed_TD, lora=lora)
             gate_up_TJ, lora = self._project(normed_TD, layer.gate_up, None, index, Site.GATE_UP, step)
             silu_mul(gate_up_TJ, gated_TI, lora=lora)
             delta_TD, lora = self._project(gated_TI, layer.down, None, index, Site.DOWN, step)
+            delta_TD = self._peers.all_reduce(delta_TD)
             add_rms_norm(residual_TD, delta_TD, next_norm, eps, normed_TD, lora=lora)
+        if weights.lm_head is None:
+            return residual_TD
         if step.num_sampled == 0:
             return None
         rows_BD = normed_TD if step.sampled is None else normed_TD.index_select(0, step.sampled)
-        assert weights.lm_head is not None, "the last stage holds the head"
-        return self._linear(rows_BD, weights.lm_head)
+        return self._peers.gather_logits(self._linear(rows_BD, weights.lm_head))
 
-    def run_sampled(self, step: DeviceStep) -> torch.Tensor:
-        """``run`` of a step in which rows sample."""
-        logits_BV = self.run(step)
-        assert logits_BV is not None, "no row samples"
-        return logits_BV
+    def run_captured(self, step: DeviceStep, hidden_TD: torch.Tensor | None) -> torch.Tensor:
+        """``run`` of a step of a bucket, in which rows sample, were it only padding."""
+        output = self.run(step, hidden_TD)
+        assert output is not None, "no row samples"
+        return output
 
     def _linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         if not self._batch_invariant:

@@ -2,8 +2,10 @@
 
 Decides nothing. A step runs as a CUDA graph keyed by sizes alone, or eagerly where it is so large that the device takes
 longer than the launches. Two steps may be in flight: tokens stay on the device, and ``collect`` waits for the read-back
-of the oldest only. Driven by the engine loop of a replica, from one thread; ``stage_adapter`` and ``unstage_adapter``
-from any.
+of the oldest only. A rank of a group runs its part of each step; sums within a stage are part of the graphs, what
+stages hand to each other is not. Between stages the last one's tokens come to the first on the device, where a step
+needs them, without the host. A rank alone is driven by the engine loop of a replica, one of several by
+``ranks.worker``: from one thread; ``stage_adapter`` and ``unstage_adapter`` from any.
 """
 
 import time
@@ -12,11 +14,11 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 
+import numpy as np
 import torch
 
 from loraplex.core.errors import Conflict
 from loraplex.core.ids import Digest
-from loraplex.core.model import ModelSpec
 from loraplex.core.request import SamplingParams
 from loraplex.core.step import Row, RowStart, SampledToken, StepPlan, StepResult
 from loraplex.model_runner.arena import Arena
@@ -25,7 +27,9 @@ from loraplex.model_runner.frequencies import model_frequencies
 from loraplex.model_runner.gpu.adapters import GpuAdapters
 from loraplex.model_runner.gpu.decoder import GpuDecoder
 from loraplex.model_runner.gpu.graphs import GraphCache
-from loraplex.model_runner.gpu.inputs import StepInputs
+from loraplex.model_runner.gpu.inputs import DeviceStep, StepInputs
+from loraplex.model_runner.gpu.upload import upload
+from loraplex.model_runner.peers import Alone, Peers
 from loraplex.model_runner.rank_executor import RankExecutor, TokenSampler
 from loraplex.model_runner.shard import Shard
 from loraplex.model_runner.weights import DecoderWeights
@@ -46,11 +50,16 @@ class _InFlight:
     """Behind a step that draws nothing."""
     submitted_s: float
 
+    def ready(self) -> bool:
+        if self.drawn is not None:
+            return self.drawn.ready()
+        return self.done is None or bool(self.done.query())  # type: ignore[no-untyped-call]
+
 
 class GpuExecutor(RankExecutor):
     def __init__(
         self,
-        model: ModelSpec,
+        shard: Shard,
         weights: DecoderWeights,
         arena: Arena,
         sampler: TokenSampler,
@@ -59,9 +68,12 @@ class GpuExecutor(RankExecutor):
         max_step_tokens: int,
         cuda_graphs: bool = True,
         batch_invariant: bool = False,
+        peers: Peers | None = None,
     ) -> None:
-        super().__init__(Shard.whole(model), arena, sampler, max_rows=max_rows, max_step_tokens=max_step_tokens)
-        device = arena.pages.device
+        """``weights`` and ``arena`` are those of ``shard``. ``peers``: the other ranks, None where there are none."""
+        super().__init__(shard, arena, sampler, max_rows=max_rows, max_step_tokens=max_step_tokens)
+        model, device = shard.local, arena.pages.device
+        self._peers = peers or Alone()
         # No adapter is smaller than a page.
         self._adapters = GpuAdapters(model, arena, num_records=arena.spec.num_pages)
         self._inputs = StepInputs(
@@ -76,9 +88,10 @@ class GpuExecutor(RankExecutor):
             batch_invariant=batch_invariant,
         )
         self._decoder = GpuDecoder(
-            model,
+            shard,
             weights,
             arena,
+            self._peers,
             table=self._adapters.table,
             page_table=self._inputs.page_tables.table,
             last_token=self._inputs.last_token,
@@ -88,6 +101,13 @@ class GpuExecutor(RankExecutor):
             batch_invariant=batch_invariant,
         )
         self._graphs = GraphCache(device, enabled=cuda_graphs)
+        self._hidden_TD: torch.Tensor | None = None
+        """Of the stage before; at one address, for graphs."""
+        if not shard.is_first:
+            shape = (max_step_tokens, model.hidden_size)
+            self._hidden_TD = torch.zeros(shape, dtype=arena.dtype, device=device)
+        self._drawn_elsewhere: deque[tuple[int, ...]] = deque()
+        """On the first of several stages, of each step whose tokens have not come back: whose they are."""
         self._in_flight: deque[_InFlight] = deque()
         self._collected_s = 0.0
 
@@ -112,10 +132,12 @@ class GpuExecutor(RankExecutor):
         submitted_s = time.perf_counter()
         done: torch.cuda.Event | None = None
         try:
-            for slot in plan.releases:
-                self._sampler.release(slot)
+            if self._shard.is_last:
+                for slot in plan.releases:
+                    self._sampler.release(slot)
+                for start in plan.starts:
+                    self._sampler.start(start)
             for start in plan.starts:
-                self._sampler.start(start)
                 self._inputs.page_tables.start(start.slot)
             drawn = self._run_rows(plan.rows) if plan.rows else None
             if drawn is None and self._arena.pages.is_cuda:
@@ -125,6 +147,9 @@ class GpuExecutor(RankExecutor):
             self._settle()
             raise
         self._in_flight.append(_InFlight(step_id=plan.step_id, drawn=drawn, done=done, submitted_s=submitted_s))
+
+    def ready(self) -> bool:
+        return bool(self._in_flight) and self._in_flight[0].ready()
 
     def collect(self) -> StepResult:
         """Waits for the oldest step in flight. Conflict when none is. After an exception none is in flight."""
@@ -150,11 +175,12 @@ class GpuExecutor(RankExecutor):
         """Captures the graphs of decode steps, and of small steps with prompts, with and without adapters up to rank
         16. Others are captured when they come a second time."""
         for step in self._inputs.idle_steps():
-            body = partial(self._decoder.run_sampled, step)
+            body = partial(self._decoder.run_captured, step, self._hidden(step))
             logits_BV = body()
             self._graphs.capture(step.key, body)
-        for kinds in _SAMPLING_KINDS:
-            self._draw_once(logits_BV, kinds)
+        if self._shard.is_last:
+            for kinds in _SAMPLING_KINDS:
+                self._draw_once(logits_BV, kinds)
 
     def _draw_once(self, logits_BV: torch.Tensor, kinds: tuple[SamplingParams, ...]) -> None:
         """Compiles what a step of such rows needs."""
@@ -168,7 +194,7 @@ class GpuExecutor(RankExecutor):
     def close(self) -> None:
         """Frees weights and arena; the executor cannot be used afterwards. Idempotent."""
         self._host.close()
-        for name in ("_graphs", "_decoder", "_inputs", "_adapters", "_arena"):
+        for name in ("_graphs", "_decoder", "_inputs", "_adapters", "_arena", "_hidden_TD"):
             if hasattr(self, name):
                 delattr(self, name)
 
@@ -182,19 +208,50 @@ class GpuExecutor(RankExecutor):
 
     def _run_rows(self, rows: tuple[Row, ...]) -> Drawn | None:
         self._inputs.page_tables.update(rows)
-        slots = [row.slot for row in rows if row.samples]
+        slots = tuple(row.slot for row in rows if row.samples)
         if all(len(row.token_ids) == 1 for row in rows) and len(slots) == len(rows):
             step = self._inputs.decode(rows)
         else:
             step = self._inputs.mixed(rows)
-        logits_BV: torch.Tensor | None
-        if step.key is None:
-            logits_BV = self._decoder.run(step)
-        else:
-            # Outside the graph, which knows no adapters.
-            for arrival in step.arrivals:
-                torch.cuda.current_stream().wait_event(arrival.event)
-            logits_BV = self._graphs.run(step.key, partial(self._decoder.run_sampled, replace(step, arrivals=())))
-        if not slots or logits_BV is None:
+        self._take_tokens(slots)
+        hidden_TD = self._hidden(step)
+        if hidden_TD is not None:
+            self._peers.receive_hidden(hidden_TD)
+        output = self._run_step(step, hidden_TD)
+        if not self._shard.is_last:
+            assert output is not None, "a stage before the last has a residual"
+            # The next step overwrites it.
+            self._peers.send_hidden(output.clone())
             return None
-        return self._sampler.draw(logits_BV[: len(slots)], slots, last_token=self._inputs.last_token)
+        if not slots or output is None:
+            return None
+        drawn = self._sampler.draw(output[: len(slots)], slots, last_token=self._inputs.last_token)
+        if not self._shard.is_first:
+            self._peers.send_tokens(drawn.tokens.int())
+        return drawn
+
+    def _run_step(self, step: DeviceStep, hidden_TD: torch.Tensor | None) -> torch.Tensor | None:
+        if step.key is None:
+            return self._decoder.run(step, hidden_TD)
+        # Outside the graph, which knows no adapters.
+        for arrival in step.arrivals:
+            torch.cuda.current_stream().wait_event(arrival.event)
+        body = partial(self._decoder.run_captured, replace(step, arrivals=()), hidden_TD)
+        return self._graphs.run(step.key, body)
+
+    def _hidden(self, step: DeviceStep) -> torch.Tensor | None:
+        return None if self._hidden_TD is None else self._hidden_TD[: step.token_ids.shape[0]]
+
+    def _take_tokens(self, slots: tuple[int, ...]) -> None:
+        """On the first of several stages: the tokens that the last one drew as many steps ago as there are stages."""
+        if not self._shard.is_first or self._shard.is_last:
+            return
+        if len(self._drawn_elsewhere) == self._shard.shape.pp:
+            drawn_for = self._drawn_elsewhere.popleft()
+            if drawn_for:
+                last_token = self._inputs.last_token
+                tokens_B = torch.empty(len(drawn_for), dtype=torch.int32, device=last_token.device)
+                self._peers.receive_tokens(tokens_B)
+                at_B = upload(np.array(drawn_for, dtype=np.int32), last_token.device)
+                last_token.index_copy_(0, at_B.long(), tokens_B)
+        self._drawn_elsewhere.append(slots)

@@ -1,8 +1,9 @@
-"""How the ranks of a group exchange tensors: torch.distributed, NCCL between GPUs and gloo between CPUs.
+"""How the ranks of a group exchange tensors: torch.distributed, NCCL between GPUs and gloo between CPUs; small sums
+over the GPUs' peer memory.
 
-Two sums a layer within a stage, one gather of the logits, and the hidden states handed to the next stage, shard to
-shard. Counts its calls: that is how others see that the rank gets on.
-Legend: T tokens, D hidden, B sampled rows, V vocabulary.
+Two sums a layer within a stage, one gather of the logits, the hidden states handed to the next stage, shard to shard,
+and between GPUs the drawn tokens handed back to the first stage. Counts its calls: that is how others see that the rank
+gets on. Legend: T tokens, D hidden, B sampled rows, V vocabulary.
 """
 
 import os
@@ -16,6 +17,7 @@ from torch import distributed
 from torch._C._distributed_c10d import TCPStore
 from torch.nn import functional
 
+from loraplex.model_runner.ranks.one_shot import OneShotSum, make_one_shot_sum
 from loraplex.model_runner.shard import Shard
 
 _TIMEOUT = timedelta(hours=1)
@@ -28,34 +30,38 @@ class Exchange:
     def __init__(
         self, shard: Shard, *, host: str, store_port: int, device: torch.device, dtype: torch.dtype, max_in_flight: int
     ) -> None:
-        """Returns when all ranks are there. ``dtype`` of the hidden states."""
+        """Returns when all ranks are there. ``dtype`` of the hidden states; ``max_in_flight``: steps between a tensor
+        that was sent and the moment when it surely has arrived."""
         shape = shard.shape
-        # gloo would listen where this machine's name leads, which need not be where the other ranks reach it.
-        interface = _interface_towards(host)
-        if interface is not None:
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
         store = TCPStore(host, store_port, is_master=False, timeout=_TIMEOUT)
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        distributed.init_process_group(
-            backend, store=store, rank=shard.rank, world_size=shape.num_ranks, timeout=_TIMEOUT
-        )
+        if device.type == "cuda":
+            _start_nccl(store, shard, device)
+        else:
+            _start_gloo(store, shard, host)
         # Every rank must take part in the making of every group.
         groups = [
             distributed.new_group(list(range(stage * shape.tp, (stage + 1) * shape.tp))) for stage in range(shape.pp)
         ]
         self._stage = groups[shard.stage]
+        # Apart from the hidden states, which go the other way: each waits for the other otherwise.
+        self._ends = distributed.new_group() if device.type == "cuda" and shape.pp > 1 else None
         self._shard = shard
-        self._device = device
-        self._dtype = dtype
         self._max_in_flight = max_in_flight
         self._sent: deque[tuple[distributed.Work, torch.Tensor]] = deque()
+        self._small: OneShotSum | None = None
+        if device.type == "cuda" and shape.tp > 1:
+            self._small = make_one_shot_sum(self._stage, store, f"stage {shard.stage}", device=device, dtype=dtype)
         self.progress = 0
         """Calls so far."""
 
-    def all_reduce_(self, x: torch.Tensor) -> None:
-        if self._shard.shape.tp > 1:
-            distributed.all_reduce(x, group=self._stage)
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         self.progress += 1
+        if self._shard.shape.tp == 1:
+            return x
+        if self._small is not None and self._small.takes(x):
+            return self._small.sum(x)
+        distributed.all_reduce(x, group=self._stage)
+        return x
 
     def gather_logits(self, logits_BV: torch.Tensor) -> torch.Tensor:
         shard = self._shard
@@ -68,20 +74,47 @@ class Exchange:
         self.progress += 1
         return logits_BV
 
-    def receive_hidden(self, num_tokens: int) -> torch.Tensor:
-        hidden_TD = torch.empty((num_tokens, self._shard.model.hidden_size), dtype=self._dtype, device=self._device)
-        distributed.recv(hidden_TD, self._shard.rank - self._shard.shape.tp)
+    def receive_hidden(self, out_TD: torch.Tensor) -> None:
+        distributed.recv(out_TD, self._shard.rank - self._shard.shape.tp)
         self.progress += 1
-        return hidden_TD
 
     def send_hidden(self, residual_TD: torch.Tensor) -> None:
+        self._send(residual_TD, self._shard.rank + self._shard.shape.tp, None)
+
+    def send_tokens(self, tokens_B: torch.Tensor) -> None:
+        self._send(tokens_B, self._shard.tp_rank, self._ends)
+
+    def receive_tokens(self, out_B: torch.Tensor) -> None:
+        shape = self._shard.shape
+        distributed.recv(out_B, (shape.pp - 1) * shape.tp + self._shard.tp_rank, group=self._ends)
+        self.progress += 1
+
+    def _send(self, tensor: torch.Tensor, to_rank: int, group: distributed.ProcessGroup | None) -> None:
         # The tensor must live until it is sent; of steps that are not in flight any more it surely is.
         if len(self._sent) == self._max_in_flight:
             self._sent.popleft()[0].wait()
-        work = distributed.isend(residual_TD, self._shard.rank + self._shard.shape.tp)
+        work = distributed.isend(tensor, to_rank, group=group)
         assert work is not None, "the rank is not in its own group"
-        self._sent.append((work, residual_TD))
+        self._sent.append((work, tensor))
         self.progress += 1
+
+
+def _start_nccl(store: TCPStore, shard: Shard, device: torch.device) -> None:
+    # Multicast over NVLink needs the whole host's consent, and gains little for a few GPUs.
+    os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
+    distributed.init_process_group(
+        "nccl", store=store, rank=shard.rank, world_size=shard.shape.num_ranks, timeout=_TIMEOUT, device_id=device
+    )
+
+
+def _start_gloo(store: TCPStore, shard: Shard, host: str) -> None:
+    # gloo would listen where this machine's name leads, which need not be where the other ranks reach it.
+    interface = _interface_towards(host)
+    if interface is not None:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+    distributed.init_process_group(
+        "gloo", store=store, rank=shard.rank, world_size=shard.shape.num_ranks, timeout=_TIMEOUT
+    )
 
 
 def _interface_towards(host: str) -> str | None:

@@ -82,6 +82,8 @@ class GroupExecutor(ExecutorBase):
         self._loaded: dict[Digest, int] = {}
         self._numbers = itertools.count()
         self._encoder = StepEncoder()
+        # GPUs are given their next step while they compute, and hand tokens back without the host.
+        self._max_in_flight = len(self._stages) + (config.device != "cpu")
         self._in_flight: deque[_InFlight] = deque()
         self._collected_s = 0.0
         self._group = RankGroup(
@@ -111,7 +113,7 @@ class GroupExecutor(ExecutorBase):
 
     @property
     def max_in_flight(self) -> int:
-        return self.num_stages
+        return self._max_in_flight
 
     @property
     def num_stages(self) -> int:
@@ -159,8 +161,8 @@ class GroupExecutor(ExecutorBase):
             self._group.send(Drop(digest, number))
 
     def submit(self, plan: StepPlan) -> None:
-        """Conflict when the step is too large, names an adapter that is not loaded, or as many are in flight as there
-        are stages. ExecutorLost."""
+        """Conflict when the step is too large, names an adapter that is not loaded, or ``max_in_flight`` are in flight.
+        ExecutorLost."""
         self.check()
         if len(self._in_flight) >= self.max_in_flight:
             raise Conflict(f"{self.max_in_flight} steps are in flight already")

@@ -21,6 +21,9 @@ class RankStart:
     """Where the group's executor listens."""
     key: bytes
     """Opens a connection to it; to be kept from others."""
+    device_index: int | None = None
+    """Of the rank's GPU among those that the process sees; None: the GPUs of the group stand in the order of its
+    ranks."""
 
 
 class RankProcess(Protocol):

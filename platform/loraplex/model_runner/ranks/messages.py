@@ -109,7 +109,7 @@ class Beat(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """Up, every second."""
 
     progress: int
-    """Grows with every exchange of the rank: twice a layer."""
+    """Grows with every exchange of the rank (twice a layer, but for those in captured graphs) and with every step."""
 
 
 class Staged(msgspec.Struct, frozen=True, array_like=True, tag=True):

@@ -1,15 +1,18 @@
 """The body of a rank process: becomes the shard that it is told to be, and runs what the group's executor sends.
 
-The main thread takes commands in their order; a step is computed there, so that staging, which has threads of its own,
-starts between steps. A beat every second says that the process lives and how far it is. Whatever goes wrong in a step
-ends the process: its peers wait in an exchange that cannot be completed, so the group is lost.
+The main thread takes commands in their order; a step is computed there, or handed to the GPU, which may hold a second
+one. Staging, which has threads of its own, starts between steps. A beat every second says that the process lives and
+how far it is. Whatever goes wrong in a step ends the process: its peers wait in an exchange that cannot be completed,
+so the group is lost.
 """
 
 import logging
 import os
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Connection
 from typing import NoReturn
@@ -24,6 +27,7 @@ from loraplex.core.plan import Shape
 from loraplex.model_runner.arena import plan_num_pages
 from loraplex.model_runner.build import build_rank, load_model_spec, load_weights, rank_device, rank_dtype
 from loraplex.model_runner.executor_base import ExecutorBase
+from loraplex.model_runner.rank_executor import RankExecutor
 from loraplex.model_runner.ranks.channel import connect
 from loraplex.model_runner.ranks.exchange import Exchange
 from loraplex.model_runner.ranks.launcher import OpenAdapter, RankStart
@@ -49,6 +53,8 @@ from loraplex.model_runner.ranks.step_codec import StepDecoder
 from loraplex.model_runner.shard import Shard, plan_shards
 
 _BEAT_S = 1.0
+_GLANCE_S = 5e-5
+"""While a step runs on the GPU: how long to wait for a command before looking at the step again."""
 _STAGING_THREADS = 4
 
 _log = logging.getLogger(__name__)
@@ -95,6 +101,7 @@ class _Worker:
         self._events = events
         self._events_lock = threading.Lock()
         self._exchange: Exchange | None = None
+        self._num_collected = 0
         self._decoder = StepDecoder()
         self._num_pages: dict[Digest, int] = {}
 
@@ -108,21 +115,18 @@ class _Worker:
             threading.Event().wait()
             raise
         speaks = shard.is_last and shard.tp_rank == 0
-        with ThreadPoolExecutor(_STAGING_THREADS) as threads:
+        num_in_flight = 0
+        with ThreadPoolExecutor(_STAGING_THREADS, initializer=_thread_start(executor)) as threads:
             while True:
+                if num_in_flight and (num_in_flight == executor.max_in_flight or not self._hears_before(executor)):
+                    self._collect(executor, speaks)
+                    num_in_flight -= 1
+                    continue
                 message = _command.decode(self._commands.recv_bytes())
                 match message:
                     case Step():
                         executor.submit(self._decoder.decode(message))
-                        result = executor.collect()
-                        if speaks:
-                            detailed = any(token.logprob is not None for token in result.tokens)
-                            done = StepDone(
-                                result.step_id,
-                                [token.token_id for token in result.tokens],
-                                result.tokens if detailed else (),
-                            )
-                            self._commands.send_bytes(_encode(done))
+                        num_in_flight += 1
                     case Load():
                         executor.load_adapter(message.digest, message.pages[: self._num_pages[message.digest]])
                         self._decoder.name_adapter(message.number, message.digest)
@@ -136,6 +140,22 @@ class _Worker:
                     case Allocate():
                         raise AssertionError("a rank has one arena")
 
+    def _hears_before(self, executor: RankExecutor) -> bool:
+        """A command comes before the oldest step in flight has ended."""
+        while not executor.ready():
+            if self._commands.poll(_GLANCE_S):
+                return True
+        return False
+
+    def _collect(self, executor: RankExecutor, speaks: bool) -> None:
+        result = executor.collect()
+        self._num_collected += 1
+        if not speaks:
+            return
+        detailed = any(token.logprob is not None for token in result.tokens)
+        token_ids = [token.token_id for token in result.tokens]
+        self._commands.send_bytes(_encode(StepDone(result.step_id, token_ids, result.tokens if detailed else ())))
+
     def tell(self, event: Beat | Staged | Failed) -> None:
         """Any thread. A group's executor that is gone hears nothing."""
         with self._events_lock:
@@ -144,23 +164,26 @@ class _Worker:
             except OSError:
                 os._exit(1)
 
-    def _become(self) -> tuple[Shard, ExecutorBase]:
+    def _become(self) -> tuple[Shard, RankExecutor]:
         job, config = self._job, self._job.config
         assert config.stage_layers is not None, "the cut comes with the job"
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
-        device = rank_device(config)
+        start = self._start
+        device = rank_device(config, start.rank if start.device_index is None else start.device_index)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
         dtype = rank_dtype(config, device)
         spec = load_model_spec(job.model, job.base_model_id)
         shape = Shape(tp=config.tp, pp=config.pp)
-        shard = plan_shards(spec, shape, config.stage_layers)[self._start.rank]
+        shard = plan_shards(spec, shape, config.stage_layers)[start.rank]
         self._exchange = Exchange(
             shard,
-            host=self._start.address[0],
+            host=start.address[0],
             store_port=job.store_port,
             device=device,
             dtype=dtype,
-            max_in_flight=shape.pp,
+            max_in_flight=shape.pp + (device.type != "cpu"),
         )
         weights = load_weights(job.model, shard, dtype=dtype, device=device)
         self._commands.send_bytes(_encode(Room(plan_num_pages(config, shard.local, dtype=dtype, device=device))))
@@ -192,5 +215,13 @@ class _Worker:
     def _beat(self) -> None:
         pause = threading.Event()
         while True:
-            self.tell(Beat(self._exchange.progress if self._exchange is not None else 0))
+            # Captured graphs exchange without being counted.
+            progress = self._num_collected + (self._exchange.progress if self._exchange is not None else 0)
+            self.tell(Beat(progress))
             pause.wait(_BEAT_S)
+
+
+def _thread_start(executor: RankExecutor) -> Callable[[], None] | None:
+    """What a thread must do first, so that the memory that it pins belongs to the rank's GPU."""
+    device = executor.device
+    return partial(torch.cuda.set_device, device) if device.type == "cuda" else None

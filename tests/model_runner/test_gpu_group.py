@@ -1,0 +1,41 @@
+"""A group whose ranks run the Triton kernels equals transformers + PEFT: interpreted on the CPU, compiled with CUDA."""
+
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+
+from loraplex.core.plan import Shape
+
+from tests.model_runner.test_gpu_executor import ADAPTERS, CUDA, DEVICE, prompt
+from tests.model_runner.threaded_group import ThreadedGroup
+
+PAGES = {"num_pages": 200, "page_size": 16}
+
+
+@pytest.mark.parametrize(
+    ("family", "shape"),
+    [
+        pytest.param("llama", Shape(tp=2, pp=1), id="2x1", marks=pytest.mark.slow),
+        pytest.param("qwen3", Shape(tp=1, pp=2), id="1x2", marks=pytest.mark.slow),
+        pytest.param("qwen2", Shape(tp=2, pp=2), id="2x2"),
+    ],
+)
+def test_mixed_batches_equal_transformers(
+    family: str, shape: Shape, make_base: Any, add_adapter: Any, make_driver: Any, check: Any
+) -> None:
+    base = make_base(family, num_hidden_layers=2, intermediate_size=64)
+    adapters = {name: add_adapter(base, name, **options) for name, options in ADAPTERS.items()}
+
+    def group(sampler: Any) -> ThreadedGroup:
+        return ThreadedGroup(str(base.directory), shape, sampler, device=DEVICE, cuda_graphs=False, **PAGES)
+
+    driver = make_driver(base.directory, group=group, **PAGES)
+    for adapter in adapters.values():
+        driver.load(adapter.manifest, adapter.path)
+    names = [None, *(adapter.manifest.digest for adapter in adapters.values())]
+    requests = [driver.open(prompt(5 + 7 * index, index), name) for index, name in enumerate(names)]
+    driver.run(requests, num_tokens=40 if CUDA else 2, chunk=24)
+    for request in requests:
+        check(base, driver, request)
