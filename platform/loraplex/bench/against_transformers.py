@@ -6,7 +6,7 @@ The reference is transformers in fp32, with weights rounded to the number format
 tokens, greedily, and the others are given them. In bf16 our error at a position (relative L2 of the logits) is held
 against that of transformers in bf16: for no model its median may be more than 1.25 times as large, nor the largest of
 all. In fp32 it must be below 1e-4. Prints JSON; the exit status is 1 where that does not hold. Prompts are random
-tokens; adapters are made up, with ranks of 8 to 64, or those that ``--adapter`` names. The two never share the device:
+tokens; adapters are made up, with ranks of 8 to 64, and those that ``--adapter`` names. The two never share the device:
 ours is loaded when the other is gone.
 """
 
@@ -106,13 +106,13 @@ def compare(
     num_tokens: int = 24,
     adapters: Mapping[str, Path] | None = None,
 ) -> Comparison:
-    """``adapters``: PEFT directories by name; None: made-up ones. Raises BadConfig, BadAdapter."""
+    """``adapters``: PEFT directories by name, besides the made-up ones. Raises BadConfig, BadAdapter."""
     config = msgspec.convert({"device": device, "dtype": dtype, "max_step_tokens": _STEP_TOKENS}, ExecutorConfig)
     torch_device = rank_device(config)
     torch_dtype = rank_dtype(config, torch_device)
     spec = load_model_spec(model, BaseModelId("reference"))
     with tempfile.TemporaryDirectory() as scratch:
-        files = write_made_up(Path(scratch), spec) if adapters is None else adapters
+        files = {**write_made_up(Path(scratch), spec), **(adapters or {})}
         prompts = _prompts([None, *files], num_prompts, spec.vocab_size)
         reference = Reference(model, adapters=files, weights=torch_dtype, device=torch_device)
         expected, theirs = _reference_runs(reference, prompts, num_tokens, torch_dtype)
@@ -226,7 +226,7 @@ def main() -> None:
             dtype=options.dtype,
             num_prompts=options.prompts,
             num_tokens=options.tokens,
-            adapters={path.name: path for path in options.adapter} or None,
+            adapters={path.name: path for path in options.adapter},
         )
     except BadConfig as error:
         parser.error(str(error))
