@@ -218,6 +218,24 @@ def test_autoscaling_bounds_hold_only_with_the_autoscaler() -> None:
         assert json.loads(json.loads(group["rayStartParams"]["resources"])) == {"accelerator_type:H100": 1}
 
 
+def test_the_state_of_ray_lies_in_the_redis_that_is_named() -> None:
+    def options(**values: Any) -> Any:
+        given = {"enabled": True, "redisAddress": "redis://redis.data.svc:6379"} | values
+        rendered = render(ci_values("minimal") | {"gcsFaultTolerance": given})
+        assert not [error for manifest in rendered for error in errors(manifest)]
+        return ray_service(rendered)["rayClusterConfig"].get("gcsFaultToleranceOptions")
+
+    redis = {"backend": "redis", "redisAddress": "redis://redis.data.svc:6379"}
+    assert options() == redis
+    assert options(enabled=False) is None
+    username, password = ({"valueFrom": {"secretKeyRef": {"name": "redis", "key": key}}} for key in ("user", "pass"))
+    given = {"redisUsername": {"name": "redis", "key": "user"}, "redisPassword": {"name": "redis", "key": "pass"}}
+    assert options(**given) == redis | {"redisUsername": username, "redisPassword": password}
+    for wrong in ({"redisPassword": "letmein"}, {"externalStorageNamespace": "shared"}, {"redisAddress": ""}):
+        with pytest.raises(helm_python.HelmError, match=next(iter(wrong))):
+            options(**wrong)
+
+
 def test_dashboards_show_the_release_first() -> None:
     boards = of_kind(render(ci_values("full")), "ConfigMap")
     assert {name for board in boards for name in board["data"]} == {f"{board.name}.json" for board in DASHBOARDS}
