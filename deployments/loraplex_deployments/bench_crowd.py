@@ -7,8 +7,6 @@ spans are the same, but for their prompts. Beside the measured figures stand tho
 """
 
 import argparse
-import json
-import sys
 import tempfile
 from pathlib import Path
 
@@ -22,8 +20,16 @@ from loraplex.simulator.routing_study import POLICIES
 from loraplex.simulator.types import Slo
 from loraplex.traces.arrivals import Arrivals
 
-from loraplex_deployments.bench_processes import CpuUse, warn_of_busy_machine
-from loraplex_deployments.bench_tenants import Machine, TenantSetup, predicted, tenant_platform, within_context
+from loraplex_deployments.bench_processes import CpuUse
+from loraplex_deployments.bench_report import report, say
+from loraplex_deployments.bench_tenants import (
+    Machine,
+    TenantSetup,
+    error_counts,
+    predicted,
+    tenant_platform,
+    within_context,
+)
 
 _TTFT_S, _TPOT_S = 0.06, 0.0145
 """Targets at an H100's own pace."""
@@ -116,17 +122,16 @@ def run_crowd_bench(options: CrowdOptions) -> CrowdResult:
         for policy in options.policies:
             router = msgspec.convert({**msgspec.to_builtins(options.setup.router), "policy": policy}, RouterConfig)
             setup = msgspec.structs.replace(options.setup, router=router)
-            with tenant_platform(setup, arrivals.adapters, Path(folder), _say) as platform:
+            with tenant_platform(setup, arrivals.adapters, Path(folder), say) as platform:
                 samples, cpu = platform.send(arrivals, seed=options.seed)
-            failures = [sample.error for sample in samples if sample.error is not None]
             result = PolicyResult(
                 policy=policy,
                 measured=figures_of(Outcomes.of_samples(samples), arrivals, options),
                 simulated=figures_of(predicted(setup, arrivals, options.slo), arrivals, options),
-                errors={error: failures.count(error) for error in sorted(set(failures))},
+                errors=error_counts(samples),
                 cpu=cpu,
             )
-            _say(_line(result))
+            say(_line(result))
             found.append(result)
     crowd = arrivals.arrival_s >= 2 * options.span_s
     return CrowdResult(
@@ -184,10 +189,6 @@ def _line(result: PolicyResult) -> str:
     )
 
 
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="A flash crowd for one adapter, by several routing policies.")
     parser.add_argument("policies", nargs="*", metavar="POLICY", help=f"of {', '.join(POLICIES)}; default: all")
@@ -208,13 +209,13 @@ def main() -> None:
         seed=given.seed,
     )
     result = run_crowd_bench(options)
-    if given.out is not None:
-        given.out.write_text(json.dumps(msgspec.to_builtins(result), indent=1) + "\n", encoding="utf-8")
-    print(f"{result.executor}; {given.replicas} replicas, {given.gateways} gateways, {result.machine.cores} cores")
-    for found in result.policies:
-        print(_line(found))
-    cpu = max(found.cpu.machine for found in result.policies)
-    warn_of_busy_machine(cpu)
+    head = f"{result.executor}; {given.replicas} replicas, {given.gateways} gateways, {result.machine.cores} cores"
+    report(
+        msgspec.to_builtins(result),
+        [head, *map(_line, result.policies)],
+        cpu=max(found.cpu.machine for found in result.policies),
+        out=given.out,
+    )
 
 
 if __name__ == "__main__":

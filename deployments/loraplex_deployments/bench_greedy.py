@@ -8,8 +8,6 @@ tenant, which is first come, first served. Beside the measured figures stand tho
 
 import argparse
 import dataclasses
-import json
-import sys
 import tempfile
 from pathlib import Path
 
@@ -23,8 +21,16 @@ from loraplex.simulator.types import Slo
 from loraplex.tenancy.fair_shares import jain_index, max_min_shares
 from loraplex.traces.arrivals import Arrivals
 
-from loraplex_deployments.bench_processes import CpuUse, warn_of_busy_machine
-from loraplex_deployments.bench_tenants import Machine, TenantSetup, predicted, tenant_platform, within_context
+from loraplex_deployments.bench_processes import CpuUse
+from loraplex_deployments.bench_report import report, say
+from loraplex_deployments.bench_tenants import (
+    Machine,
+    TenantSetup,
+    error_counts,
+    predicted,
+    tenant_platform,
+    within_context,
+)
 
 _EVERYONE = "everyone"
 
@@ -123,22 +129,21 @@ def run_greedy_bench(options: GreedyOptions) -> GreedyResult:
     together = of_one_tenant(arrivals)
     with (
         tempfile.TemporaryDirectory(prefix="loraplex-bench-") as folder,
-        tenant_platform(options.setup, (*arrivals.adapters, *together.adapters), Path(folder), _say) as platform,
+        tenant_platform(options.setup, (*arrivals.adapters, *together.adapters), Path(folder), say) as platform,
     ):
         runs = []
         for sent in (arrivals, together):
             samples, cpu = platform.send(sent, seed=options.seed)
-            failures = [sample.error for sample in samples if sample.error is not None]
             simulated = predicted(options.setup, sent, Slo())
             runs.append(
                 GreedyRun(
                     measured=figures_of(Outcomes.of_samples(samples), arrivals, options),
                     simulated=figures_of(simulated, arrivals, options),
-                    errors={error: failures.count(error) for error in sorted(set(failures))},
+                    errors=error_counts(samples),
                     cpu=cpu,
                 )
             )
-            _say(_line(runs[-1]))
+            say(_line(runs[-1]))
     return GreedyResult(
         options=options,
         executor=options.setup.executor,
@@ -196,10 +201,6 @@ def _line(run: GreedyRun) -> str:
     )
 
 
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="What tenants keep beside one that asks for ten times its share.")
     parser.add_argument("--gateways", type=int, default=1)
@@ -214,15 +215,17 @@ def main() -> None:
         end_s=options.begin_s + given.seconds,
     )
     result = run_greedy_bench(options)
-    if given.out is not None:
-        given.out.write_text(json.dumps(msgspec.to_builtins(result), indent=1) + "\n", encoding="utf-8")
-    print(
-        f"{result.executor}; {options.setup.replicas} replicas, {given.gateways} gateways, {result.machine.cores} cores"
+    setup = options.setup
+    report(
+        msgspec.to_builtins(result),
+        [
+            f"{result.executor}; {setup.replicas} replicas, {setup.gateways} gateways, {result.machine.cores} cores",
+            f"by tenant: {_line(result.by_tenant)}",
+            f"first come, first served: {_line(result.first_come)}",
+        ],
+        cpu=max(run.cpu.machine for run in (result.by_tenant, result.first_come)),
+        out=given.out,
     )
-    print(f"by tenant: {_line(result.by_tenant)}")
-    print(f"first come, first served: {_line(result.first_come)}")
-    cpu = max(run.cpu.machine for run in (result.by_tenant, result.first_come))
-    warn_of_busy_machine(cpu)
 
 
 if __name__ == "__main__":

@@ -11,10 +11,8 @@ sides and the CPU that the machine used.
 import argparse
 import asyncio
 import dataclasses
-import json
 import os
 import statistics
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -49,7 +47,7 @@ from loraplex_deployments.bench_cluster import (
     bench_cluster,
     platform_config,
 )
-from loraplex_deployments.bench_processes import warn_of_busy_machine
+from loraplex_deployments.bench_report import report, say
 
 _GPU = "h100-80gb"
 _LORA_RANK = 16
@@ -102,14 +100,14 @@ def run(options: Options) -> dict[str, Any]:
     setup = msgspec.structs.replace(setup, adapters=options.adapters)
     base = platform_config(setup, "local", Path()).base_models[0]
     prompts = RandomTokens(load_model_spec(base.model, BASE).vocab_size, seed=options.seed)
-    with bench_cluster(setup, _say) as cluster:
+    with bench_cluster(setup, say) as cluster:
         side = _Sides(cluster, base, options, prompts)
         overhead_s = side.overhead_s()
-        _say(f"HTTP and gateway add {1e3 * overhead_s:.1f} ms to a first token")
+        say(f"HTTP and gateway add {1e3 * overhead_s:.1f} ms to a first token")
         found = {}
         for number, name in enumerate(options.workloads):
             found[name] = side.run(WORKLOADS[name], overhead_s, seed=options.seed + number)
-            _say(_line(name, found[name]))
+            say(_line(name, found[name]))
     return {
         "options": msgspec.to_builtins(options),
         "executor": f"paced: {paced.base} on {paced.profile}, {paced.factor:g} times slower",
@@ -256,10 +254,6 @@ def _line(name: str, found: dict[str, Any]) -> str:
     )
 
 
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="The exact simulator against the running platform, paced replicas.")
     parser.add_argument("workloads", nargs="*", metavar="WORKLOAD", help=f"of {', '.join(WORKLOADS)}; default: all")
@@ -278,16 +272,18 @@ def main() -> None:
     started_s = time.monotonic()
     result = run(Options(**given))
     result["wall_s"] = time.monotonic() - started_s
-    if out is not None:
-        out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(f"{result['executor']}; {given['replicas']} replicas, {result['cores']} cores; measured / predicted")
-    for name, found in result["workloads"].items():
-        print(_line(name, found))
     differences = [abs(found["figures"]["attainment"]["difference"]) for found in result["workloads"].values()]
     near = sum(difference <= _MAX_DIFFERENCE for difference in differences)
-    cpu = max(found["cpu"] for found in result["workloads"].values())
-    print(f"{near} of {len(differences)} within {100 * _MAX_DIFFERENCE:.0f} points; {result['wall_s']:.0f} s")
-    warn_of_busy_machine(cpu)
+    report(
+        result,
+        [
+            f"{result['executor']}; {given['replicas']} replicas, {result['cores']} cores; measured / predicted",
+            *(_line(name, found) for name, found in result["workloads"].items()),
+            f"{near} of {len(differences)} within {100 * _MAX_DIFFERENCE:.0f} points; {result['wall_s']:.0f} s",
+        ],
+        cpu=max(found["cpu"] for found in result["workloads"].values()),
+        out=out,
+    )
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ import platform
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -137,6 +138,11 @@ class TenantPlatform:
         finally:
             http.close()
         return sorted(samples, key=lambda sample: sample.scheduled_s), meter.read()
+
+
+def error_counts(samples: Iterable[Sample]) -> dict[str, int]:
+    """HTTP status or kind of failure, and how often."""
+    return dict(sorted(Counter(sample.error for sample in samples if sample.error is not None).items()))
 
 
 def within_context(arrivals: Arrivals) -> Arrivals:
