@@ -92,10 +92,24 @@ async def test_unknown_routes_and_methods(world: Any) -> None:
     check_error(await world.http.get("/v1/nothing"), 404, "unknown_url")
     check_error(await world.http.get("/nothing"), 404, "unknown_url")
     check_error(await world.http.get("/v1/chat/completions"), 405, "method_not_allowed")
-    wrong = await world.http.put("/v1/adapters/pirate")
-    check_error(wrong, 405, "method_not_allowed")
-    assert wrong.headers["allow"] == "DELETE, GET"
     check_error(await world.http.get("/t/acme/health"), 404, "unknown_url")
+
+
+@pytest.mark.parametrize(
+    ("path", "allowed"),
+    [
+        ("/v1/adapters/pirate", "DELETE, GET"),
+        ("/v1/adapters", "GET, POST"),
+        ("/t/acme/v1/chat/completions", "POST"),
+        ("/v1/plans/rollback", "POST"),
+        ("/v1/plans/active", "GET"),
+        ("/v1/plans/17", "GET"),
+    ],
+)
+async def test_a_method_that_a_path_does_not_have_names_those_it_has(world: Any, path: str, allowed: str) -> None:
+    wrong = await world.http.put(path)
+    check_error(wrong, 405, "method_not_allowed")
+    assert wrong.headers["allow"] == allowed
 
 
 @pytest.mark.parametrize(

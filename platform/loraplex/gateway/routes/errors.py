@@ -11,7 +11,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import compile_path
+from starlette.routing import Match
 
 from loraplex.core.errors import BadConfig, LoraplexError
 from loraplex.gateway.status import retry_after_s, shown, status_of
@@ -19,6 +19,7 @@ from loraplex.gateway.status import retry_after_s, shown, status_of
 logger = logging.getLogger(__name__)
 
 _HTTP_CODES = {404: "unknown_url", 405: "method_not_allowed", 413: "payload_too_large", 415: "unsupported_media_type"}
+_METHODS = ("DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT")
 _LOCATIONS = ("body", "query", "path", "header")
 
 
@@ -87,7 +88,7 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
     headers = dict(error.headers or {})
     if status == 405:
         # Starlette names the methods of the first route that matches the path only.
-        headers["Allow"] = ", ".join(sorted(_methods(request, headers.get("Allow", ""))))
+        headers["Allow"] = ", ".join(_methods(request))
     body = error_object(
         message,
         type="invalid_request_error" if status < 500 else "server_error",
@@ -97,13 +98,13 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
     return _json(status, body, headers)
 
 
-def _methods(request: Request, known: str) -> set[str]:
-    """All methods of the requested path, by the OpenAPI document, and those in ``known``."""
-    methods = {name.strip() for name in known.split(",") if name.strip()}
-    for template, operations in request.app.openapi()["paths"].items():
-        if compile_path(template)[0].match(request.url.path):
-            methods.update(name.upper() for name in operations)
-    return methods
+def _methods(request: Request) -> list[str]:
+    """All that some route takes of the requested path."""
+    return [
+        method
+        for method in _METHODS
+        if any(route.matches({**request.scope, "method": method})[0] is Match.FULL for route in request.app.routes)
+    ]
 
 
 def _most_specific(errors: Sequence[Any]) -> Mapping[str, Any]:
