@@ -109,8 +109,8 @@ curl:
 curl {url}/v1/chat/completions -H 'Authorization: Bearer {key}' -H 'Content-Type: application/json' \\
   -d '{{"model": "{model}", "temperature": 0, "messages": [{{"role": "user", "content": "{prompt}"}}]}}'
 
-openai (pip install openai):
-python3 - <<'EOF'
+openai ({python} -m pip install openai):
+{python} - <<'EOF'
 from openai import OpenAI
 client = OpenAI(base_url="{url}/v1", api_key="{key}")
 answer = client.chat.completions.create(

@@ -196,7 +196,8 @@ def _start_gateways(
 ) -> None:
     from loraplex_deployments.gateways import runs_haproxy, serve_runs, start_gateways, stop_gateways
 
-    started.callback(stop_gateways, whole_serve=not serve_runs())
+    # Serve on a Ray of ours ends with it, without the report of Ray that its controller is gone.
+    started.callback(stop_gateways, whole_serve=config.ray.address != "local" and not serve_runs())
     start_gateways(config, proxy)
     found = "haproxy" if runs_haproxy() else "python"
     if found != config.serve.proxy:

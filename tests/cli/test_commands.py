@@ -208,9 +208,10 @@ def test_replay_says_when_prompts_were_longer_than_asked_for(call: Run) -> None:
 
 def test_replay_text_output(call: Run) -> None:
     trace = Path(__file__).parent / "data" / "lmsys_arena_200.parquet"
-    text = call("replay", trace, "--speed", 50, "--requests", 20, "--max-output-tokens", 3, "-m", "pirate").stdout
-    assert "20 of 20 requests" in text
-    assert "send lag" in text
+    result = call("replay", trace, "--speed", 50, "--requests", 20, "--max-output-tokens", 3, "-m", "pirate")
+    assert "20 of 20 requests" in result.stdout
+    assert "send lag" in result.stdout
+    assert "adapters are not among the models to ask, others stand for them: acme/pirate for " in result.stderr
 
 
 def test_bench_serve_against_a_running_platform(call: Run, run: Run, platform: Any) -> None:

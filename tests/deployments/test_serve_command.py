@@ -93,6 +93,8 @@ def test_a_day_in_the_life(served: Served, tmp_path: Path) -> None:
     _, alive = psutil.wait_procs(children, timeout=30)
     assert not alive
     assert not files.exists()
+    assert served.output().splitlines()[-1].endswith("stopped")
+    assert "(raylet)" not in served.output(), "Ray has nothing to report"
     rows = list((served.root / "traces").rglob("*.parquet"))
     assert rows
 

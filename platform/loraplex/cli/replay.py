@@ -26,7 +26,7 @@ from loraplex.loadgen.page import replay_page
 from loraplex.loadgen.prompts import PromptMaker, TokenizerPrompts, WordPrompts
 from loraplex.loadgen.report import LoadReport, summarize
 from loraplex.loadgen.schedule import PlannedRequest, plan_replay
-from loraplex.loadgen.targets import assign_targets
+from loraplex.loadgen.targets import Assignment, assign_targets
 from loraplex.traces.arrivals import load_requests
 
 _PROMPT_TOLERANCE = 0.1
@@ -95,6 +95,7 @@ def replay_command(
     # Before a request is sent: what is wrong with plan or fleet shows at once.
     predicted = expected.predict(schedule)
     prompts: PromptMaker = WordPrompts(seed=seed) if tokenizer is None else TokenizerPrompts(tokenizer, seed=seed)
+    _say_who_stands_in(assignments)
     allow_streams(len(schedule))
     cpu_s = time.process_time()
     samples = asyncio.run(_run(base_url, config, schedule, prompts))
@@ -119,6 +120,20 @@ def replay_command(
             print_comparison(comparison)
         _say_prompt_lengths(schedule, figures)
     require_an_answer(figures)
+
+
+def _say_who_stands_in(assignments: Sequence[Assignment]) -> None:
+    """What the target does not have is asked of something else, which changes what is measured."""
+    adapters = [one for one in assignments if one.trace_adapter is not None]
+    missing = [one for one in adapters if one.target.model != one.trace_adapter]
+    if missing:
+        one = missing[0]
+        typer.echo(
+            f"{len(missing)} of the trace's {len(adapters)} adapters are not among the models to ask, others stand for "
+            f"them: {one.target.tenant}/{one.target.model} for {one.trace_tenant}/{one.trace_adapter}"
+            + (", ..." if len(missing) > 1 else ""),
+            err=True,
+        )
 
 
 def _say_prompt_lengths(schedule: Sequence[PlannedRequest], figures: LoadReport) -> None:
