@@ -61,8 +61,8 @@ class ThreadPeers:
             total += part
         return total
 
-    def gather_logits(self, logits_BV: torch.Tensor) -> torch.Tensor:
-        return torch.cat(self._parts(logits_BV, "logits"), dim=1)
+    def gather_logits(self, logits_BV: torch.Tensor, out_BV: torch.Tensor | None = None) -> torch.Tensor:
+        return torch.cat(self._parts(logits_BV, "logits"), dim=1, out=out_BV)
 
     def receive_hidden(self, out_TD: torch.Tensor) -> None:
         out_TD.copy_(self._turns.take("hidden", self._shard.rank))

@@ -16,8 +16,8 @@ class Peers(Protocol):
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """The sum of ``x`` over the shards of the stage, the same bits on each; ``x`` may be overwritten."""
 
-    def gather_logits(self, logits_BV: torch.Tensor) -> torch.Tensor:
-        """(B, columns of this shard) -> (B, V) on every shard of the stage."""
+    def gather_logits(self, logits_BV: torch.Tensor, out_BV: torch.Tensor | None = None) -> torch.Tensor:
+        """(B, columns of this shard) -> (B, V) on every shard of the stage, in ``out_BV`` where that is given."""
 
     def receive_hidden(self, out_TD: torch.Tensor) -> None:
         """The residual of the same shard of the stage before."""
@@ -38,8 +38,8 @@ class Alone:
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         return x
 
-    def gather_logits(self, logits_BV: torch.Tensor) -> torch.Tensor:
-        return logits_BV
+    def gather_logits(self, logits_BV: torch.Tensor, out_BV: torch.Tensor | None = None) -> torch.Tensor:
+        return logits_BV if out_BV is None else out_BV.copy_(logits_BV)
 
     def receive_hidden(self, out_TD: torch.Tensor) -> None:
         raise AssertionError("there is no stage before")

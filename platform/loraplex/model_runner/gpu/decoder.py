@@ -30,6 +30,7 @@ from loraplex_kernels.gpu.rotary_kv import rotary_write_kv
 
 from loraplex.model_runner.arena import Arena
 from loraplex.model_runner.gpu.adapters import Arrival
+from loraplex.model_runner.gpu.buckets import MAX_SEVERAL
 from loraplex.model_runner.gpu.inputs import DeviceStep
 from loraplex.model_runner.peers import Peers
 from loraplex.model_runner.shard import Shard
@@ -95,6 +96,11 @@ class GpuDecoder:
             batch_invariant=batch_invariant,
             partial_sums=shard.shape.tp > 1,
         )
+        self._is_sharded = shard.shape.tp > 1
+        self._logits_BV: torch.Tensor | None = None
+        """One for all steps: what graphs put out of their own stays allocated for each of them."""
+        if shard.is_last:
+            self._logits_BV = weights.layers[0].input_norm.new_empty((max_rows + MAX_SEVERAL, model.vocab_size))
         self._scratch: dict[int, DecodeScratch | None] = {}
         self._max_rows = max_rows
         self._batch_invariant = batch_invariant
@@ -140,7 +146,11 @@ class GpuDecoder:
         if step.num_sampled == 0:
             return None
         rows_BD = normed_TD if step.sampled is None else normed_TD.index_select(0, step.sampled)
-        return self._peers.gather_logits(self._linear(rows_BD, weights.lm_head))
+        assert self._logits_BV is not None, "the last stage has room for logits"
+        logits_BV = self._logits_BV[: rows_BD.shape[0]]
+        if self._is_sharded:
+            return self._peers.gather_logits(self._linear(rows_BD, weights.lm_head), logits_BV)
+        return self._linear(rows_BD, weights.lm_head, out=logits_BV)
 
     def run_captured(self, step: DeviceStep, hidden_TD: torch.Tensor | None) -> torch.Tensor:
         """``run`` of a step of a bucket, in which rows sample, were it only padding."""
@@ -148,12 +158,22 @@ class GpuDecoder:
         assert output is not None, "no row samples"
         return output
 
-    def _linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        if not self._batch_invariant:
+    def _linear(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        *,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """``out``: where to, without a bias; None: a new tensor."""
+        if self._batch_invariant:
+            out = x.new_empty((x.shape[0], weight.shape[0])) if out is None else out
+            linear(x, weight, out, bias_N=bias)
+            return out
+        if out is None:
             return loraplex_kernels.linear(x, weight, bias)
-        out = x.new_empty((x.shape[0], weight.shape[0]))
-        linear(x, weight, out, bias_N=bias)
-        return out
+        return torch.mm(x, weight.t(), out=out)
 
     def _project(
         self,

@@ -1,6 +1,6 @@
 """Captured CUDA graphs by key: a key that comes a second time is captured, from then on it replays.
 
-All graphs share one memory pool, so what one returns is valid until the next runs; the stream orders both. Called by
+What a graph returns is valid until the next one runs: they share one memory pool, and the stream orders them. Called by
 the executor. Without a CUDA device every run is eager.
 """
 

@@ -45,6 +45,10 @@ class Exchange:
         self._stage = groups[shard.stage]
         # Apart from the hidden states, which go the other way: each waits for the other otherwise.
         self._ends = distributed.new_group() if device.type == "cuda" and shape.pp > 1 else None
+        if device.type == "cuda":
+            # NCCL connects a group in its first call, which waits for all ranks.
+            for group in (self._stage, *([] if self._ends is None else [self._ends])):
+                distributed.all_reduce(torch.zeros(1, device=device), group=group)
         self._shard = shard
         self._max_in_flight = max_in_flight
         self._sent: deque[tuple[distributed.Work, torch.Tensor]] = deque()
@@ -63,16 +67,19 @@ class Exchange:
         distributed.all_reduce(x, group=self._stage)
         return x
 
-    def gather_logits(self, logits_BV: torch.Tensor) -> torch.Tensor:
+    def gather_logits(self, logits_BV: torch.Tensor, out_BV: torch.Tensor | None = None) -> torch.Tensor:
         shard = self._shard
         if shard.shape.tp > 1:
             padding = shard.vocabulary_share - logits_BV.shape[1]
             own_BV = functional.pad(logits_BV, (0, padding)) if padding else logits_BV.contiguous()
             parts = [torch.empty_like(own_BV) for _ in range(shard.shape.tp)]
             distributed.all_gather(parts, own_BV, group=self._stage)
-            logits_BV = torch.cat(parts, dim=1)[:, : shard.model.vocab_size]
+            if out_BV is not None and out_BV.shape[1] == shard.vocabulary_share * shard.shape.tp:
+                logits_BV = torch.cat(parts, dim=1, out=out_BV)
+            else:
+                logits_BV = torch.cat(parts, dim=1)[:, : shard.model.vocab_size]
         self.progress += 1
-        return logits_BV
+        return logits_BV if out_BV is None or out_BV is logits_BV else out_BV.copy_(logits_BV)
 
     def receive_hidden(self, out_TD: torch.Tensor) -> None:
         distributed.recv(out_TD, self._shard.rank - self._shard.shape.tp)
