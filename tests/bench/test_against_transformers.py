@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from loraplex.bench.against_transformers import Errors, compare, write_made_up
+from loraplex.bench.against_transformers import Errors, ModelErrors, compare, within_limits, write_made_up
 from loraplex.bench.reference import Reference
 from loraplex.bench.tapped import Continuation, Prompt, TappedEngine
 from loraplex.core.errors import BadConfig
@@ -64,7 +64,30 @@ def test_errors() -> None:
     reference = Continuation(token_ids=(0, 1), logits=torch.tensor([[3.0, 4.0], [0.0, 2.0]]))
     ours = Continuation(token_ids=(0, 1), logits=torch.tensor([[3.0, 4.5], [3.0, 2.0]]))
     errors = Errors.of([ours], [reference])
-    assert (errors.median, errors.max, errors.equal_argmax) == (pytest.approx(0.1), 1.5, 0.5)
+    assert (errors.median, errors.p95, errors.max) == (pytest.approx(0.8), pytest.approx(1.43), 1.5)
+    assert errors.equal_argmax == 0.5
+
+
+@pytest.mark.parametrize(
+    ("ours", "other_median", "holds"),
+    [
+        ((1.2, 2.4, 7.9), 1.2, True),
+        ((1.2, 2.4, 7.9), 1.3, False),
+        ((1.2, 2.6, 7.9), 1.2, False),
+        ((1.2, 2.4, 8.1), 1.2, False),
+    ],
+)
+def test_limits(ours: tuple[float, float, float], other_median: float, holds: bool) -> None:
+    def errors(median: float, p95: float, largest: float) -> Errors:
+        return Errors(median=median, p95=p95, max=largest, equal_argmax=1.0)
+
+    theirs = errors(1, 2, 2)
+    models = [
+        ModelErrors(adapter=None, ours=errors(*ours), theirs=theirs),
+        ModelErrors(adapter="a", ours=errors(other_median, 0, 0), theirs=theirs),
+    ]
+    assert within_limits(models, errors(*ours), theirs, exact=False) is holds
+    assert not within_limits(models, errors(*ours), theirs, exact=True)
 
 
 def test_exit_status_and_what_is_wrong() -> None:

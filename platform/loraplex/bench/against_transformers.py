@@ -3,11 +3,14 @@
     python -m loraplex.bench.against_transformers random:llama3-8b --device cuda
 
 The reference is transformers in fp32, with weights rounded to the number format of the comparison; it chooses the
-tokens, greedily, and the others are given them. In bf16 our error at a position (relative L2 of the logits) is held
-against that of transformers in bf16: for no model its median may be more than 1.25 times as large, nor the largest of
-all. In fp32 it must be below 1e-4. Prints JSON; the exit status is 1 where that does not hold. Prompts are random
-tokens; adapters are made up, with ranks of 8 to 64, and those that ``--adapter`` names. The two never share the device:
-ours is loaded when the other is gone.
+tokens, greedily, and the others are given them. In bf16 our errors (relative L2 of the logits, one for each position)
+are held against those of transformers in bf16: they may be 1.25 times as large, in the median for the base and for each
+adapter, and in the 95th percentile of all. The largest may be 4 times as large: at some positions a trained model
+amplifies whatever was rounded, and which run is hit harder there is chance. In fp32 they must be below 1e-4. Prints
+JSON; the exit status is 1 where that does not hold.
+
+Prompts are random tokens; adapters are made up, with ranks of 8 to 64, and those that ``--adapter`` names. The two
+never share the device: ours is loaded when the other is gone.
 """
 
 import argparse
@@ -36,6 +39,8 @@ from loraplex.model_runner.build import load_model_spec, rank_device, rank_dtype
 
 LIMIT = 1.25
 """Of our error over that of transformers in the same number format."""
+MAX_LIMIT = 4.0
+"""The same for the largest."""
 FP32_LIMIT = 1e-4
 
 _STEP_TOKENS = 256
@@ -51,7 +56,8 @@ class Errors(msgspec.Struct, frozen=True, kw_only=True):
     """Of all positions of some requests, against the reference."""
 
     median: float
-    """Relative L2 of the logits, as the next."""
+    """Relative L2 of the logits, as the next two."""
+    p95: float
     max: float
     equal_argmax: float
     """Share of the positions with the reference's most likely token."""
@@ -66,7 +72,8 @@ class Errors(msgspec.Struct, frozen=True, kw_only=True):
             equal.append(one.logits.argmax(1) == other.logits.argmax(1))
         errors_N = torch.cat(errors)
         return cls(
-            median=float(errors_N.median()),
+            median=float(errors_N.quantile(0.5)),
+            p95=float(errors_N.quantile(0.95)),
             max=float(errors_N.max()),
             equal_argmax=float(torch.cat(equal).float().mean()),
         )
@@ -140,7 +147,7 @@ def compare(
         models=models,
         ours=of_ours,
         theirs=of_theirs,
-        holds=_holds(models, of_ours, of_theirs, exact=torch_dtype is torch.float32),
+        holds=within_limits(models, of_ours, of_theirs, exact=torch_dtype is torch.float32),
     )
 
 
@@ -199,11 +206,12 @@ def _prompts(adapters: Sequence[str | None], count: int, vocab_size: int) -> lis
     ]
 
 
-def _holds(models: Sequence[ModelErrors], ours: Errors, theirs: Errors, *, exact: bool) -> bool:
+def within_limits(models: Sequence[ModelErrors], ours: Errors, theirs: Errors, *, exact: bool) -> bool:
+    """``ours``, ``theirs``: of all ``models``. ``exact``: in fp32."""
     if exact:
         return ours.max <= FP32_LIMIT
     medians = all(errors.ours.median <= LIMIT * errors.theirs.median for errors in models)
-    return medians and ours.max <= LIMIT * theirs.max
+    return medians and ours.p95 <= LIMIT * theirs.p95 and ours.max <= MAX_LIMIT * theirs.max
 
 
 def _say(text: str) -> None:
