@@ -96,6 +96,7 @@ def plan(
             progress=_progress,
         ).run()
     took_s = time.perf_counter() - started_s
+    _show("scoring what others do" if compare else "")
     layout.fitting(found.plan, where="the plan found")
     made = reported(
         problem,
@@ -104,6 +105,7 @@ def plan(
         scored_on,
         rate_factors=RATE_FACTORS if report is not None or as_json else (),
     )
+    _show("")
     if out is not None:
         out.write_bytes(msgspec.yaml.encode(found.plan))
     figures = {"took_s": took_s, "compile_s": compile_s, **json_value(made)}
@@ -274,13 +276,19 @@ class _Flag:
 def _compiled(problem: Problem) -> float:
     """Seconds until the simulator is compiled, or loaded from the cache of an earlier run."""
     started_s = time.perf_counter()
+    _show("preparing the simulator (the first time: half a minute)")
     Search(problem).warm_up()
     return time.perf_counter() - started_s
 
 
 def _progress(evaluations: int, attainment: float) -> None:
+    _show(f"{evaluations} plans, best attainment {attainment:.4f}")
+
+
+def _show(line: str) -> None:
+    """On a terminal, in the place of the last one."""
     if sys.stderr.isatty():
-        print(f"\r{evaluations} plans, best attainment {attainment:.4f}", end="", file=sys.stderr, flush=True)
+        print(f"\r{line:<60}\r", end="", file=sys.stderr, flush=True)
 
 
 def _print(made: PlanReport, took_s: float) -> None:
