@@ -6,28 +6,15 @@ import numpy as np
 import pytest
 from loraplex.core.adapter import AdapterBlock
 from loraplex.core.errors import BadConfig
-from loraplex.core.ids import BaseModelId
 from loraplex.core.model import LORA_MODULES, ModelSpec
 from loraplex.core.plan import Shape
 from loraplex.cost.ceilings import ceilings_of, ceilings_of_device, known_gpus
 from loraplex.cost.roofline import Part, load_s, roofline, stage_costs
 from loraplex.cost.work import AdapterWork, StepWork, step_work
 
+from tests.cost.llama import LLAMA_8B
+
 H100 = ceilings_of("h100-80gb")
-LLAMA_8B = ModelSpec(
-    base_model_id=BaseModelId("llama3-8b"),
-    family="llama",
-    hidden_size=4096,
-    intermediate_size=14336,
-    num_layers=32,
-    num_heads=32,
-    num_kv_heads=8,
-    head_dim=128,
-    vocab_size=128256,
-    max_context_tokens=131072,
-    rms_norm_eps=1e-5,
-    rope_theta=500000.0,
-)
 RANK_16 = AdapterWork.of_blocks(
     [AdapterBlock(layer=layer, module=m, lora_rank=16, scale=1.0) for layer in range(32) for m in LORA_MODULES],
     LLAMA_8B,

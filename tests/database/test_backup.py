@@ -11,12 +11,10 @@ from pathlib import Path
 import pytest
 from loraplex.cli.main import app
 from loraplex.controller.catalog import Catalog
-from loraplex.controller.config import ControllerConfig, ControllerOptions
 from loraplex.controller.fleet.rows import FleetRows
 from loraplex.core.adapter import AdapterBlock, AdapterManifest
-from loraplex.core.clock import SystemClock
 from loraplex.core.errors import BadConfig, Conflict, InvalidInput, LoraplexError, NotFound, Unavailable
-from loraplex.core.ids import BaseModelId, Digest, TenantName
+from loraplex.core.ids import BaseModelId, Digest
 from loraplex.core.plan import BasePlacement, GroupPlan, Plan, Shape
 from loraplex.core.rollout import DecisionKind, DecisionRecord, PlanState
 from loraplex.core.tenant import Role, TenantLimits, UsageRow
@@ -25,27 +23,13 @@ from loraplex.database.config import DatabaseConfig
 from loraplex.database.connection import database_url as parsed
 from loraplex.database.connection import make_engine, writing
 from loraplex.database.schema import newest_revision
-from loraplex.registry.config import RegistryConfig
 from loraplex.registry.intake import CheckedAdapter
-from loraplex.tenancy import TenancyConfig
 from sqlalchemy import text
 from sqlalchemy.orm import Session
 from typer.testing import CliRunner
 
+from tests.database.catalogs import ACME, OLD, open_catalog
 from tests.database.postgres import PostgresServer
-
-ACME = TenantName("acme")
-OLD = Path(__file__).parent / "old"
-
-
-def _catalog(url: str, tmp_path: Path) -> Catalog:
-    options = ControllerOptions(
-        data_dir=tmp_path,
-        controller=ControllerConfig(database=DatabaseConfig(url=url)),
-        registry=RegistryConfig(),
-        tenancy=TenancyConfig(),
-    )
-    return Catalog(options, SystemClock())
 
 
 def _fill(catalog: Catalog) -> None:
@@ -105,7 +89,7 @@ def test_there_and_back(
     database_url: str, into: str, postgres: PostgresServer, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     """A running controller is backed up; the copy is the same in every row, and works."""
-    running = _catalog(database_url, tmp_path)
+    running = open_catalog(database_url, tmp_path)
     _fill(running)
     file = tmp_path / "state.zip"
     state = back_up(DatabaseConfig(url=database_url), directory=Path(), file=file)
@@ -122,7 +106,7 @@ def test_there_and_back(
     restored = restore(DatabaseConfig(url=target), directory=Path(), file=file)
     assert restored.state == state
     assert _rows(target) == before
-    catalog = _catalog(target, tmp_path)
+    catalog = open_catalog(target, tmp_path)
     assert catalog.cluster_secret == running.cluster_secret, "replicas that run are recognised"
     assert catalog.epoch > max(running.epoch, 1_700_000_000), "above every epoch that there may have been since"
     assert catalog.artifact(Digest("a" * 64)).manifest.num_bytes == 2**33
@@ -133,7 +117,7 @@ def test_there_and_back(
 
 
 def test_state_is_not_written_over_unless_asked(database_url: str, tmp_path: Path) -> None:
-    catalog = _catalog(database_url, tmp_path)
+    catalog = open_catalog(database_url, tmp_path)
     catalog.create_tenant("acme", TenantLimits())
     config, file = DatabaseConfig(url=database_url), tmp_path / "state.zip"
     back_up(config, directory=Path(), file=file)
@@ -147,14 +131,14 @@ def test_state_is_not_written_over_unless_asked(database_url: str, tmp_path: Pat
         catalog.create_tenant("initech", TenantLimits())
     assert caught.value.code == "superseded", "the controller that ran meanwhile is fenced out"
     catalog.close()
-    again = _catalog(database_url, tmp_path)
+    again = open_catalog(database_url, tmp_path)
     assert [tenant.name for tenant in again.view().tenants] == ["acme"]
     again.close()
 
 
 def test_tables_of_others_are_left_alone(database_url: str, tmp_path: Path) -> None:
     config, file = DatabaseConfig(url=database_url), tmp_path / "state.zip"
-    _catalog(database_url, tmp_path).close()
+    open_catalog(database_url, tmp_path).close()
     engine = make_engine(parsed(config, Path()), config)
     with writing(engine).begin() as connection:
         connection.execute(text("CREATE TABLE theirs (number INTEGER PRIMARY KEY)"))
@@ -174,7 +158,7 @@ def test_a_backup_of_an_older_program(new_database: Callable[[], str], tmp_path:
     assert back_up(DatabaseConfig(url=f"sqlite:///{old}"), directory=Path(), file=file).revision == "0001"
     url = new_database()
     restore(DatabaseConfig(url=url), directory=Path(), file=file)
-    catalog = _catalog(url, tmp_path)
+    catalog = open_catalog(url, tmp_path)
     assert [(one.ref.name, one.ref.version) for one in catalog.view().adapters] == [("sql", 1), ("sql", 2)]
     catalog.close()
 
@@ -194,7 +178,7 @@ def _with(**changes: object) -> Callable[[bytes], bytes]:
 
 
 def test_bad_files_change_nothing(database_url: str, tmp_path: Path) -> None:
-    catalog = _catalog(f"sqlite:///{tmp_path}/source.db", tmp_path)
+    catalog = open_catalog(f"sqlite:///{tmp_path}/source.db", tmp_path)
     _fill(catalog)
     catalog.close()
     good = tmp_path / "state.zip"
@@ -232,14 +216,14 @@ def test_what_cannot_be_backed_up(database_url: str, tmp_path: Path) -> None:
     with pytest.raises(NotFound, match="there is no control"):
         back_up(DatabaseConfig(url=database_url), directory=Path(), file=tmp_path / "x")
     assert not (tmp_path / "deep").exists(), "a database that is only looked for is not made"
-    _catalog(database_url, tmp_path).close()
+    open_catalog(database_url, tmp_path).close()
     with pytest.raises(LoraplexError, match="cannot write"):
         back_up(DatabaseConfig(url=database_url), directory=Path(), file=tmp_path / "nowhere" / "x")
     assert os.listdir(tmp_path) in (["deep"], [])
 
 
 def test_commands(database_url: str, new_database: Callable[[], str], tmp_path: Path) -> None:
-    catalog = _catalog(database_url, tmp_path)
+    catalog = open_catalog(database_url, tmp_path)
     _fill(catalog)
     catalog.close()
     config = tmp_path / "platform.yaml"

@@ -8,12 +8,9 @@ from pathlib import Path
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
-from loraplex.controller.catalog import Catalog
-from loraplex.controller.config import ControllerConfig, ControllerOptions
 from loraplex.controller.fleet.rows import FleetRows
-from loraplex.core.clock import SystemClock
 from loraplex.core.errors import BadConfig, Unavailable
-from loraplex.core.ids import Digest, TenantName
+from loraplex.core.ids import Digest
 from loraplex.core.tenant import TenantLimits
 from loraplex.database.base import Base
 from loraplex.database.config import DatabaseConfig
@@ -21,29 +18,15 @@ from loraplex.database.connection import database_url as parsed
 from loraplex.database.connection import make_engine, writing
 from loraplex.database.database import Database
 from loraplex.database.schema import newest_revision, upgrade
-from loraplex.registry.config import RegistryConfig
-from loraplex.tenancy import TenancyConfig
 from loraplex.tenancy.keys import hash_key
 from sqlalchemy import Engine, inspect, text
 
-OLD = Path(__file__).parent / "old"
-"""Dumps of databases that were written by the program before it had migrations: version 1 and 2 of ``cluster``."""
-ACME = TenantName("acme")
+from tests.database.catalogs import ACME, OLD, open_catalog
 
 
 def _engine(url: str) -> Engine:
     config = DatabaseConfig(url=url, busy_timeout_s=10)
     return make_engine(parsed(config, Path()), config)
-
-
-def _catalog(url: str, tmp_path: Path) -> Catalog:
-    options = ControllerOptions(
-        data_dir=tmp_path,
-        controller=ControllerConfig(database=DatabaseConfig(url=url)),
-        registry=RegistryConfig(),
-        tenancy=TenancyConfig(),
-    )
-    return Catalog(options, SystemClock())
 
 
 def test_the_migrations_build_what_the_tables_say(database_url: str) -> None:
@@ -66,7 +49,7 @@ def test_a_file_from_before_migrations(database_url: str, tmp_path: Path, versio
         connection.executescript((OLD / f"version_{version}.sql").read_text())
         secret = connection.execute("SELECT secret FROM cluster").fetchone()[0]
         digests = [row[0] for row in connection.execute("SELECT digest FROM adapter_versions ORDER BY version")]
-    catalog = _catalog(database_url, tmp_path)
+    catalog = open_catalog(database_url, tmp_path)
     assert catalog.epoch == 2, "it goes on counting"
     assert catalog.cluster_secret == secret
     view = catalog.view()
@@ -86,7 +69,7 @@ def test_a_file_from_before_migrations(database_url: str, tmp_path: Path, versio
     assert [replica.target.replica_id for replica in replicas] == (["tiny-1"] if version == 2 else [])
     catalog.create_tenant("initech", TenantLimits())
     catalog.close()
-    again = _catalog(database_url, tmp_path)
+    again = open_catalog(database_url, tmp_path)
     assert len(again.view().tenants) == 3
     again.close()
     _compare_with_new(database_url, f"sqlite:///{tmp_path}/new.db")

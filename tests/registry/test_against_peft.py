@@ -1,32 +1,21 @@
 """Ranks and scales that intake resolves are those that peft applies, for adapters that peft itself saved."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from loraplex.core.errors import BadAdapter
-from loraplex.core.ids import BaseModelId
-from loraplex.core.model import LORA_MODULES, ModelSpec
+from loraplex.core.model import LORA_MODULES
 from loraplex.registry.config import RegistryConfig
 from loraplex.registry.intake import CheckedAdapter, check_adapter
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-SPEC = ModelSpec(
-    base_model_id=BaseModelId("tiny"),
-    family="llama",
-    hidden_size=32,
-    intermediate_size=48,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    vocab_size=64,
-    max_context_tokens=64,
-    rms_norm_eps=1e-5,
-    rope_theta=10000.0,
-)
+from tests.registry.peft_files import SALT, TINY
+
+SPEC = replace(TINY, hidden_size=32, intermediate_size=48, head_dim=8, vocab_size=64)
 ALL = list(LORA_MODULES)
 
 
@@ -56,7 +45,7 @@ def _save(directory: Path, dtype: torch.dtype = torch.float32, **options: Any) -
 
 
 def _check(directory: Path) -> CheckedAdapter:
-    return check_adapter(directory, bases={SPEC.base_model_id: SPEC}, digest_salt="00" * 32, config=RegistryConfig())
+    return check_adapter(directory, bases={SPEC.base_model_id: SPEC}, digest_salt=SALT, config=RegistryConfig())
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.sdk.trace.sampling import ALWAYS_ON
 
 from tests.gateway.conftest import ProxyContext
-from tests.router.test_end_to_end import make_request
+from tests.router.replicas import make_request
 from tests.telemetry.conftest import ACME_KEY, Platform
 
 SECRET_WORDS = "the tulips of Haarlem are for sale"
