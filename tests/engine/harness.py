@@ -6,6 +6,7 @@ from loraplex.core.ids import BaseModelId, Digest, RequestId, TenantName
 from loraplex.core.request import EngineRequest, Priority, RequestOutput, SamplingParams
 from loraplex.core.step import StepPlan
 from loraplex.engine import Engine, EngineConfig
+from loraplex.engine.instructions import Instructions
 from loraplex.testing.fake_executor import FakeExecutor, expected_tokens, fake_manifest, fake_model
 from loraplex.testing.steps import run_step
 
@@ -27,32 +28,37 @@ class Harness:
         self.tokens: dict[str, list[int]] = {}
         self.outputs: dict[str, list[RequestOutput]] = {}
         self.plans: list[StepPlan] = []
-        self.loads: list[Digest] = []
+        self.loads: list[tuple[Digest, ...]] = []
+        """By calls of ``schedule``."""
         self.drops: list[Digest] = []
-        self.slots: dict[int, str] = {}
 
     def stage(self, digest: Digest, *, lora_rank: int = 8) -> None:
         manifest = fake_manifest(digest, lora_rank=lora_rank)
         self.executor.stage_adapter(manifest, "")
-        self._take(self.engine.adapter_staged(digest, self.executor.adapter_pages(manifest), self.now_s))
+        self.take(self.engine.adapter_staged(digest, self.executor.adapter_pages(manifest), self.now_s))
+
+    def schedule(self) -> Instructions:
+        """What the engine wants done with adapters is done."""
+        instructions = self.engine.schedule(self.now_s)
+        for digest in instructions.drops:
+            self.executor.drop_adapter(digest)
+        for digest in instructions.unstages:
+            self.executor.unstage_adapter(digest)
+        for load in instructions.loads:
+            self.executor.load_adapter(load.digest, load.pages)
+        self.drops.extend(instructions.drops)
+        self.loads.append(tuple(load.digest for load in instructions.loads))
+        self.engine.validate()
+        return instructions
 
     def step(self, count: int = 1) -> None:
         for _ in range(count):
             self.now_s += 1.0
-            instructions = self.engine.schedule(self.now_s)
-            for digest in instructions.drops:
-                self.executor.drop_adapter(digest)
-            for digest in instructions.unstages:
-                self.executor.unstage_adapter(digest)
-            for load in instructions.loads:
-                self.executor.load_adapter(load.digest, load.pages)
-            self.drops.extend(instructions.drops)
-            self.loads.extend(load.digest for load in instructions.loads)
-            if instructions.plan is None:
-                return
-            self.plans.append(instructions.plan)
-            self._take(self.engine.complete(run_step(self.executor, instructions.plan), self.now_s))
-            self.engine.validate()
+            plan = self.schedule().plan
+            if plan is not None:
+                self.plans.append(plan)
+                self.take(self.engine.complete(run_step(self.executor, plan), self.now_s))
+                self.engine.validate()
 
     def add(self, request: EngineRequest) -> EngineRequest:
         self.engine.add(request, self.now_s)
@@ -73,7 +79,7 @@ class Harness:
     def running_rows(self) -> int:
         return len(self.plans[-1].rows)
 
-    def _take(self, outputs: tuple[RequestOutput, ...]) -> None:
+    def take(self, outputs: tuple[RequestOutput, ...]) -> None:
         for output in outputs:
             self.tokens.setdefault(output.request_id, []).extend(token.token_id for token in output.tokens)
             self.outputs.setdefault(output.request_id, []).append(output)
@@ -88,6 +94,7 @@ def make(
     weight: float = 1.0,
     adapter: Digest | None = None,
     salt: str | None = None,
+    stop: tuple[int, ...] = (),
     offline: bool = False,
     arrival_s: float = 0.0,
 ) -> EngineRequest:
@@ -100,7 +107,7 @@ def make(
         base_model_id=BaseModelId("fake-base"),
         adapter=ref,
         prompt_token_ids=tuple(range(prompt)) if isinstance(prompt, int) else prompt,
-        sampling=SamplingParams(max_tokens=max_tokens, seed=0),
+        sampling=SamplingParams(max_tokens=max_tokens, seed=0, stop_token_ids=stop),
         arrival_s=arrival_s,
         cache_salt=tenant if salt is None else salt,
         priority=Priority.OFFLINE if offline else Priority.ONLINE,

@@ -1,17 +1,19 @@
 """What holds when a step is planned while the one before it is in flight."""
 
+from typing import Any
+
 import pytest
-from loraplex.core.adapter import AdapterRef
 from loraplex.core.clock import SystemClock
 from loraplex.core.errors import LoraplexError
-from loraplex.core.ids import BaseModelId, Digest, RequestId, TenantName
-from loraplex.core.request import EngineRequest, FinishReason, Priority, RequestOutput, SamplingParams
+from loraplex.core.ids import Digest, RequestId
+from loraplex.core.request import EngineRequest, FinishReason, RequestOutput
 from loraplex.core.step import PENDING, StepPlan
 from loraplex.engine import Engine, EngineConfig
 from loraplex.replica.driver import StepDriver
 from loraplex.testing.fake_executor import FakeExecutor, expected_tokens, fake_manifest, fake_model
 
-A = Digest("a" * 64)
+from tests.engine.harness import A
+from tests.engine.harness import make as request_of
 
 
 class World:
@@ -64,29 +66,9 @@ class World:
         assert self.engine.load_report().num_free_pages == self.executor.arena.num_pages
 
 
-def make(
-    name: str,
-    *,
-    prompt: int = 8,
-    max_tokens: int = 6,
-    tenant: str = "t",
-    adapter: Digest | None = None,
-    offline: bool = False,
-    stop: tuple[int, ...] = (),
-    arrival_s: float = 0.0,
-) -> EngineRequest:
-    ref = None if adapter is None else AdapterRef(tenant=TenantName(tenant), name="a", version=1, digest=adapter)
-    return EngineRequest(
-        request_id=RequestId(name),
-        tenant=TenantName(tenant),
-        base_model_id=BaseModelId("fake-base"),
-        adapter=ref,
-        prompt_token_ids=tuple(range(prompt)),
-        sampling=SamplingParams(max_tokens=max_tokens, seed=0, stop_token_ids=stop),
-        arrival_s=arrival_s,
-        cache_salt=name,
-        priority=Priority.OFFLINE if offline else Priority.ONLINE,
-    )
+def make(name: str, *, max_tokens: int = 6, **more: Any) -> EngineRequest:
+    """Shares no pages with others."""
+    return request_of(name, max_tokens=max_tokens, salt=name, **more)
 
 
 def shares(plan: StepPlan | None) -> list[tuple[int, ...]]:

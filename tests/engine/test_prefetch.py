@@ -1,96 +1,35 @@
 """Adapters of waiting requests are loaded before their turn, at nobody's cost; cold ones run in bounded time."""
 
 import pytest
-from loraplex.core.adapter import AdapterRef
 from loraplex.core.errors import LoraplexError
-from loraplex.core.ids import BaseModelId, Digest, RequestId, TenantName
-from loraplex.core.request import EngineRequest, FinishReason, RequestOutput, SamplingParams
-from loraplex.engine import Engine, EngineConfig
-from loraplex.engine.instructions import Instructions
-from loraplex.testing.fake_executor import FakeExecutor, expected_tokens, fake_manifest, fake_model
-from loraplex.testing.steps import run_step
+from loraplex.core.ids import Digest, RequestId, TenantName
+from loraplex.core.request import EngineRequest, FinishReason
 
-A, B, C = (Digest(letter * 64) for letter in "abc")
+from tests.engine.harness import A, B, Harness, make
+
+C = Digest("c" * 64)
 
 
-class World:
-    """One step takes a second; ``loads`` are the adapters of each step's instructions."""
+class World(Harness):
+    """One request runs at a time; ``run`` checks what all of them got."""
 
     def __init__(self, *, num_pages: int = 64, **config: float) -> None:
-        self.executor = FakeExecutor(model=fake_model(max_context_tokens=256), num_pages=num_pages, page_size=4)
-        settings = {"max_running": 1, "max_step_tokens": 64, "prefix_cache": False, **config}
-        self.engine = Engine(
-            EngineConfig(**settings),  # type: ignore[arg-type]
-            model=self.executor.model,
-            arena=self.executor.arena,
-        )
-        self.now_s = 0.0
-        self.loads: list[tuple[Digest, ...]] = []
-        self.drops: list[Digest] = []
-        self.tokens: dict[str, list[int]] = {}
-        self.ended: dict[str, RequestOutput] = {}
+        super().__init__(num_pages=num_pages, **{"max_running": 1, "prefix_cache": False, **config})
         self.requests: list[EngineRequest] = []
 
-    def stage(self, digest: Digest, *, pages: int = 2) -> None:
-        manifest = fake_manifest(digest, lora_rank=8 * pages)
-        self.executor.stage_adapter(manifest, "")
-        self.take(self.engine.adapter_staged(digest, pages, self.now_s))
+    def stage_pages(self, digest: Digest, *, pages: int = 2) -> None:
+        self.stage(digest, lora_rank=8 * pages)
 
-    def add(
+    def ask(
         self, name: str, adapter: Digest | None = None, *, prompt: int = 4, max_tokens: int = 4, tenant: str = "t"
     ) -> None:
-        ref = None
-        if adapter is not None:
-            ref = AdapterRef(tenant=TenantName(tenant), name="n", version=1, digest=adapter)
-        request = EngineRequest(
-            request_id=RequestId(name),
-            tenant=TenantName(tenant),
-            base_model_id=BaseModelId("fake-base"),
-            adapter=ref,
-            prompt_token_ids=tuple(range(prompt)),
-            sampling=SamplingParams(max_tokens=max_tokens, seed=0),
-            arrival_s=self.now_s,
-            cache_salt=tenant,
-        )
-        self.requests.append(request)
-        self.engine.add(request, self.now_s)
+        request = make(name, prompt=prompt, max_tokens=max_tokens, tenant=tenant, adapter=adapter, arrival_s=self.now_s)
+        self.requests.append(self.add(request))
 
-    def schedule(self) -> Instructions:
-        instructions = self.engine.schedule(self.now_s)
-        for digest in instructions.drops:
-            self.executor.drop_adapter(digest)
-        for digest in instructions.unstages:
-            self.executor.unstage_adapter(digest)
-        for load in instructions.loads:
-            self.executor.load_adapter(load.digest, load.pages)
-        self.loads.append(tuple(load.digest for load in instructions.loads))
-        self.drops.extend(instructions.drops)
-        self.engine.validate()
-        return instructions
-
-    def step(self, count: int = 1) -> None:
-        for _ in range(count):
-            self.now_s += 1.0
-            plan = self.schedule().plan
-            if plan is not None:
-                self.take(self.engine.complete(run_step(self.executor, plan), self.now_s))
-                self.engine.validate()
-
-    def run(self) -> None:
-        for _ in range(500):
-            if not self.engine.num_unfinished:
-                break
-            self.step()
-        for request in self.requests:
-            tokens = expected_tokens(request, request.sampling.max_tokens)
-            assert tuple(self.tokens[request.request_id]) == tokens
+    def run(self, limit: int = 500) -> None:
+        super().run(limit)
+        self.check(*self.requests)
         assert not self.executor.violations
-
-    def take(self, outputs: tuple[RequestOutput, ...]) -> None:
-        for output in outputs:
-            self.tokens.setdefault(output.request_id, []).extend(token.token_id for token in output.tokens)
-            if output.finish_reason is not None:
-                self.ended[output.request_id] = output
 
     @property
     def counts(self) -> tuple[int, int, int]:
@@ -102,8 +41,8 @@ class World:
 def test_who_waits_finds_its_adapter_resident() -> None:
     world = World()
     for digest in (A, B, C):
-        world.stage(digest)
-        world.add(digest[0], digest)
+        world.stage_pages(digest)
+        world.ask(digest[0], digest)
     world.step()
     assert world.loads == [(A, B, C)], "what the plan needs first, then in the order of the queue"
     assert world.counts == (1, 2, 0)
@@ -114,12 +53,12 @@ def test_who_waits_finds_its_adapter_resident() -> None:
 
 def test_a_load_starts_when_its_request_arrives_beside_a_step_in_flight_even_without_a_plan() -> None:
     world = World()
-    world.stage(A)
-    world.add("base", max_tokens=1)
+    world.stage_pages(A)
+    world.ask("base", max_tokens=1)
     plan = world.schedule().plan
     assert plan is not None
     world.executor.submit(plan)
-    world.add("a", A)
+    world.ask("a", A)
     assert world.schedule().plan is None
     assert world.loads == [(), (A,)]
     world.take(world.engine.complete(world.executor.collect(), world.now_s))
@@ -131,12 +70,12 @@ def test_a_load_starts_when_its_request_arrives_beside_a_step_in_flight_even_wit
 def test_what_a_nearer_request_needs_is_not_taken(num_pages: int, loaded: bool) -> None:
     """Two pages run, one is kept in reserve, ten are for the nearer request: an adapter of two must find them free."""
     world = World(num_pages=num_pages)
-    world.stage(A)
-    world.add("runs")
+    world.stage_pages(A)
+    world.ask("runs")
     world.step()
-    world.add("nearer", prompt=40, max_tokens=1)
+    world.ask("nearer", prompt=40, max_tokens=1)
     world.now_s += 1
-    world.add("later", A, max_tokens=1, tenant="other")
+    world.ask("later", A, max_tokens=1, tenant="other")
     world.engine._scheduler.counters.charge(TenantName("other"), 1e6)
     world.step()
     assert world.loads[1] == ((A,) if loaded else ())
@@ -146,16 +85,16 @@ def test_what_a_nearer_request_needs_is_not_taken(num_pages: int, loaded: bool) 
 def test_adapters_that_nobody_waits_for_give_way_and_those_of_nearer_requests_do_not() -> None:
     world = World(num_pages=16, max_adapter_pages=4)
     for digest in (A, B):
-        world.stage(digest)
-        world.add(digest[0], digest, max_tokens=1)
+        world.stage_pages(digest)
+        world.ask(digest[0], digest, max_tokens=1)
         world.run()
     assert world.engine.resident_adapters() == (A, B)
-    world.stage(C)
-    world.add("base", max_tokens=20)
+    world.stage_pages(C)
+    world.ask("base", max_tokens=20)
     world.step()
-    world.add("a again", A)
+    world.ask("a again", A)
     world.now_s += 1
-    world.add("c", C)
+    world.ask("c", C)
     world.step()
     assert world.drops == [B], "A is older, and waited for"
     assert world.loads[-1] == (C,)
@@ -165,38 +104,38 @@ def test_adapters_that_nobody_waits_for_give_way_and_those_of_nearer_requests_do
 
 def test_cached_prefixes_of_nearer_requests_outlive_a_load_ahead() -> None:
     world = World(num_pages=16, prefix_cache=True)
-    world.add("old", prompt=17, max_tokens=1)
+    world.ask("old", prompt=17, max_tokens=1)
     world.run()
-    world.add("younger", prompt=20, max_tokens=1, tenant="y")
+    world.ask("younger", prompt=20, max_tokens=1, tenant="y")
     world.run()
-    world.stage(A, pages=5)
-    world.add("base", prompt=5, max_tokens=20, tenant="z")
+    world.stage_pages(A, pages=5)
+    world.ask("base", prompt=5, max_tokens=20, tenant="z")
     world.step()
-    world.add("old again", prompt=17, max_tokens=1)
+    world.ask("old again", prompt=17, max_tokens=1)
     world.now_s += 1
-    world.add("a", A, tenant="late")
+    world.ask("a", A, tenant="late")
     world.engine._scheduler.counters.charge(TenantName("late"), 1e6)
     world.step()
     assert world.loads[-1] == (A,)
     world.run()
-    assert world.ended["old again"].num_cached_tokens == 16
+    assert world.outputs["old again"][-1].num_cached_tokens == 16
 
 
 def test_so_many_pages_ahead_and_no_more() -> None:
     world = World(max_ahead_pages=4)
     digests = [Digest(f"{i:064d}") for i in range(5)]
-    world.add("base", max_tokens=6)
+    world.ask("base", max_tokens=6)
     for digest in digests:
-        world.stage(digest)
-        world.add(digest, digest, max_tokens=2)
+        world.stage_pages(digest)
+        world.ask(digest, digest, max_tokens=2)
     world.step(3)
     assert world.loads == [tuple(digests[:2]), (), ()]
     world.run()
     assert world.counts == (0, 5, 5), "as one is used the next one comes"
     off = World(max_ahead_pages=0)
-    off.stage(A)
-    off.add("base")
-    off.add("a", A)
+    off.stage_pages(A)
+    off.ask("base")
+    off.ask("a", A)
     off.step()
     assert off.loads == [()]
 
@@ -204,11 +143,11 @@ def test_so_many_pages_ahead_and_no_more() -> None:
 def test_an_adapter_larger_than_the_bound_is_loaded_ahead_alone() -> None:
     world = World(max_ahead_pages=1)
     for digest in (A, B):
-        world.stage(digest, pages=3)
-    world.add("base")
-    world.add("a", A)
+        world.stage_pages(digest, pages=3)
+    world.ask("base")
+    world.ask("a", A)
     world.now_s += 1
-    world.add("b", B)
+    world.ask("b", B)
     world.step()
     assert world.loads == [(A,)]
     world.run()
@@ -217,9 +156,9 @@ def test_an_adapter_larger_than_the_bound_is_loaded_ahead_alone() -> None:
 def test_pages_that_are_lost_again_are_not_loaded_ahead_twice() -> None:
     """The running one grows over them: whoever waits loads its adapter at its admission."""
     world = World(num_pages=8)
-    world.stage(A, pages=4)
-    world.add("grows", prompt=8, max_tokens=24)
-    world.add("a", A)
+    world.stage_pages(A, pages=4)
+    world.ask("grows", prompt=8, max_tokens=24)
+    world.ask("a", A)
     world.run()
     assert world.counts == (1, 1, 0)
     assert sum(world.loads, ()) == (A, A)
@@ -228,13 +167,13 @@ def test_pages_that_are_lost_again_are_not_loaded_ahead_twice() -> None:
 def test_an_aborted_request_leaves_its_adapter_resident_and_out_of_the_count() -> None:
     world = World(max_ahead_pages=2)
     for digest in (A, B):
-        world.stage(digest)
-    world.add("base", max_tokens=9)
-    world.add("a", A)
+        world.stage_pages(digest)
+    world.ask("base", max_tokens=9)
+    world.ask("a", A)
     world.step()
     world.take(world.engine.abort(RequestId("a")))
     world.requests = [request for request in world.requests if request.request_id != "a"]
-    world.add("b", B)
+    world.ask("b", B)
     world.step()
     assert world.loads == [(A,), (B,)]
     assert set(world.engine.resident_adapters()) == {A, B}
@@ -243,20 +182,20 @@ def test_an_aborted_request_leaves_its_adapter_resident_and_out_of_the_count() -
 
 def test_a_load_ahead_that_fails_ends_those_who_wait_for_it_and_nobody_else() -> None:
     world = World()
-    world.stage(A)
-    world.add("base", max_tokens=1)
+    world.stage_pages(A)
+    world.ask("base", max_tokens=1)
     plan = world.schedule().plan
     assert plan is not None
     world.executor.submit(plan)
-    world.add("a", A)
+    world.ask("a", A)
     assert world.engine.schedule(world.now_s).plan is None
     world.take(world.engine.loads_failed({A: LoraplexError("the copy failed")}))
     world.engine.validate()
-    assert world.ended["a"].finish_reason is FinishReason.ERROR
+    assert world.outputs["a"][-1].finish_reason is FinishReason.ERROR
     world.take(world.engine.complete(world.executor.collect(), world.now_s))
-    assert world.ended["base"].finish_reason is FinishReason.LENGTH
+    assert world.outputs["base"][-1].finish_reason is FinishReason.LENGTH
     world.executor.unstage_adapter(A)
-    world.add("again", A)
+    world.ask("again", A)
     assert world.engine.wanted_adapters() == (A,)
 
 
@@ -274,18 +213,18 @@ def test_a_cold_adapter_runs_in_bounded_time_under_a_flood(num_pages: int, max_a
         max_ahead_pages=max_ahead_pages,
     )
     for digest in (A, B, C):
-        world.stage(digest, pages=3)
+        world.stage_pages(digest, pages=3)
     count = 0
 
     def flood() -> None:
         nonlocal count
         while world.engine.num_unfinished < 12:
-            world.add(f"hot{count}", (A, B)[count % 2], max_tokens=hot_tokens, tenant=f"t{count % 3}")
+            world.ask(f"hot{count}", (A, B)[count % 2], max_tokens=hot_tokens, tenant=f"t{count % 3}")
             count += 1
 
     flood()
     world.step(3)
-    world.add("cold", C, max_tokens=2, tenant="cold")
+    world.ask("cold", C, max_tokens=2, tenant="cold")
     steps = 0
     while "cold" not in world.tokens:
         flood()

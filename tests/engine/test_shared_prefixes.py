@@ -86,7 +86,7 @@ def test_nobody_waits_for_equal_pages_longer_than_until_it_is_overdue() -> None:
         assert plan is not None
         rows.append(len(plan.rows))
         world.engine.abort(hasty.request_id)
-        world._take(world.engine.complete(run_step(world.executor, plan), world.now_s))
+        world.take(world.engine.complete(run_step(world.executor, plan), world.now_s))
     assert rows[:4] == [1, 1, 1, 2]
     world.run()
 
