@@ -11,6 +11,7 @@ from loraplex.core.plan import AdapterShare, BasePlacement, GroupPlan, Plan, Sha
 from loraplex.cost.profile import CostProfile
 from loraplex.cost.step_cost import StepComposition
 from loraplex.engine import EngineConfig
+from loraplex.loadgen.charts import scale_chart, sides_table, timeline_chart, ttft_chart
 from loraplex.loadgen.comparison import compare, shown_difference
 from loraplex.loadgen.completion import Sample
 from loraplex.loadgen.outcomes import Outcomes, attainment
@@ -168,3 +169,21 @@ def test_a_page_of_requests_without_answers_and_of_one_moment() -> None:
     text = replay_page(summarize(failed, client_cpu_s=0.0, slo=slo), Outcomes.of_samples(failed), title="t", slo=slo)
     assert "No request has one." in text
     assert "0.0%" in text
+
+
+def test_several_runs_stand_side_by_side() -> None:
+    runs = [("before", Outcomes.of_samples(SAMPLES)), ("after", Outcomes.of_samples(SAMPLES[:1]))]
+    table = sides_table(runs, SLO)
+    cells = [row.split("</td>") for row in table.split("<tr>")[2:]]
+    shown = [[cell.rpartition(">")[2] for cell in row[:-1]] for row in cells]
+    assert shown == [
+        ["before", "5", "4", "40.0%", "400", "594", "50", "195.5"],
+        ["after", "1", "1", "100.0%", "400", "400", "50", "50"],
+    ]
+    for picture in (scale_chart(runs, SLO), timeline_chart(runs, SLO), ttft_chart(runs)):
+        assert picture is not None
+        assert ">before</text>" in picture
+        assert ">after</text>" in picture
+    unanswered = Outcomes.of_samples(SAMPLES[-1:])
+    assert "–</td>" in sides_table([("none", unanswered)], SLO)
+    assert ttft_chart([("none", unanswered)]) is None
