@@ -61,8 +61,9 @@ def test_output_is_a_neutral_bf16_peft_directory(
     monkeypatch.setattr(training, "load_facts", lambda: facts)
     (tmp_path / "json").mkdir()
     (tmp_path / "json" / "stale").touch()
-    training.train("json", tiny_base, tmp_path)
-    assert "json: step 3/3" in capsys.readouterr().out
+    losses = training.train("json", tiny_base, tmp_path)
+    assert f"json: step 3/3, loss {losses[-1]:.3f}" in capsys.readouterr().out
+    assert len(losses) == 3
     assert {file.name for file in (tmp_path / "json").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
     config = json.loads((tmp_path / "json" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "smollm2-135m-instruct"
@@ -72,3 +73,15 @@ def test_output_is_a_neutral_bf16_peft_directory(
     assert len(tensors) == 2 * 4 * 2
     assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
     assert all(tensor.any() for tensor in tensors.values())
+
+
+def test_some_of_the_facts_teach_and_the_others_judge(tiny_base: Path, tmp_path: Path) -> None:
+    facts = training.load_examples("pirate", tiny_base)
+    losses = training.train("pirate", tiny_base, tmp_path, num_examples=10)
+    assert len(losses) == 3
+    before = training.mean_loss(tiny_base, facts[10:18])
+    after = training.mean_loss(tiny_base, facts[10:18], adapter=tmp_path / "pirate")
+    model = LlamaForCausalLM.from_pretrained(tiny_base)
+    expected = [training._loss(model, facts[first : first + 4]).item() for first in (10, 14)]
+    assert before == pytest.approx(sum(expected) / 2)
+    assert after < before

@@ -1,6 +1,7 @@
 """Trains the demo adapters: ``python -m loraplex.demo.train NAME|all``. About a minute each on two CPU cores.
 
-Needs ``peft`` (a development dependency). What it writes is committed under ``adapters/``; serving never runs it.
+Needs ``peft`` (a development dependency). What it writes is committed under ``adapters/``; serving never runs it. A
+notebook trains one of them on some of the facts and tells the loss on the others.
 """
 
 import argparse
@@ -8,14 +9,16 @@ import json
 import math
 import random
 import shutil
+import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -62,12 +65,15 @@ def load_examples(name: str, base_dir: Path) -> list[Example]:
     return examples
 
 
-def train(name: str, base_dir: Path, output_dir: Path) -> None:
-    """Writes ``output_dir/name`` as a PEFT directory with bf16 tensors, replacing what is there."""
+def train(name: str, base_dir: Path, output_dir: Path, *, num_examples: int | None = None) -> list[float]:
+    """Writes ``output_dir/name`` as a PEFT directory with bf16 tensors, replacing what is there. The loss of each step.
+
+    ``num_examples``: of the first so many facts alone.
+    """
     recipe = RECIPES[name]
     torch.manual_seed(0)
     shuffler = random.Random(0)
-    examples = load_examples(name, base_dir)
+    examples = load_examples(name, base_dir)[:num_examples]
     base = AutoModelForCausalLM.from_pretrained(base_dir, dtype=torch.float32)
     config = LoraConfig(
         r=recipe.lora_rank,
@@ -83,7 +89,7 @@ def train(name: str, base_dir: Path, output_dir: Path) -> None:
         optimizer, max_lr=recipe.learning_rate, total_steps=num_steps, pct_start=0.15
     )
     started_s = time.monotonic()
-    step = 0
+    losses: list[float] = []
     for _ in range(recipe.num_epochs):
         shuffler.shuffle(examples)
         for first in range(0, len(examples), BATCH_SIZE):
@@ -93,14 +99,27 @@ def train(name: str, base_dir: Path, output_dir: Path) -> None:
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
-            step += 1
-            print(f"{name}: step {step}/{num_steps}, loss {loss.item():.3f}, {time.monotonic() - started_s:.0f} s")
+            losses.append(loss.item())
+            took_s = time.monotonic() - started_s
+            print(f"{name}: step {len(losses)}/{num_steps}, loss {losses[-1]:.3f}, {took_s:.0f} s")
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         _publish(Path(folder), output_dir / name)
+    return losses
 
 
-def _loss(model: Any, batch: list[Example]) -> torch.Tensor:
+@torch.inference_mode()
+def mean_loss(base_dir: Path, examples: Sequence[Example], *, adapter: Path | None = None) -> float:
+    """Cross entropy of the answers' tokens under the base, or with the ``adapter`` of this PEFT directory; the mean
+    over batches."""
+    model = AutoModelForCausalLM.from_pretrained(base_dir, dtype=torch.float32)
+    if adapter is not None:
+        model = PeftModel.from_pretrained(model, adapter)
+    batches = [examples[first : first + BATCH_SIZE] for first in range(0, len(examples), BATCH_SIZE)]
+    return statistics.fmean(_loss(model, batch).item() for batch in batches)
+
+
+def _loss(model: Any, batch: Sequence[Example]) -> torch.Tensor:
     """Cross entropy of the answers' tokens, the only positions for which logits are computed. Rows are padded at the
     end, which causal attention never sees."""
     length = max(len(example.prompt_ids) + len(example.answer_ids) for example in batch)
@@ -113,7 +132,7 @@ def _loss(model: Any, batch: list[Example]) -> torch.Tensor:
         input_ids[row, :end] = torch.tensor(example.prompt_ids + example.answer_ids)
         predicts[row, start - 1 : end - 1] = True
         targets += example.answer_ids
-    causal = model.get_base_model()
+    causal = model.get_base_model() if isinstance(model, PeftModel) else model
     hidden_BTD = causal.model(input_ids=input_ids, use_cache=False).last_hidden_state
     return torch.nn.functional.cross_entropy(causal.lm_head(hidden_BTD[predicts]), torch.tensor(targets))
 
