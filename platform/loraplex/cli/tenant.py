@@ -16,6 +16,7 @@ from loraplex.cli.connection import (
 )
 from loraplex.cli.output import print_json, print_table, shown, shown_bytes
 from loraplex.core.errors import BadConfig
+from loraplex.core.tenant import LIMIT_NAMES
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, help="Create, change and delete tenants; see their usage."
@@ -31,14 +32,6 @@ LimitOption = Annotated[
         "weight: its part beside other tenants', 1 by default; 'none' lifts it. May be repeated.",
     ),
 ]
-_LIMITS = (
-    "requests_per_minute",
-    "tokens_per_minute",
-    "max_concurrent_requests",
-    "max_adapters",
-    "max_adapter_bytes",
-    "weight",
-)
 
 
 @app.command("create")
@@ -68,13 +61,13 @@ def list_all(
         print_json(tenants)
         return
     print_table(
-        ["tenant", "adapters", "adapter bytes", *(name.replace("_", " ") for name in _LIMITS)],
+        ["tenant", "adapters", "adapter bytes", *(name.replace("_", " ") for name in LIMIT_NAMES)],
         [
             [
                 tenant["name"],
                 tenant.get("num_adapters"),
                 shown_bytes(tenant.get("adapter_bytes")),
-                *(tenant["limits"].get(name) for name in _LIMITS),
+                *(tenant["limits"].get(name) for name in LIMIT_NAMES),
             ]
             for tenant in tenants
         ],
@@ -151,7 +144,7 @@ def _show(tenant: dict[str, Any], as_json: bool) -> None:
         print_json(tenant)
         return
     typer.echo(f"tenant {tenant['name']}")
-    for name in _LIMITS:
+    for name in LIMIT_NAMES:
         limit = tenant["limits"].get(name)
         without = "1" if name == "weight" else "unlimited"
         typer.echo(f"  {name}: {without if limit is None else shown(limit)}")
@@ -161,8 +154,8 @@ def _limits(options: list[str] | None) -> dict[str, int | None]:
     limits: dict[str, int | None] = {}
     for option in options or []:
         name, _, number = option.partition("=")
-        if name not in _LIMITS:
-            raise BadConfig(f"--limit {option}: there is {', '.join(_LIMITS)}")
+        if name not in LIMIT_NAMES:
+            raise BadConfig(f"--limit {option}: there is {', '.join(LIMIT_NAMES)}")
         if number != "none" and not (number.isascii() and number.isdigit()):
             raise BadConfig(f"--limit {option}: not a number")
         limits[name] = None if number == "none" else int(number)

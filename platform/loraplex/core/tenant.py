@@ -1,6 +1,6 @@
 """A tenant as gateways see it. The control database holds the rest."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from enum import StrEnum
 
 from loraplex.core.ids import TenantName
@@ -34,6 +34,9 @@ class TenantLimits:
     weight: int | None = None
     """Of what the replicas do while tenants compete for them, a tenant of weight 4 gets four times as much as one of
     weight 1. At least 1; None: 1."""
+
+
+LIMIT_NAMES = tuple(field.name for field in fields(TenantLimits))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,7 +9,7 @@ from starlette.responses import Response
 from loraplex.core.control import ControlPlane
 from loraplex.core.errors import NotFound
 from loraplex.core.ids import TenantName
-from loraplex.core.tenant import MAX_WEIGHT, KeyView, Role, TenantLimits, TenantView
+from loraplex.core.tenant import LIMIT_NAMES, MAX_WEIGHT, KeyView, Role, TenantLimits, TenantView
 from loraplex.gateway.checks import check_text
 from loraplex.gateway.directory import Directory
 from loraplex.gateway.routes import replies
@@ -17,14 +17,6 @@ from loraplex.gateway.routes.access import Caller
 from loraplex.gateway.routes.json_reply import json_list, json_reply
 from loraplex.gateway.service import GatewayService
 
-_LIMITS = (
-    "requests_per_minute",
-    "tokens_per_minute",
-    "max_concurrent_requests",
-    "max_adapters",
-    "max_adapter_bytes",
-    "weight",
-)
 Limit = Annotated[int, Field(ge=0, le=2**53)]
 
 
@@ -42,7 +34,7 @@ class LimitsBody(BaseModel):
 
     def over(self, limits: TenantLimits) -> TenantLimits:
         """``limits`` with those replaced that the client named."""
-        values = {name: getattr(limits, name) for name in _LIMITS}
+        values = {name: getattr(limits, name) for name in LIMIT_NAMES}
         values.update(self.model_dump(exclude_unset=True))
         return TenantLimits(**values)
 
@@ -72,7 +64,7 @@ def tenant_reply(tenant: TenantView) -> dict[str, Any]:
         "id": tenant.name,
         "object": "tenant",
         "name": tenant.name,
-        "limits": {name: getattr(tenant.limits, name) for name in _LIMITS},
+        "limits": {name: getattr(tenant.limits, name) for name in LIMIT_NAMES},
         "num_adapters": tenant.num_adapters,
         "adapter_bytes": tenant.adapter_bytes,
     }
