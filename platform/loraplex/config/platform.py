@@ -183,8 +183,10 @@ def read_text(path: str | Path) -> str:
     """Of a config file. Raises BadConfig naming it."""
     try:
         return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadConfig(f"{path}: cannot be read: {error}") from None
+    except OSError as error:
+        raise BadConfig(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise BadConfig(f"{path}: is no text in UTF-8") from None
 
 
 def parse_platform_config(text: str, *, source: str) -> PlatformConfig:
