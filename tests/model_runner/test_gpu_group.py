@@ -12,6 +12,8 @@ from tests.model_runner.test_gpu_executor import ADAPTERS, CUDA, DEVICE, prompt
 from tests.model_runner.threaded_group import ThreadedGroup
 
 PAGES = {"num_pages": 200, "page_size": 16}
+LAST_LAYER = {"r": 8, "target_modules": ["k_proj", "down_proj"], "layers_to_transform": [1]}
+"""Of a model with two layers: its first stage holds nothing of the adapter."""
 
 
 @pytest.mark.parametrize(
@@ -26,7 +28,7 @@ def test_mixed_batches_equal_transformers(
     family: str, shape: Shape, make_base: Any, add_adapter: Any, make_driver: Any, check: Any
 ) -> None:
     base = make_base(family, num_hidden_layers=2, intermediate_size=64)
-    adapters = {name: add_adapter(base, name, **options) for name, options in ADAPTERS.items()}
+    adapters = {name: add_adapter(base, name, **options) for name, options in {**ADAPTERS, "last": LAST_LAYER}.items()}
 
     def group(sampler: Any) -> ThreadedGroup:
         return ThreadedGroup(str(base.directory), shape, sampler, device=DEVICE, cuda_graphs=False, **PAGES)

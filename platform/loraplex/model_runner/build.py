@@ -80,6 +80,8 @@ def build_executor(
         return _build_group(config, shape, spec, model=model, device=device, dtype=dtype, launcher=launcher)
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     shard = Shard.whole(spec)
     weights = load_weights(model, shard, dtype=dtype, device=device)
     num_pages = plan_num_pages(config, spec, dtype=dtype, device=device)

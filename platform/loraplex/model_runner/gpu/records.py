@@ -44,7 +44,8 @@ class RecordPlan:
 
 
 def plan_records(layout: AdapterLayout, model: ModelSpec, *, itemsize: int) -> RecordPlan:
-    """Raises BadConfig when pages are so small that a block is cut between multiples of 8 ranks."""
+    """One empty record for an adapter without blocks: it may be for other stages alone. Raises BadConfig when pages are
+    so small that a block is cut between multiples of 8 ranks."""
     by_site: dict[int, list[AdapterPart]] = {}
     by_block: dict[PlacedBlock, list[AdapterPart]] = {}
     for part in layout.parts:
@@ -69,13 +70,13 @@ def plan_records(layout: AdapterLayout, model: ModelSpec, *, itemsize: int) -> R
                 rows.append((plane, entry, rank, (a_at[0], b_at[0]), (a_at[1], b_at[1])))
                 plane += 1
     return RecordPlan(
-        num_planes=1 + max(row[0] for row in rows),
-        max_rank=max(row[2] for row in rows),
+        num_planes=1 + max((row[0] for row in rows), default=0),
+        max_rank=max((row[2] for row in rows), default=0),
         plane=np.array([row[0] for row in rows], dtype=np.int64),
         entry=np.array([row[1] for row in rows], dtype=np.int64),
         rank=np.array([row[2] for row in rows], dtype=np.int64),
-        page=np.array([row[3] for row in rows], dtype=np.int64),
-        offset=np.array([row[4] for row in rows], dtype=np.int64),
+        page=np.array([row[3] for row in rows], dtype=np.int64).reshape(-1, 2),
+        offset=np.array([row[4] for row in rows], dtype=np.int64).reshape(-1, 2),
     )
 
 

@@ -45,11 +45,8 @@ class Exchange:
         self._stage = groups[shard.stage]
         # Apart from the hidden states, which go the other way: each waits for the other otherwise.
         self._ends = distributed.new_group() if device.type == "cuda" and shape.pp > 1 else None
-        if device.type == "cuda":
-            # NCCL connects a group in its first call, which waits for all ranks.
-            for group in (self._stage, *([] if self._ends is None else [self._ends])):
-                distributed.all_reduce(torch.zeros(1, device=device), group=group)
         self._shard = shard
+        self._device = device
         self._max_in_flight = max_in_flight
         self._sent: deque[tuple[distributed.Work, torch.Tensor]] = deque()
         self._small: OneShotSum | None = None
@@ -57,6 +54,23 @@ class Exchange:
             self._small = make_one_shot_sum(self._stage, store, f"stage {shard.stage}", device=device, dtype=dtype)
         self.progress = 0
         """Calls so far."""
+        if device.type == "cuda":
+            self._connect()
+
+    def _connect(self) -> None:
+        """NCCL connects in its first calls, in which every rank waits for the others: better now than between steps."""
+        shard, one = self._shard, torch.zeros(1, device=self._device)
+        distributed.all_reduce(one, group=self._stage)
+        if not shard.is_first:
+            self.receive_hidden(one)
+        if not shard.is_last:
+            self.send_hidden(one)
+        if self._ends is not None:
+            if shard.is_last:
+                self.send_tokens(one)
+            elif shard.is_first:
+                self.receive_tokens(one)
+        torch.cuda.synchronize(self._device)
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         self.progress += 1
