@@ -8,7 +8,7 @@ from loraplex.core.ids import Digest
 from loraplex.engine import EngineConfig
 from loraplex.testing.fake_executor import FakeExecutor, fake_manifest
 
-from tests.replica.test_engine_loop import Harness, make
+from tests.replica.harness import Harness, make
 
 A, B, C = (Digest(letter * 64) for letter in "abc")
 

@@ -16,7 +16,7 @@ from loraplex.core.ids import BaseModelId
 from loraplex.core.plan import GroupPlan
 
 from tests.controller.fleet import world
-from tests.controller.fleet.test_diff import MAX_TURNS, Machines
+from tests.controller.fleet.machines import MAX_TURNS, Machines
 from tests.controller.fleet.world import A, B, Fleet, group, node, plan
 
 Make = Callable[..., Fleet]
