@@ -17,6 +17,7 @@ from loraplex_deployments.bootstrap import ensure_admin_key, ensure_tenants
 from loraplex_deployments.demo_setup import ensure_demo
 from loraplex_deployments.launch import start_platform
 
+from tests.deployments.joined_cluster import Cluster
 from tests.deployments.served import Served, free_port
 
 
@@ -88,3 +89,12 @@ def behind_haproxy(demo_models: Path, tmp_path_factory: pytest.TempPathFactory) 
         yield served
     finally:
         served.stop()
+
+
+@pytest.fixture
+def cluster() -> Iterator[Cluster]:
+    cluster = Cluster()
+    yield cluster
+    assert cluster.process.stdin is not None
+    cluster.process.stdin.close()
+    cluster.process.wait(60)

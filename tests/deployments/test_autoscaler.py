@@ -17,9 +17,9 @@ import pytest
 import ray
 from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID
 
+from tests.deployments.deployed import Config, loraplex
+from tests.deployments.joined_cluster import ENVIRONMENT
 from tests.deployments.served import free_port
-from tests.deployments.test_deploy import Config, loraplex
-from tests.deployments.test_joined_cluster import _ENVIRONMENT
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -75,7 +75,7 @@ class AutoscaledCluster:
                 [str(Path(sys.executable).parent / "ray"), *start],
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=_ENVIRONMENT
+                env=ENVIRONMENT
                 | {
                     "AUTOSCALER_UPDATE_INTERVAL_S": "1",
                     "RAY_FAKE_CLUSTER": "1",

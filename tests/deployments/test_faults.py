@@ -12,10 +12,11 @@ from collections.abc import Iterator
 import httpx
 import pytest
 from loraplex.core.plan import Plan
-from loraplex_deployments.bench_cluster import BASE, BenchCluster, ClusterSetup, bench_cluster
+from loraplex_deployments.bench_cluster import BASE, ClusterSetup
 from loraplex_deployments.bench_faults import Fault, FaultOptions, FaultResult, measure_faults
 from loraplex_deployments.bench_replan import ReplanBenchResult, ReplanOptions, measure_changes, plan_of, settled
 
+from tests.deployments.bench_world import BenchWorld, bench_world
 from tests.deployments.own_process import OwnProcess
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
@@ -26,26 +27,10 @@ REPLAN = ReplanOptions(cluster=SETUP, changes=4, requests_per_s=2.0, output_toke
 _NUM_CRASHES = 5
 
 
-class World:
-    """What lives in the process of the cluster."""
-
-    stack = contextlib.ExitStack()
-    bench: BenchCluster
-
-
-def start_world() -> None:
-    World.bench = World.stack.enter_context(bench_cluster(SETUP, print))
-
-
-def end_world() -> None:
-    World.stack.close()
-
-
 @pytest.fixture(scope="module")
 def world() -> Iterator[OwnProcess]:
-    process = OwnProcess(start_world)
-    yield process
-    process.close(end_world)
+    with bench_world(SETUP) as process:
+        yield process
 
 
 @pytest.mark.parametrize("fault", [Fault.REPLICA, Fault.NODE, Fault.CONTROLLER, Fault.SERVE_CONTROLLER])
@@ -66,7 +51,7 @@ def test_a_killed_gateway_breaks_its_own_streams_alone(world: OwnProcess) -> Non
 
 def kill(fault: Fault) -> FaultResult:
     options = FaultOptions(cluster=SETUP, streams=12, output_tokens=400, faults=(fault,))
-    (result,) = asyncio.run(measure_faults(World.bench, options)).results
+    (result,) = asyncio.run(measure_faults(BenchWorld.bench, options)).results
     return result
 
 
@@ -78,7 +63,7 @@ def test_no_request_fails_while_plans_change(world: OwnProcess) -> None:
 
 
 def replan() -> ReplanBenchResult:
-    return asyncio.run(measure_changes(World.bench, REPLAN))
+    return asyncio.run(measure_changes(BenchWorld.bench, REPLAN))
 
 
 def test_a_controller_that_dies_while_it_changes_the_plan_leaves_a_successor_that_finishes(world: OwnProcess) -> None:
@@ -86,7 +71,7 @@ def test_a_controller_that_dies_while_it_changes_the_plan_leaves_a_successor_tha
 
 
 def crash_controllers() -> None:
-    bench, numbers = World.bench, random.Random(5)
+    bench, numbers = BenchWorld.bench, random.Random(5)
     for number in range(_NUM_CRASHES):
         _, plan = plan_of(number, REPLAN)
         version = bench.platform.call("apply_plan", plan, renumber=True).plan.version
@@ -106,10 +91,10 @@ async def reached(version: int) -> None:
     async with asyncio.timeout(120):
         while True:
             with contextlib.suppress(Exception):  # it is away: whatever Ray says of that
-                await asyncio.to_thread(World.bench.status)
+                await asyncio.to_thread(BenchWorld.bench.status)
                 break
             await asyncio.sleep(0.2)
-    await settled(World.bench, version)
+    await settled(BenchWorld.bench, version)
 
 
 def test_a_base_without_replicas_comes_back_when_it_is_asked_for(world: OwnProcess) -> None:
@@ -117,7 +102,7 @@ def test_a_base_without_replicas_comes_back_when_it_is_asked_for(world: OwnProce
 
 
 def sleep_and_wake() -> None:
-    bench = World.bench
+    bench = BenchWorld.bench
     record = bench.platform.call("apply_plan", Plan(version=1, groups=()), renumber=True)
     asyncio.run(settled(bench, record.plan.version))
     assert bench.replica_ids() == ()

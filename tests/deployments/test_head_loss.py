@@ -13,8 +13,8 @@ from loraplex.bench.random_adapters import random_manifests
 from loraplex.core.ids import BaseModelId
 from loraplex.model_runner.build import load_model_spec
 
-from tests.deployments.test_deploy import Config, loraplex
-from tests.deployments.test_joined_cluster import Cluster
+from tests.deployments.deployed import Config, loraplex
+from tests.deployments.joined_cluster import Cluster
 
 
 @pytest.fixture

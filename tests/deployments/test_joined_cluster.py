@@ -1,13 +1,9 @@
 """``loraplex serve`` on a Ray cluster that somebody else started: what it leaves behind, whether it starts or not, and
 how it refuses what is too much."""
 
-import json
-import os
 import re
-import secrets
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -19,88 +15,12 @@ import pytest
 import yaml
 from loraplex.testing.tiny_tokenizer import build_tiny_tokenizer
 
-from tests.deployments.conftest import free_port
+from tests.deployments.joined_cluster import ENVIRONMENT, Cluster
+from tests.deployments.served import LORAPLEX, free_port
 
 pytestmark = pytest.mark.ray
 
-LORAPLEX = str(Path(sys.executable).parent / "loraplex")
-_ENVIRONMENT = os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-"""Of all who meet on the cluster."""
 _TIMEOUT_S = 120.0
-_CLUSTER = """
-import json, sys
-import ray
-from ray.util.placement_group import placement_group, placement_group_table
-
-ray.init(address="local", num_cpus=4, object_store_memory=100 << 20, include_dashboard=False, log_to_driver=False)
-
-@ray.remote(num_cpus=0)
-class Bystander:
-    pass
-
-bystander = Bystander.options(name="bystander", namespace="other", lifetime="detached").remote()
-ray.get(placement_group([{"CPU": 1}], name="bystanders", lifetime="detached").ready())
-print(ray.get_runtime_context().gcs_address, flush=True)
-for command in sys.stdin:
-    if command.strip() == "crash":
-        controller = ray.get_actor("loraplex-controller", namespace="loraplex")
-        ray.kill(controller, no_restart=False)
-    if command.strip() in ("crash", "replica"):
-        (name,) = (a["name"] for a in ray.util.list_named_actors(True) if a["name"].startswith("loraplex-replica-"))
-        print(ray.get_actor(name, namespace="loraplex")._actor_id.hex(), flush=True)
-        continue
-    actors = sorted(actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True))
-    groups = sorted(g["name"] for g in placement_group_table().values() if g["state"] != "REMOVED")
-    print(json.dumps(actors + groups), flush=True)
-"""
-
-
-class Cluster:
-    """A Ray of another process, with an actor and a placement group of somebody else."""
-
-    def __init__(self) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", _CLUSTER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=_ENVIRONMENT
-        )
-        self.address = self._read()
-
-    def holds(self) -> list[str]:
-        """Names of all actors and placement groups."""
-        return list(json.loads(self._ask("")))
-
-    def replica(self) -> str:
-        """Ray's id of the replica."""
-        return self._ask("replica")
-
-    def crash_controller(self) -> str:
-        """Kills it; returns Ray's id of the replica."""
-        return self._ask("crash")
-
-    def wait_holds(self, expected: list[str]) -> None:
-        deadline_s = time.monotonic() + 30
-        while self.holds() != expected:
-            assert time.monotonic() < deadline_s, self.holds()
-            time.sleep(0.2)
-
-    def _ask(self, command: str) -> str:
-        assert self.process.stdin is not None
-        print(command, file=self.process.stdin, flush=True)
-        return self._read()
-
-    def _read(self) -> str:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline().strip()
-        assert line, "the cluster ended"
-        return line
-
-
-@pytest.fixture
-def cluster() -> Iterator[Cluster]:
-    cluster = Cluster()
-    yield cluster
-    assert cluster.process.stdin is not None
-    cluster.process.stdin.close()
-    cluster.process.wait(60)
 
 
 def write_config(folder: Path, cluster: Cluster, **base: Any) -> tuple[Path, str]:
@@ -125,7 +45,7 @@ def test_nothing_is_left_on_a_joined_cluster_and_nothing_else_is_touched(cluster
 
     file, _ = write_config(tmp_path, cluster, tokenizer=str(tmp_path / "missing"))
     failed = subprocess.run(
-        [LORAPLEX, "serve", "--config", str(file)], capture_output=True, text=True, timeout=100, env=_ENVIRONMENT
+        [LORAPLEX, "serve", "--config", str(file)], capture_output=True, text=True, timeout=100, env=ENVIRONMENT
     )
     assert failed.returncode == 2, failed.stderr
     assert "tokenizer" in failed.stderr
@@ -134,7 +54,7 @@ def test_nothing_is_left_on_a_joined_cluster_and_nothing_else_is_touched(cluster
     tokenizer = build_tiny_tokenizer(tmp_path / "tokenizer")
     file, url = write_config(tmp_path, cluster, tokenizer=str(tokenizer))
     with (tmp_path / "serve.log").open("w") as log:
-        served = subprocess.Popen([LORAPLEX, "serve", "--config", str(file)], stdout=log, stderr=log, env=_ENVIRONMENT)
+        served = subprocess.Popen([LORAPLEX, "serve", "--config", str(file)], stdout=log, stderr=log, env=ENVIRONMENT)
     try:
         wait_ready(served, url, tmp_path / "serve.log")
         ours = [name for name in cluster.holds() if name.startswith("loraplex-")]

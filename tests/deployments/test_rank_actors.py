@@ -5,16 +5,16 @@ The times are ``loraplex bench faults --no-paced --shape 2x1 --faults rank,rank-
 """
 
 import asyncio
-import contextlib
 from collections.abc import Iterator
 
 import pytest
 from loraplex.core.plan import BasePlacement, GroupPlan, Plan, Shape
-from loraplex_deployments.bench_cluster import BASE, BenchCluster, ClusterSetup, bench_cluster, node_name
+from loraplex_deployments.bench_cluster import BASE, ClusterSetup, node_name
 from loraplex_deployments.bench_faults import Fault, FaultOptions, FaultResult, measure_faults
 from loraplex_deployments.bench_replan import ReplanBenchResult, ReplanOptions, measure_changes, settled
 from loraplex_deployments.bench_streams import StreamWatch, WatchedStream
 
+from tests.deployments.bench_world import BenchWorld, bench_world
 from tests.deployments.own_process import OwnProcess
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
@@ -23,26 +23,10 @@ SETUP = ClusterSetup(nodes=2, gpus_per_node=2, replicas=1, adapters=2, proxy="py
 OUTPUT_TOKENS = 40
 
 
-class World:
-    """What lives in the process of the cluster."""
-
-    stack = contextlib.ExitStack()
-    bench: BenchCluster
-
-
-def start_world() -> None:
-    World.bench = World.stack.enter_context(bench_cluster(SETUP, print))
-
-
-def end_world() -> None:
-    World.stack.close()
-
-
 @pytest.fixture(scope="module")
 def world() -> Iterator[OwnProcess]:
-    process = OwnProcess(start_world)
-    yield process
-    process.close(end_world)
+    with bench_world(SETUP) as process:
+        yield process
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +40,8 @@ def say() -> list[str]:
 
 
 async def streamed() -> list[str]:
-    watch = StreamWatch(World.bench.url, World.bench.key, output_tokens=OUTPUT_TOKENS)
-    models = [str(BASE), *World.bench.models]
+    watch = StreamWatch(BenchWorld.bench.url, BenchWorld.bench.key, output_tokens=OUTPUT_TOKENS)
+    models = [str(BASE), *BenchWorld.bench.models]
     try:
         watch.begin(
             [
@@ -78,8 +62,8 @@ def take_shapes(*shapes: Shape) -> list[int]:
         GroupPlan(name=f"group-{index}", shape=shape, bases=(BasePlacement(base_model_id=BASE),))
         for index, shape in enumerate(shapes)
     )
-    record = World.bench.platform.call("apply_plan", Plan(version=1, groups=groups), renumber=True)
-    asyncio.run(settled(World.bench, record.plan.version))
+    record = BenchWorld.bench.platform.call("apply_plan", Plan(version=1, groups=groups), renumber=True)
+    asyncio.run(settled(BenchWorld.bench, record.plan.version))
     return ranks()
 
 
@@ -87,13 +71,15 @@ def take_two_nodes() -> list[int]:
     """How many ranks each has."""
     nodes = (node_name(0), node_name(1))
     group = GroupPlan(name="g", shape=Shape(pp=2), nodes=nodes, bases=(BasePlacement(base_model_id=BASE),))
-    record = World.bench.platform.call("apply_plan", Plan(version=1, groups=(group,)), renumber=True)
-    asyncio.run(settled(World.bench, record.plan.version))
-    return [sum("RankActor" in " ".join(p.cmdline()) for p in World.bench.cluster.processes(node)) for node in nodes]
+    record = BenchWorld.bench.platform.call("apply_plan", Plan(version=1, groups=(group,)), renumber=True)
+    asyncio.run(settled(BenchWorld.bench, record.plan.version))
+    return [
+        sum("RankActor" in " ".join(p.cmdline()) for p in BenchWorld.bench.cluster.processes(node)) for node in nodes
+    ]
 
 
 def ranks() -> list[int]:
-    return [process.pid for process in World.bench.ranks()]
+    return [process.pid for process in BenchWorld.bench.ranks()]
 
 
 def test_two_shards_say_what_one_rank_says(world: OwnProcess, texts_of_one_rank: list[str]) -> None:
@@ -139,12 +125,12 @@ def reshape() -> ReplanBenchResult:
         calm_s=1.0,
         shapes=(Shape(), Shape(tp=2), Shape(pp=2)),
     )
-    return asyncio.run(measure_changes(World.bench, options))
+    return asyncio.run(measure_changes(BenchWorld.bench, options))
 
 
 def disturb(fault: Fault) -> FaultResult:
     options = FaultOptions(cluster=SETUP, streams=6, output_tokens=200, faults=(fault,))
-    (result,) = asyncio.run(measure_faults(World.bench, options)).results
+    (result,) = asyncio.run(measure_faults(BenchWorld.bench, options)).results
     return result
 
 

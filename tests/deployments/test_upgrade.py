@@ -1,7 +1,6 @@
 """Controller, all replicas and all gateways are replaced one by one under open streams, and no stream notices."""
 
 import asyncio
-import contextlib
 import itertools
 import subprocess
 import time
@@ -14,18 +13,17 @@ import pytest
 from loraplex.config.platform import PlatformConfig, parse_platform_config
 from loraplex.core.errors import Conflict
 from loraplex_deployments.base_models import fleet_bases
-from loraplex_deployments.bench_cluster import BenchCluster, ClusterSetup, PacedSetup, bench_cluster
+from loraplex_deployments.bench_cluster import BenchCluster, ClusterSetup, PacedSetup
 from loraplex_deployments.bench_streams import StreamWatch, WatchedStream, same_request
 from loraplex_deployments.control_client import controller_handle
 from loraplex_deployments.launch import RunningPlatform, stop_controller
 from loraplex_deployments.upgrade import check_fixed, hand_over, renew
 
+from tests.deployments.bench_world import BenchWorld, bench_world
+from tests.deployments.deployed import Config, loraplex, one_line
+from tests.deployments.joined_cluster import Cluster
 from tests.deployments.own_process import OwnProcess
 from tests.deployments.served import free_port
-from tests.deployments.test_deploy import Config, cluster, loraplex, one_line
-from tests.deployments.test_joined_cluster import Cluster
-
-__all__ = ["cluster"]
 
 SETUP = ClusterSetup(nodes=1, gpus_per_node=3, replicas=2, gateways=2, adapters=2, paced=PacedSetup(factor=8.0))
 _STREAMS = 6
@@ -34,25 +32,16 @@ _TIMEOUT_S = 240.0
 GOOD = "base_models: [{id: a, model: 'random:tiny-llama'}]\n"
 
 
-class World:
-    stack = contextlib.ExitStack()
-    bench: BenchCluster
-
-
-def start_world() -> None:
-    World.bench = World.stack.enter_context(bench_cluster(SETUP, print))
-
-
-def end_world() -> None:
-    stop_controller(controller_handle())
-    World.stack.close()
-
-
 @pytest.fixture
 def world() -> Iterator[OwnProcess]:
-    process = OwnProcess(start_world)
-    yield process
-    process.close(end_world)
+    with bench_world(SETUP) as process:
+        yield process
+        process.call(stop_successor)
+
+
+def stop_successor() -> None:
+    """The platform that was started knows the first controller alone."""
+    stop_controller(controller_handle())
 
 
 @pytest.mark.ray
@@ -63,7 +52,7 @@ def test_no_stream_breaks_while_everything_is_replaced(world: OwnProcess) -> Non
 
 
 def upgraded_under_load() -> None:
-    bench = World.bench
+    bench = BenchWorld.bench
     old = bench.platform._config
     (base,) = old.base_models
     new = msgspec.structs.replace(
