@@ -1,8 +1,11 @@
 """What tests of the controller ask of it."""
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import msgspec
 from loraplex.controller.config import ControllerOptions
 from loraplex.controller.controller import Controller
 from loraplex.core.control import ControlPlane, ControlSnapshot
@@ -24,6 +27,11 @@ async def newest(control: ControlPlane) -> ControlSnapshot:
 async def tenants(controller: Controller, **limits: int) -> None:
     for name in (ACME, GLOBEX):
         await controller.create_tenant(name, TenantLimits(**limits))
+
+
+def with_database(options: ControllerOptions, **changes: Any) -> ControllerOptions:
+    database = msgspec.structs.replace(options.controller.database, **changes)
+    return replace(options, controller=msgspec.structs.replace(options.controller, database=database))
 
 
 def stored_files(options: ControllerOptions) -> list[Path]:

@@ -5,10 +5,8 @@ import asyncio
 import contextlib
 import random
 from collections.abc import AsyncIterator, Callable
-from dataclasses import replace
 from typing import Any
 
-import msgspec
 import psycopg
 import pytest
 from loraplex.controller.config import ControllerOptions
@@ -18,7 +16,7 @@ from loraplex.core.errors import Unavailable
 from loraplex.core.ids import GatewayId
 from loraplex.core.tenant import TenantLimits, UsageRow
 
-from tests.controller.calls import ACME, newest
+from tests.controller.calls import ACME, newest, with_database
 from tests.database.postgres import PostgresServer
 
 pytestmark = pytest.mark.parametrize("new_database", ["postgresql"], indirect=True)
@@ -178,7 +176,7 @@ async def test_a_commit_whose_answer_is_lost(
 ) -> None:
     """The caller learns which of the two happened; others are not kept waiting meanwhile."""
     through = postgres.url(database_url.rpartition("/")[2], port=await wire.start())
-    controller = await start(_with_database(make_options(), through))
+    controller = await start(with_database(make_options(), url=through))
     await controller.create_tenant(ACME, TenantLimits())
     wire.cut_at_commit(when)
     creating = asyncio.create_task(controller.create_tenant("globex", TenantLimits()))
@@ -209,7 +207,7 @@ async def test_stop_does_not_wait_for_a_commit_in_doubt(
     wire: Wire,
 ) -> None:
     through = postgres.url(database_url.rpartition("/")[2], port=await wire.start())
-    controller = await start(_with_database(make_options(), through))
+    controller = await start(with_database(make_options(), url=through))
     wire.cut_at_commit("after")
     creating = asyncio.create_task(controller.create_tenant(ACME, TenantLimits()))
     await wire.was_cut.wait()
@@ -221,8 +219,3 @@ async def test_stop_does_not_wait_for_a_commit_in_doubt(
     again = await start(make_options())
     assert [tenant.name for tenant in (await newest(again)).tenants] == [ACME], "the next one reads what there is"
     await again.stop()
-
-
-def _with_database(options: ControllerOptions, url: str) -> ControllerOptions:
-    database = msgspec.structs.replace(options.controller.database, url=url)
-    return replace(options, controller=msgspec.structs.replace(options.controller, database=database))

@@ -4,26 +4,22 @@ the controller answers, and that it goes on afterwards in the same epoch."""
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
-from dataclasses import replace
 from typing import Any
 
-import msgspec
 import psycopg
 import pytest
 from loraplex.controller.config import ControllerOptions
 from loraplex.controller.controller import Controller
 from loraplex.core.control import TenantDemand
 from loraplex.core.errors import StorageFull, Unavailable
-from loraplex.core.ids import GatewayId, TenantName
 from loraplex.core.tenant import TenantLimits, UsageRow
 
+from tests.controller.calls import ACME, GATEWAY, newest, with_database
 from tests.database.postgres import PostgresServer
 from tests.database.relay import Relay
 
 pytestmark = pytest.mark.parametrize("new_database", ["postgresql"], indirect=True)
-ACME = TenantName("acme")
 LIMITED = TenantLimits(requests_per_minute=60)
-GATEWAY = GatewayId("gateway-1")
 USAGE = (UsageRow(tenant=ACME, requests=1, prompt_tokens=2, output_tokens=3),)
 _FULL = """
 CREATE FUNCTION full_disk() RETURNS trigger LANGUAGE plpgsql AS
@@ -36,9 +32,7 @@ _AT_COMMIT = """CONSTRAINT TRIGGER full_disk AFTER INSERT ON tenants DEFERRABLE 
 
 
 async def _names(controller: Controller) -> list[str]:
-    snapshot = await controller.snapshot(after_epoch=0, after_version=0, timeout_s=0)
-    assert snapshot is not None
-    return [tenant.name for tenant in snapshot.tenants]
+    return [tenant.name for tenant in (await newest(controller)).tenants]
 
 
 async def _serves_as_before(controller: Controller) -> None:
@@ -77,16 +71,9 @@ async def test_a_silent_server(
     database_url: str,
     relay: Relay,
 ) -> None:
-    options = make_options()
-    database = msgspec.structs.replace(
-        options.controller.database,
-        url=postgres.url(database_url.rpartition("/")[2], port=relay.port),
-        busy_timeout_s=0.5,
-        connect_timeout_s=2.0,
-        answer_timeout_s=2.0,
-    )
-    options = replace(options, controller=msgspec.structs.replace(options.controller, database=database))
-    controller = await start(options)
+    through = postgres.url(database_url.rpartition("/")[2], port=relay.port)
+    limits = {"busy_timeout_s": 0.5, "connect_timeout_s": 2.0, "answer_timeout_s": 2.0}
+    controller = await start(with_database(make_options(), url=through, **limits))
     await controller.create_tenant(ACME, LIMITED)
     relay.fall_silent()
     # All that come meanwhile wait for one time-out together, and not one after the other.
