@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
 import numpy as np
@@ -21,6 +21,9 @@ from loraplex.core.errors import LoraplexError, NotFound, Unavailable
 from loraplex.core.fleet import NodeStatus
 from loraplex.core.plan import Plan, Shape
 from loraplex.traces.arrivals import Arrivals
+
+if TYPE_CHECKING:
+    from loraplex.planner.problem import Problem
 
 N = TypeVar("N")
 _GRACE_S = 900.0
@@ -87,12 +90,8 @@ async def replan(task: Task) -> Answer:
 
 def plan_for(task: Task) -> Answer:
     """In this process. Imports the planner, and with it a compiler, which the controller does without."""
-    from loraplex.planner.fleet import AdapterRanks, Fleet, NodeConfig
-    from loraplex.planner.problem import Kind, Problem
+    from loraplex.planner.problem import Kind
     from loraplex.planner.search import Search
-    from loraplex.simulator import fast
-    from loraplex.simulator.types import Slo
-    from loraplex.simulator.workload import Workload
 
     try:
         arrivals = recent_arrivals(task)
@@ -100,29 +99,13 @@ def plan_for(task: Task) -> Answer:
         return Answer(plan=None, reason="no traffic was recorded")
     if len(arrivals) < task.config.min_requests:
         return Answer(plan=None, reason=f"{len(arrivals)} requests in the window are too few to plan from")
-    nodes = tuple(NodeConfig(name=node.name, gpu=node.gpu, gpus=node.num_gpus) for node in task.nodes if node.num_gpus)
-    fleet = Fleet(
-        profiles=task.config.profiles,
-        nodes=nodes,
-        bases=task.config.profile_bases,
-        adapters=AdapterRanks(lora_rank=16, ranks=dict(task.lora_ranks)),
-    )
-    named = dict.fromkeys((*arrivals.base_models, *(a.base_model for a in arrivals.adapters if a.base_model)))
-    problem = Problem(
-        nodes=fleet.all_nodes(),
-        arrivals=arrivals,
-        adapters=fleet.sizes(arrivals.adapters),
-        costs=fleet.costs(named),
-        slo=Slo(ttft_s=task.config.ttft_s, tpot_s=task.config.tpot_s),
-        tenant_floor=task.config.tenant_floor,
-    )
-    current, now = _typed(task.current, nodes[0].gpu if nodes else ""), None
+    problem = problem_for(task, arrivals)
     try:
-        now = fast.simulate(problem.simulation(current), Workload.of(arrivals, problem.adapters)).score.attainment
-    except LoraplexError as error:
-        current_reason = f"; the plan in force cannot be simulated: {error.message}"
-    else:
+        current, now = in_force(task, problem)
         current_reason = ""
+    except LoraplexError as error:
+        current, now = None, None
+        current_reason = f"; the plan in force cannot be simulated: {error.message}"
     Search(problem).warm_up()
     started_s = time.perf_counter()
 
@@ -135,7 +118,7 @@ def plan_for(task: Task) -> Answer:
     found = Search(
         problem,
         evaluations=task.config.max_evaluations,
-        current=None if now is None else current,
+        current=current,
         out_of_time=lambda: used() > 1,
         time_used=used,
         only_kinds=allowed,
@@ -149,6 +132,41 @@ def plan_for(task: Task) -> Answer:
     if found.kept or (answer.gain is not None and answer.gain < task.config.min_gain):
         return replace(answer, plan=None, reason="no other plan is better by more than its move costs")
     return answer
+
+
+def problem_for(task: Task, arrivals: Arrivals) -> "Problem":
+    """What is planned for: these requests on the nodes of the task. LoraplexError when they are not for each other."""
+    from loraplex.planner.fleet import AdapterRanks, Fleet, NodeConfig
+    from loraplex.planner.problem import Problem
+    from loraplex.simulator.types import Slo
+
+    nodes = tuple(NodeConfig(name=node.name, gpu=node.gpu, gpus=node.num_gpus) for node in task.nodes if node.num_gpus)
+    fleet = Fleet(
+        profiles=task.config.profiles,
+        nodes=nodes,
+        bases=task.config.profile_bases,
+        adapters=AdapterRanks(lora_rank=16, ranks=dict(task.lora_ranks)),
+    )
+    named = dict.fromkeys((*arrivals.base_models, *(a.base_model for a in arrivals.adapters if a.base_model)))
+    return Problem(
+        nodes=fleet.all_nodes(),
+        arrivals=arrivals,
+        adapters=fleet.sizes(arrivals.adapters),
+        costs=fleet.costs(named),
+        slo=Slo(ttft_s=task.config.ttft_s, tpot_s=task.config.tpot_s),
+        tenant_floor=task.config.tenant_floor,
+    )
+
+
+def in_force(task: Task, problem: "Problem") -> tuple[Plan, float]:
+    """The current plan, its GPU types filled in, and its simulated attainment. LoraplexError when it cannot be
+    simulated."""
+    from loraplex.simulator import fast
+    from loraplex.simulator.workload import Workload
+
+    plan = _typed(task.current, problem.nodes[0].gpu)
+    workload = Workload.of(problem.arrivals, problem.adapters)
+    return plan, fast.simulate(problem.simulation(plan), workload).score.attainment
 
 
 def recent_arrivals(task: Task) -> Arrivals:
