@@ -1,11 +1,13 @@
 """Notebooks run from top to bottom and show pictures; they hold no logic, and are committed without outputs."""
 
 import ast
+import contextlib
 import copy
 from dataclasses import dataclass
 from pathlib import Path
 
 import nbformat
+import psutil
 import pytest
 from nbclient import NotebookClient
 from nbformat import NotebookNode
@@ -34,7 +36,19 @@ SHOWN = {
         words=("Loraplex, 256 adapters: ", "vLLM 0.26, 256 adapters: 1,338", "<td>cold-256</td>", "platform_cpu"),
         files={},
     ),
+    "03_replay_and_replan": Shown(
+        pictures=5,
+        words=("<td>in force</td>", "<td>before</td>", "<td>after</td>", "<td>after, predicted</td>", "code tp1"),
+        files={"plan.yaml": 100},
+    ),
+    "04_train_and_serve": Shown(
+        pictures=2,
+        words=("<th>my-pirate</th>", "What is the capital of Italy?"),
+        files={".loraplex/trained/pirate/adapter_model.safetensors": 100_000},
+    ),
 }
+START_RAY = {"03_replay_and_replan", "04_train_and_serve"}
+RUNS = [pytest.param(path, marks=pytest.mark.ray if path.stem in START_RAY else (), id=path.stem) for path in NOTEBOOKS]
 
 
 def _read(path: Path) -> NotebookNode:
@@ -60,10 +74,19 @@ def test_they_hold_no_logic_and_no_outputs(path: Path) -> None:
         assert not found, cell.source
 
 
+def _processes_in(folder: Path) -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.cwd() == str(folder):
+                found.append(process)
+    return found
+
+
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", RUNS)
 def test_they_run_and_show_pictures(path: Path, tmp_path: Path) -> None:
-    """The long time limit is for a first run, which compiles the simulator."""
+    """And end what they started. The long time limit is for a first run, which compiles the simulator."""
     folder = tmp_path / "notebooks"
     folder.mkdir()
     for name in READ:
@@ -82,3 +105,6 @@ def test_they_run_and_show_pictures(path: Path, tmp_path: Path) -> None:
         assert any(words in one for one in (*pictures, *pages)), words
     for name, num_bytes in expected.files.items():
         assert (folder / name).stat().st_size >= num_bytes
+    # Ray's own agents notice later than it that it has ended.
+    _, alive = psutil.wait_procs(_processes_in(folder), timeout=30)
+    assert not alive
