@@ -54,7 +54,6 @@ class ThreadPeers:
     def __init__(self, shard: Shard, turns: Turns) -> None:
         self._shard = shard
         self._turns = turns
-        self.rows = None
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         total = torch.zeros_like(x)
@@ -113,7 +112,7 @@ class ThreadedGroup:
                     arena,
                     sampler if speaks else ArgmaxSampler(),
                     max_rows=8,
-                    max_step_tokens=128,
+                    max_step_tokens=64,
                     cuda_graphs=cuda_graphs,
                     peers=ThreadPeers(shard, turns),
                 )
