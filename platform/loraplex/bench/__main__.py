@@ -2,6 +2,7 @@
 
 python -m loraplex.bench engine OPTIONS        the JSON of ``EngineBenchOptions``
 python -m loraplex.bench sweep FILE OPTIONS    the JSON of ``SweepOptions``; the table goes to FILE
+python -m loraplex.bench shapes FILE SWEEP...  joins tables of several shapes of a group into FILE
 """
 
 import sys
@@ -11,6 +12,7 @@ import msgspec
 
 from loraplex.bench.engine_bench import run_engine_bench
 from loraplex.bench.options import EngineBenchOptions
+from loraplex.bench.shape_rows import join_sweeps
 from loraplex.bench.sweep import SweepOptions, run_sweep
 
 
@@ -23,6 +25,9 @@ def main(arguments: list[str]) -> None:
             run_sweep(
                 msgspec.json.decode(options, type=SweepOptions), Path(file), say=lambda line: print(line, flush=True)
             )
+        case ["shapes", file, *sweeps] if sweeps:
+            rows = join_sweeps([Path(sweep) for sweep in sweeps])
+            Path(file).write_bytes(msgspec.json.format(msgspec.json.encode(rows), indent=1) + b"\n")
         case _:
             sys.exit(__doc__)
 
