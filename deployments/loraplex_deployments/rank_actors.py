@@ -7,6 +7,7 @@ through Ray.
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
 
 import ray
 from loraplex.config.platform import BaseModelConfig, PlatformConfig
@@ -42,6 +43,8 @@ class RankActor:
         # torch takes seconds; whoever only launches ranks needs none of it.
         from loraplex.model_runner.ranks.worker import run_rank
 
+        # Ray shows an actor the GPU of its own bundle alone.
+        start = replace(start, device_index=0)
         if self._elsewhere:
             run_rank(start, self._fetched)
         run_rank(start)

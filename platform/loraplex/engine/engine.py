@@ -16,6 +16,7 @@ from loraplex.core.wire import LoadReport
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.in_flight import StepInFlight
 from loraplex.engine.instructions import Instructions
+from loraplex.engine.limits import checked_limit
 from loraplex.engine.memory import Memory
 from loraplex.engine.probe import probe_request
 from loraplex.engine.report import Progress, load_report, progress_of
@@ -308,30 +309,9 @@ class Engine:
             request,
             order=self._order,
             now_s=now_s,
-            max_tokens_total=self._checked_limit(request),
+            max_tokens_total=checked_limit(request, self._model),
             eos_token_ids=self._model.eos_token_ids,
         )
-
-    def _checked_limit(self, request: EngineRequest) -> int:
-        """Prompt + output tokens at most."""
-        num_prompt, num_resumed = len(request.prompt_token_ids), len(request.resumed_token_ids)
-        if request.base_model_id != self._model.base_model_id:
-            raise InvalidInput(f"this replica serves {self._model.base_model_id}, not {request.base_model_id}")
-        if num_prompt == 0:
-            raise InvalidInput("the prompt is empty", param="prompt")
-        for ids in (request.prompt_token_ids, request.resumed_token_ids):
-            if ids and not (min(ids) >= 0 and max(ids) < self._model.vocab_size):
-                raise InvalidInput("a token id lies outside the vocabulary", param="prompt")
-        limit = min(num_prompt + request.sampling.max_tokens, self._model.max_context_tokens)
-        if num_prompt + num_resumed >= self._model.max_context_tokens:
-            raise ContextTooLong(
-                f"{num_prompt + num_resumed} tokens leave no room in the context of "
-                f"{self._model.max_context_tokens} tokens",
-                param="prompt",
-            )
-        if num_prompt + num_resumed >= limit:
-            raise InvalidInput("no token is left to generate", param="max_tokens")
-        return limit
 
     def _check_fits(self, sequence: Sequence, adapter_pages: int) -> None:
         share = self._config.max_adapter_pages

@@ -20,31 +20,29 @@ Knows nothing of tokens' values or outputs; called by ``engine``.
 """
 
 from bisect import insort
-from collections import Counter, defaultdict, deque
+from collections import Counter
 from collections.abc import Collection, Iterable
 from heapq import nsmallest
 from itertools import chain
 from math import inf
+from operator import attrgetter
 
-from loraplex.core.ids import Digest, TenantName
+from loraplex.core.ids import Digest
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.memory import Memory
 from loraplex.engine.prefetch import prefetch_adapters, warm_adapter
 from loraplex.engine.quarantine import Quarantine
 from loraplex.engine.queue import WaitingQueue
 from loraplex.engine.sequence import Sequence
+from loraplex.engine.turns import Turns
 from loraplex.tenancy.fairness import ServiceCounters
 
 _PREFETCH_DEPTH = 64
 """Heads of the queue, of each class, that are looked at for adapters to load ahead."""
 
 
-def _rank(sequence: Sequence) -> tuple[bool, float, int]:
-    return sequence.rank
-
-
-def _row_order(sequence: Sequence) -> tuple[str, tuple[bool, float, int]]:
-    return sequence.adapter or "", sequence.rank
+_rank = attrgetter("rank")
+_row_order = attrgetter("row_order")
 
 
 class Scheduler:
@@ -60,8 +58,7 @@ class Scheduler:
         self._preempted = False
         self._blocked = False
         self._in_row_order = True
-        self._admitted_costs: deque[defaultdict[TenantName, float]] = deque()
-        """Of each step in flight, and last of the one being planned: what its newly admitted cost, not yet charged."""
+        self._turns = Turns(config, memory)
         self._num_in_flight = 0
         self._num_planned = 0
         """Steps, without those that were withdrawn or are void."""
@@ -73,8 +70,11 @@ class Scheduler:
         self._leaving: set[Sequence] = set()
         """Ended, but in a step in flight."""
         self.quarantine = Quarantine()
-        self.counters = ServiceCounters()
         self.num_preemptions = 0
+
+    @property
+    def counters(self) -> ServiceCounters:
+        return self._turns.counters
 
     def add(self, sequence: Sequence) -> None:
         """Changes state."""
@@ -112,12 +112,12 @@ class Scheduler:
         self._memory.tick()
         self._preempted = False
         self._in_row_order = True
-        self._admitted_costs.append(defaultdict(float))
+        self._turns.begin_step()
         self._share_all(now_s)
         if not self._blocked and not self._preempted:
             self._prefetch(now_s)
         if self._blocked or not self._shares:
-            self._admitted_costs.pop()
+            self._turns.undo_step()
             return {}
         self._num_in_flight += 1
         self._num_planned += 1
@@ -165,13 +165,13 @@ class Scheduler:
     def step_done(self) -> None:
         """The oldest step in flight was computed. Changes state."""
         self._num_in_flight -= 1
-        self._admitted_costs.popleft()
+        self._turns.end_step()
         self.quarantine.step_done()
 
     def _forget_last(self) -> None:
         self._num_in_flight -= 1
         self._num_planned -= 1
-        self._admitted_costs.pop()
+        self._turns.undo_step()
 
     def _share_all(self, now_s: float) -> None:
         only = self.quarantine.next_set()
@@ -259,8 +259,8 @@ class Scheduler:
                 return not passed
             if self._budget <= 0:
                 return False
-            head = min(heads, key=lambda sequence: self._turn(sequence, now_s))
-            overdue = self._is_overdue(head, now_s)
+            head = min(heads, key=lambda sequence: self._turns.turn(sequence, now_s))
+            overdue = self._turns.is_overdue(head, now_s)
             if not overdue and self._is_being_computed(head):
                 deferred.add(head)
             elif self._make_way(head):
@@ -278,7 +278,7 @@ class Scheduler:
             nsmallest(
                 _PREFETCH_DEPTH,
                 filter(self._is_ready, self.waiting.heads(offline=offline, without=())),
-                key=lambda sequence: self._turn(sequence, now_s),
+                key=lambda sequence: self._turns.turn(sequence, now_s),
             )
             for offline in (False, True)
         )
@@ -300,24 +300,6 @@ class Scheduler:
         """True while a running request, of no lower class, computes a page that this one would compute again."""
         computing = self._memory.prefix.awaited(sequence)
         return computing is not None and computing.offline <= sequence.offline
-
-    def _is_overdue(self, sequence: Sequence, now_s: float) -> bool:
-        return sequence.since_s + self._config.overdue_s <= now_s
-
-    def _turn(self, sequence: Sequence, now_s: float) -> tuple[float, tuple[bool, float, int]]:
-        """Who is least goes next. What this plan and those in flight admit counts already, though its tokens are yet to
-        be computed: otherwise the tenant that is least at the start of a step would take all that is free."""
-        if sequence.since_s == -inf:
-            return -inf, sequence.rank
-        score = self.counters.value(sequence.tenant)
-        score += sum(costs.get(sequence.tenant, 0.0) for costs in self._admitted_costs)
-        if sequence.adapter is not None and not self._is_overdue(sequence, now_s):
-            score += self._price(sequence.adapter)
-        return score, sequence.rank
-
-    def _price(self, adapter: Digest) -> float:
-        adapters = self._memory.adapters
-        return 0.0 if adapters.num_users(adapter) else adapters.num_pages(adapter) * self._config.adapter_page_price
 
     def _make_way(self, sequence: Sequence) -> bool:
         """True when it can be admitted now; an online request may preempt offline ones for that, if it helps and no
@@ -358,9 +340,7 @@ class Scheduler:
 
     def _admit(self, sequence: Sequence) -> None:
         self._open(sequence)
-        uncharged = len(sequence.token_ids) - max(sequence.num_computed, sequence.charged_tokens)
-        cost = max(0, uncharged) * self._config.prefill_token_cost + self._config.decode_token_cost
-        self._admitted_costs[-1][sequence.tenant] += cost / sequence.request.weight
+        self._turns.admit(sequence)
         self._share_chunk(sequence)
 
     def _preempt(self, sequence: Sequence) -> None:
@@ -412,14 +392,9 @@ class Scheduler:
         assert self._by_adapter == sorted(self.running, key=_row_order), "rows are out of order"
         waiting = list(self.waiting)
         for sequence in self.running:
-            assert 0 <= sequence.num_computed < len(sequence.token_ids)
-            assert sequence.num_computed <= sequence.num_scheduled < sequence.num_known <= sequence.max_tokens_total
-            assert sequence.num_scheduled <= len(sequence.pages) * self._memory.page_size
-            assert sequence.num_sealed <= sequence.num_computed // self._memory.page_size
-        for sequence in waiting:
-            assert sequence.slot is None, "a waiting request holds a slot"
-            assert not sequence.pages, "a waiting request holds pages"
-        assert len(self._admitted_costs) == self._num_in_flight, "costs of a step were lost"
+            sequence.validate(self._memory.page_size)
+        assert not any(sequence.slot is not None or sequence.pages for sequence in waiting), "who waits holds something"
+        assert self._turns.num_open == self._num_in_flight, "costs of a step were lost"
         assert all(sequence.num_in_flight > 0 for sequence in self._leaving), "an ended request stayed"
         self._memory.validate(holders, waiting)
         self.counters.validate(dict(Counter(sequence.tenant for sequence in (*holders, *waiting))))

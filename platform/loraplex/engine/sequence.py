@@ -100,3 +100,15 @@ class Sequence:
     def num_unscheduled(self) -> int:
         """Tokens that the next step may compute, the pending one too."""
         return self.num_known - self.num_scheduled
+
+    @property
+    def row_order(self) -> tuple[str, tuple[bool, float, int]]:
+        """Of its rows in a step."""
+        return self.adapter or "", self.rank
+
+    def validate(self, page_size: int) -> None:
+        """Of a running request; raises AssertionError on a broken invariant."""
+        assert 0 <= self.num_computed < len(self.token_ids)
+        assert self.num_computed <= self.num_scheduled < self.num_known <= self.max_tokens_total
+        assert self.num_scheduled <= len(self.pages) * page_size
+        assert self.num_sealed <= self.num_computed // page_size
