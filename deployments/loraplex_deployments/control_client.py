@@ -2,10 +2,11 @@
 
 Used by gateways, replicas and the launcher. Holds no state but the actor handle; Ray restarts the controller and
 retries go to the new one, likewise if it died for good and another was created. While it is away,
-every call raises Unavailable.
+every call raises Unavailable; reads of artifacts wait for it first.
 """
 
 import asyncio
+import time
 from typing import Any, cast
 
 import ray
@@ -29,6 +30,7 @@ from ray.exceptions import ActorDiedError, GetTimeoutError, RayError, RayTaskErr
 NAMESPACE = "loraplex"
 CONTROLLER_NAME = "loraplex-controller"
 _READ_TIMEOUT_S = 30.0
+_AWAY_S, _AWAY_PAUSE_S = 10.0, 0.2
 
 
 def controller_handle() -> Any:
@@ -156,21 +158,26 @@ class RayControlPlane:
 
 
 class RayArtifactReader:
-    """Blocking reads of artifacts for a replica's staging threads."""
+    """Blocking reads of artifacts for a replica's staging threads. A controller that is being replaced or restarted is
+    waited for, since a request waits for the adapter: for ``_AWAY_S``."""
 
     def __init__(self, handle: Any) -> None:
         self._handle = handle
 
     def _call(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        try:
-            asked = self._handle.ask.remote(encode_request(method, *args, **kwargs))
-            return decode_answer(method, ray.get(asked, timeout=_READ_TIMEOUT_S))
-        except GetTimeoutError:
-            raise Unavailable("the controller did not answer in time") from None
-        except RayError as error:
-            if isinstance(error, ActorDiedError):
-                self._handle = _successor(self._handle)
-            raise unwrap(error) from None
+        deadline_s = time.monotonic() + _AWAY_S
+        while True:
+            try:
+                asked = self._handle.ask.remote(encode_request(method, *args, **kwargs))
+                return decode_answer(method, ray.get(asked, timeout=_READ_TIMEOUT_S))
+            except GetTimeoutError:
+                raise Unavailable("the controller did not answer in time") from None
+            except RayError as error:
+                if isinstance(error, RayTaskError) or time.monotonic() > deadline_s:
+                    raise unwrap(error) from None
+                if isinstance(error, ActorDiedError):
+                    self._handle = _successor(self._handle)
+            time.sleep(_AWAY_PAUSE_S)
 
     def info(self, digest: Digest) -> ArtifactInfo:
         return cast(ArtifactInfo, self._call("artifact", digest))
