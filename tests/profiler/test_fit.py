@@ -5,7 +5,7 @@ import pytest
 from loraplex.core.errors import BadConfig
 from loraplex.cost.ceilings import FloatArray
 from loraplex.cost.step_cost import StepCoefficients, StepComposition
-from loraplex.profiler.fit import TOKEN_KNOTS, fit_coefficients, held_out_error
+from loraplex.profiler.fit import TOKEN_KNOTS, fit_coefficients, fit_mean, held_out_error
 
 TRUE = StepCoefficients(
     fixed_s=5.5e-3,
@@ -74,6 +74,20 @@ def test_stray_steps_move_little() -> None:
     error = held_out_error(fit_coefficients(steps, seconds), unseen, TRUE.seconds(unseen))
     assert error.median < 0.02
     assert error.total < 0.02
+
+
+def test_the_mean_holds_what_held_steps_up_for_each_kind() -> None:
+    """Every third decode step and every tenth other one takes half as long again."""
+    steps = _steps(2000, 9)
+    decodes = steps.prefill_rows == 0
+    seconds = TRUE.seconds(steps)
+    for kind, nth in ((decodes, 3), (~decodes, 10)):
+        seconds[np.flatnonzero(kind)[::nth]] *= 1.5
+    mean, typical = (fit(steps, seconds).seconds(steps) for fit in (fit_mean, fit_coefficients))
+    for kind in (decodes, ~decodes):
+        assert mean[kind].sum() == pytest.approx(seconds[kind].sum(), rel=0.01)
+    # What a decode step takes by itself lies well below.
+    assert typical[decodes].sum() < 0.92 * seconds[decodes].sum()
 
 
 def test_nothing_is_negative_where_time_falls_with_size() -> None:

@@ -37,6 +37,10 @@ def test_the_real_engine_keeps_the_times_that_the_simulator_predicts() -> None:
     assert abs(figures["tpot_p50_s"]["error"]) < 0.1
     assert abs(figures["ttft_p50_s"]["error"]) < 0.15
     assert abs(figures["output_tokens_per_s"]["error"]) < 0.1
+    # A lone request waits for little but its step, and the executor has one pace.
+    assert 0 < result["hand_over_s"] < 0.03
+    (slowness,) = result["slowness"]
+    assert 0.9 < slowness["p10"] <= slowness["p50"] <= slowness["p90"] < 1.2
     assert result["slo"]["ttft_s"] > figures["ttft_p50_s"]["predicted"]
     assert result["median_error"]["tpot_p50_s"] == figures["tpot_p50_s"]["error"]
 

@@ -84,9 +84,12 @@ class RecordingEngine(Engine):
     def clear(self) -> None:
         """Forgets what was recorded."""
         self._steps: list[tuple[StepPlan, float]] = []
+        self._ends: list[float] = []
         self._latencies: list[float] = []
         self._overlapped: list[bool] = []
         self._last_end_s = 0.0
+        self._goes_on = False
+        """Requests were running when the last step ended, and since then the engine had something to plan."""
         self.num_loads = 0
 
     def schedule(self, now_s: float) -> Instructions:
@@ -95,16 +98,22 @@ class RecordingEngine(Engine):
         self.num_loads += len(instructions.loads)
         if instructions.plan is not None:
             self._planned[instructions.plan.step_id] = (instructions.plan, started_s)
+        elif self.num_in_flight == 0:
+            self._goes_on = False
         return instructions
 
     def complete(self, result: StepResult, now_s: float) -> tuple[RequestOutput, ...]:
         ended_s = time.perf_counter()
         plan, planned_s = self._planned.pop(result.step_id)
-        self._steps.append((plan, ended_s - max(planned_s, self._last_end_s)))
+        began_s = self._last_end_s if self._goes_on else max(planned_s, self._last_end_s)
+        self._steps.append((plan, ended_s - began_s))
+        self._ends.append(ended_s)
         self._latencies.append(ended_s - planned_s)
         self._overlapped.append(planned_s < self._last_end_s)
         self._last_end_s = ended_s
-        return super().complete(result, now_s)
+        outputs = super().complete(result, now_s)
+        self._goes_on = bool(self._scheduler.running)
+        return outputs
 
     @property
     def last_step(self) -> int:
@@ -113,6 +122,10 @@ class RecordingEngine(Engine):
     def step_seconds(self) -> FloatArray:
         """(S,) of the recorded steps."""
         return np.array([seconds for _, seconds in self._steps])
+
+    def step_starts(self) -> FloatArray:
+        """(S,) of ``perf_counter``: when each recorded step began, as ``step_seconds`` counts."""
+        return np.array(self._ends) - self.step_seconds()
 
     def step_latencies(self) -> FloatArray:
         """(S,) seconds from the planning of each recorded step to its end."""

@@ -3,6 +3,7 @@
 Owns the thread that sends and the times at which tokens came. Called by ``simulated``.
 """
 
+import statistics
 import tempfile
 import threading
 import time
@@ -23,6 +24,7 @@ from loraplex.core.plan import Shape
 from loraplex.core.request import EngineRequest, FinishReason, SamplingParams
 from loraplex.core.step import Executor
 from loraplex.core.wire import ReplicaFrame
+from loraplex.cost.ceilings import FloatArray
 from loraplex.engine import EngineConfig
 from loraplex.loadgen.outcomes import Outcomes
 from loraplex.profiler.measurement import Samples
@@ -32,6 +34,7 @@ from loraplex.traces.arrivals import Arrivals
 _SESSION = 1
 _LONGEST_SILENCE_S = 120.0
 _HEAD_START_S = 0.2
+_HAND_OVERS = 9
 
 
 class AdapterFiles:
@@ -64,6 +67,7 @@ class EngineReplay:
         self._recording = RecordingEngine(engine, executor, itemsize=itemsize, shape=Shape())
         self._arrived = threading.Condition()
         self._run: _Times | None = None
+        self._start_s = 0.0
         self._loop = EngineLoop(
             replica_id=ReplicaId("replica"),
             executor=executor,
@@ -83,9 +87,9 @@ class EngineReplay:
         requests = [self._request(arrivals, digests, row, seed) for row in range(len(arrivals))]
         times = self._run = _Times(len(requests))
         self._recording.clear()
-        start_s = time.monotonic() + _HEAD_START_S
+        start_s = self._start_s = time.perf_counter() + _HEAD_START_S
         for request, at_s in zip(requests, arrivals.arrival_s.tolist(), strict=True):
-            time.sleep(max(0.0, start_s + at_s - time.monotonic()))
+            time.sleep(max(0.0, start_s + at_s - time.perf_counter()))
             self._loop.submit(_SESSION, (request,))
         with self._arrived:
             while times.num_unfinished:
@@ -106,13 +110,26 @@ class EngineReplay:
         """Of the last run."""
         return Samples.of(self._recording.composition(self._files.manifests), self._recording.step_seconds())
 
+    def step_starts(self) -> FloatArray:
+        """(S,) seconds after the start of the last run."""
+        return self._recording.step_starts() - self._start_s
+
+    def hand_over_s(self, lone: Arrivals) -> float:
+        """What the first token of a request waits for beside its step: until the engine's thread has heard of the
+        request, and until the token is with the caller. Median over runs of ``lone``, one short request."""
+        found = []
+        for seed in range(_HAND_OVERS):
+            outcomes = self.run(lone, {}, seed=seed)
+            found.append(float(outcomes.ttft_s[0] - self._recording.step_seconds()[0]))
+        return statistics.median(found)
+
     def close(self) -> None:
         self._loop.stop()
         self._loop.join()
         self._files.close()
 
     def _deliver(self, frames: dict[int, ReplicaFrame]) -> None:
-        now_s = time.monotonic()
+        now_s = time.perf_counter()
         frame = frames.get(_SESSION)
         if frame is None or not frame.outputs or self._run is None:
             return
@@ -145,7 +162,7 @@ class EngineReplay:
 
 
 class _Times:
-    """Seconds of ``time.monotonic`` at which the tokens of each request came. Guarded by its owner."""
+    """Seconds of ``time.perf_counter`` at which the tokens of each request came. Guarded by its owner."""
 
     def __init__(self, num_requests: int) -> None:
         self.first_s = np.full(num_requests, np.inf)

@@ -1,7 +1,9 @@
-"""Step timings in, coefficients out: non-negative least squares over relative errors, robust against stray steps.
+"""Step timings in, coefficients out: non-negative least squares over relative errors.
 
-Relative, so that a decode step of 6 ms counts as much as a prefill of 60. A step that the system held up (garbage
-collection, another process) is weighed down as in Huber's estimator. Pure. Called by ``measure``.
+Relative, so that a decode step of 6 ms counts as much as a prefill of 60. Of what a step takes by itself
+(``fit_coefficients``): one that the system held up (garbage collection, another process) is weighed down as in Huber's
+estimator. Of what steps took in the mean (``fit_mean``): held-up ones count like all others. Pure. Called by
+``measure`` and ``simulated``.
 """
 
 import numpy as np
@@ -21,22 +23,50 @@ _STRAY = 3.0
 
 def fit_coefficients(steps: StepComposition, seconds: FloatArray) -> StepCoefficients:
     """``seconds``: (S,), greater than 0, with S at least the number of coefficients. BadConfig when there are fewer."""
+    knots, table = _table(steps)
+    weights = np.ones(len(steps))
+    for _ in range(_ROUNDS):
+        found = _solve(table / seconds[:, None], np.ones(len(steps)), weights)
+        errors = np.abs(table @ found / seconds - 1.0)
+        bound = _STRAY * max(float(np.median(errors)), 1e-9)
+        weights = np.sqrt(np.minimum(1.0, bound / np.maximum(errors, 1e-12)))
+    return _coefficients(found, knots)
+
+
+def fit_mean(steps: StepComposition, seconds: FloatArray) -> StepCoefficients:
+    """As ``fit_coefficients``, but so that the steps of each kind together take what was measured.
+
+    Errors count relative to the prediction: relative to what was measured, a slow step would count less than a quick
+    one of the same kind, and the fit would lie below the mean of both.
+    """
+    knots, table = _table(steps)
+    found = fit_coefficients(steps, seconds).array()
+    found = np.delete(found, np.s_[NUM_SCALARS : NUM_SCALARS + len(knots)])
+    for _ in range(_ROUNDS):
+        expected = np.maximum(table @ found, 1e-9)
+        found = _solve(table / expected[:, None], seconds / expected, np.ones(len(steps)))
+    return _coefficients(found, knots)
+
+
+def _table(steps: StepComposition) -> tuple[tuple[float, ...], FloatArray]:
+    """The knots in use, and what each coefficient is multiplied by."""
     most = float((steps.prefill_tokens + steps.decode_rows).max(initial=0.0))
     knots = tuple(knot for knot in TOKEN_KNOTS if knot == 0.0 or knot < most)
     table = features(steps, knots)
     if len(steps) < table.shape[1]:
         raise BadConfig(f"{len(steps)} steps are too few to fit {table.shape[1]} coefficients")
-    relative = table / seconds[:, None]
-    scales = relative.max(axis=0)
+    return knots, table
+
+
+def _solve(table: FloatArray, wanted: FloatArray, weights: FloatArray) -> FloatArray:
+    """The x >= 0 for which ``table`` @ x is nearest to ``wanted``, (S,)."""
+    scales = table.max(axis=0)
     scales[scales == 0.0] = 1.0
-    matrix = relative / scales
-    weights = np.ones(len(steps))
-    for _ in range(_ROUNDS):
-        solution, _ = nnls(matrix * weights[:, None], weights)
-        errors = np.abs(matrix @ solution - 1.0)
-        bound = _STRAY * max(float(np.median(errors)), 1e-9)
-        weights = np.sqrt(np.minimum(1.0, bound / np.maximum(errors, 1e-12)))
-    found = solution / scales
+    solution, _ = nnls(table / scales * weights[:, None], wanted * weights)
+    return np.asarray(solution / scales, dtype=np.float64)
+
+
+def _coefficients(found: FloatArray, knots: tuple[float, ...]) -> StepCoefficients:
     return StepCoefficients.from_array(np.concatenate([found[:NUM_SCALARS], knots, found[NUM_SCALARS:]]))
 
 

@@ -1,11 +1,12 @@
 """``python -m loraplex.profiler.simulated``: how near the exact simulator is to the real engine on this machine.
 
 Runs made-up arrivals through a replica in real time and through the exact simulator, and prints both sides of
-throughput, TTFT, TPOT and SLO attainment. The simulator's cost of a step is fitted to the steps of the same round: what
-differs is then the simulator, not the speed of a shared machine at another time; a profile measured before says the
-rate. Medians over several rounds of arrivals; the load, as a share of what the simulator says the replica can do, and
-the targets are stated. The default model has the shape of the demo base. Owns the experiment; the parts are those of
-profiler, replica and simulator.
+throughput, TTFT, TPOT and SLO attainment. The simulator's cost of a step is fitted to the steps of the same round, and
+its clock runs at the machine's pace in each second: what differs is then the simulator, not the speed of a shared
+machine at another time. What a first token waits for beside its step is measured with lone requests before the rounds.
+A profile measured before says the rate. Medians over several rounds of arrivals; the load, as a share of what the
+simulator says the replica can do, and the targets are stated. The default model has the shape of the demo base. Owns
+the experiment; the parts are those of profiler, replica and simulator.
 """
 
 import argparse
@@ -16,7 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 import numpy as np
@@ -26,15 +27,17 @@ from loraplex.bench.random_adapters import random_manifests
 from loraplex.core.ids import BaseModelId
 from loraplex.core.plan import BasePlacement, GroupPlan, Plan, Shape
 from loraplex.core.step import Executor
+from loraplex.cost.step_cost import StepCost
 from loraplex.engine import EngineConfig
 from loraplex.loadgen.comparison import compare
 from loraplex.loadgen.outcomes import Outcomes
-from loraplex.loadgen.prediction import outcomes_of
 from loraplex.model_runner.build import build_executor
 from loraplex.model_runner.config import ExecutorConfig
 from loraplex.profiler.engine_replay import AdapterFiles, EngineReplay
+from loraplex.profiler.fit import fit_mean
 from loraplex.profiler.measure import ProfileOptions, measure
 from loraplex.profiler.measurement import Samples
+from loraplex.profiler.pace import Pace, predicted_at
 from loraplex.simulator.exact import simulate_exact
 from loraplex.simulator.scenarios import make_arrivals
 from loraplex.simulator.types import AdapterSize, CostKey, IntArray, ReplicaCost, SimulationInput, Slo
@@ -65,6 +68,8 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     rounds: int = 3
     profile_s: float = 90.0
     """For the profile that the rate follows from."""
+    pace_s: Annotated[float, msgspec.Meta(ge=0)] = 1.0
+    """Length of the windows in which the machine has one pace; 0: one for the whole round."""
     seed: int = 0
 
 
@@ -73,13 +78,12 @@ def run(options: Options) -> dict[str, Any]:
     measurement = measure(_profile_options(options), say=lambda line: print(line, file=sys.stderr))
     engine = EngineConfig(max_running=options.max_running, max_step_tokens=options.max_step_tokens)
 
+    profiled = ReplicaCost.of(measurement.profile(), CostKey(gpu=_GPU, base_model_id=BASE, shape=Shape()), engine)
+
     def fitted(steps: Samples) -> ReplicaCost:
-        profile = msgspec.structs.replace(measurement, fitted=steps, held_out=steps).profile()
-        composition, seconds = steps.arrays()
-        # The fit holds steps that the system held up for strays; the replica waited for them all the same.
-        taken = float(seconds.sum() / profile.steps[0].cost.interval.seconds(composition).sum())
-        key = CostKey(gpu=_GPU, base_model_id=BASE, shape=Shape())
-        return ReplicaCost.of(profile.slowed(taken), key, engine)
+        # Of the mean: the replica waited also for steps that the system held up.
+        mean = fit_mean(*steps.arrays())
+        return dataclasses.replace(profiled, step=StepCost(interval=mean, latency=mean))
 
     executor = build_executor(
         ExecutorConfig(
@@ -105,21 +109,29 @@ def rounds_of(
     engine: EngineConfig,
     fitted: Callable[[Samples], ReplicaCost],
 ) -> dict[str, Any]:
-    """Both sides of each round. ``cost``: of ``executor``, which is closed at the end, for the rate; ``fitted``: to the
-    steps of a round."""
+    """Both sides of each round; ``slowness``: percentiles over its windows. ``cost``: of ``executor``, which is closed
+    at the end, for the rate; ``fitted``: to the steps of a round."""
     rate = options.load * _capacity(options, cost, engine)
     manifests = random_manifests(executor.model, count=options.adapters, lora_ranks=(_LORA_RANK,), seed=options.seed)
     digests = {index: manifest.digest for index, manifest in enumerate(manifests)}
     in_flight = executor.max_in_flight
     replica = EngineReplay(executor, engine, AdapterFiles(manifests, executor.model))
-    rounds, slo = [], None
+    rounds, paces, slo = [], [], None
     try:
+        hand_over_s = replica.hand_over_s(_lone())
         for seed in range(options.seed, options.seed + options.rounds):
             arrivals = _with_warm_up(_arrivals(options, rate, seed=seed), options.adapters)
             measured = replica.run(arrivals, digests, seed=seed).since(_WARM_S)
-            given = _input(arrivals, fitted(replica.steps()), engine)
-            given = dataclasses.replace(given, max_in_flight=in_flight)
-            predicted = outcomes_of(given, simulate_exact(given)).since(_WARM_S)
+            steps = replica.steps()
+            of_round = fitted(steps)
+            composition, seconds = steps.arrays()
+            starts_s, expected_s = replica.step_starts(), of_round.step.interval.seconds(composition)
+            window_s = options.pace_s or float(starts_s[-1] + seconds[-1])
+            pace = Pace.of(starts_s, seconds, expected_s, window_s=window_s)
+            given = _input(arrivals, of_round, engine)
+            given = dataclasses.replace(given, max_in_flight=in_flight, overhead_s=hand_over_s)
+            predicted = predicted_at(pace, given).since(_WARM_S)
+            paces.append({f"p{at}": float(np.percentile(pace.slowness, at)) for at in (10, 50, 90)})
             slo = slo or _targets(predicted)
             rounds.append(_figures(measured, predicted, arrivals, slo))
     finally:
@@ -127,6 +139,8 @@ def rounds_of(
     assert slo is not None, "at least one round"
     return {
         "rate_per_s": rate,
+        "hand_over_s": hand_over_s,
+        "slowness": paces,
         "slo": dataclasses.asdict(slo),
         "rounds": rounds,
         "median_error": {name: statistics.median(one[name]["error"] for one in rounds) for name in rounds[0]},
@@ -211,6 +225,13 @@ def _input(arrivals: Arrivals, cost: ReplicaCost, engine: EngineConfig) -> Simul
         slo=Slo(),
         engine=engine,
     )
+
+
+def _lone() -> Arrivals:
+    """The shortest request for the base."""
+    one = make_arrivals(num_requests=1, rate=1.0, num_adapters=1, num_tenants=1, bases=(BASE,))
+    ones = np.ones(1, dtype=np.int32)
+    return dataclasses.replace(one, arrival_s=np.zeros(1), adapter=-ones, prompt_tokens=ones, output_tokens=ones)
 
 
 def _capacity(options: Options, cost: ReplicaCost, engine: EngineConfig) -> float:
