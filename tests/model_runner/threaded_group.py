@@ -112,7 +112,7 @@ class ThreadedGroup:
                     arena,
                     sampler if speaks else ArgmaxSampler(),
                     max_rows=8,
-                    max_step_tokens=64,
+                    max_step_tokens=128,
                     cuda_graphs=cuda_graphs,
                     peers=ThreadPeers(shard, turns),
                 )
