@@ -78,12 +78,13 @@ class ReplanPlatform:
         platform: RunningPlatform,
         config: PlatformConfig,
         targets: tuple[Target, ...],
+        admin_key: str,
         started: contextlib.ExitStack,
     ) -> None:
         """``started`` ends, last first, what was started."""
         self.platform = platform
         self.targets = targets
-        self.admin_key = ensure_admin_key(platform, config)
+        self.admin_key = admin_key
         self._config = config
         self._started = started
         self._since_s = time.time()
@@ -111,7 +112,7 @@ class ReplanPlatform:
             while not platform.call("fleet_status").settled:
                 time.sleep(0.2)
             targets = tuple(Target(tenant=str(_TENANT), model=name, key=key) for name in names)
-            return cls(platform, config, targets, stack.pop_all())
+            return cls(platform, config, targets, ensure_admin_key(platform, config), stack.pop_all())
 
     def close(self) -> None:
         """Idempotent."""
