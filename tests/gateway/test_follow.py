@@ -97,6 +97,11 @@ async def test_routes_are_handed_on_and_loads_shown(world: Any) -> None:
     try:
         assert seen == [(world.gateway._view.snapshot.routes, world.control.controller.cluster_secret)]
         await world.eventually(lambda: gateway.not_ready() == "No replica is up.")
+        routes = world.control.controller._board.current.routes
+        world.control.controller._board.set_routes(routes, asleep=True)
+        await world.eventually(lambda: gateway.not_ready() is None)
+        world.control.controller._board.set_routes(routes, asleep=False)
+        await world.eventually(lambda: gateway.not_ready() == "No replica is up.")
         loads[ReplicaId("fake-0")] = LoadReport(num_running=3)
         assert gateway.not_ready() is None
         route = ReplicaRoute(replica_id=ReplicaId("r2"), base_model_id=BaseModelId("tiny-base"), address="h:2")

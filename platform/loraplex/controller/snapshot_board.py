@@ -67,9 +67,9 @@ class SnapshotBoard:
         others = tuple(other for other in self._current.routes if other.replica_id != route.replica_id)
         self._show(replace(self._current, routes=(*others, route)))
 
-    def set_routes(self, routes: tuple[ReplicaRoute, ...]) -> None:
-        """The whole table at once: nobody sees a part of a change."""
-        self._show(replace(self._current, routes=routes))
+    def set_routes(self, routes: tuple[ReplicaRoute, ...], *, asleep: bool) -> None:
+        """The whole table at once: nobody sees a part of a change. ``asleep``: as in ``ControlSnapshot``."""
+        self._show(replace(self._current, routes=routes, asleep=asleep))
 
     def remove_route(self, replica_id: ReplicaId) -> None:
         routes = tuple(route for route in self._current.routes if route.replica_id != replica_id)

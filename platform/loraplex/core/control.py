@@ -65,6 +65,8 @@ class ControlSnapshot:
     base_models: tuple[BaseModelView, ...]
     routes: tuple[ReplicaRoute, ...]
     cluster_secret: str
+    asleep: bool = False
+    """No replica is to run before somebody asks: a request wakes its base."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -148,7 +148,7 @@ class Gateway:
         if any(not task.done() for task in self._warm.values()):
             return "Tokenizers are being loaded."
         num_replicas = len(snapshot.routes) if self._loads is None else len(self._loads())
-        return None if num_replicas else "No replica is up."
+        return None if num_replicas or snapshot.asleep else "No replica is up."
 
     async def _follow(self) -> None:
         """Long-polls snapshots for ever."""

@@ -293,6 +293,18 @@ async def test_a_base_without_a_group_comes_when_it_is_asked_for_and_goes_when_n
     assert f"no request for {B} in 1.5 s" in await _reasons(fleet, DecisionKind.ASLEEP)
 
 
+async def test_gateways_are_told_when_nothing_is_to_run_before_somebody_asks(make_fleet: Make) -> None:
+    fleet = make_fleet(node("n1", 2), default=plan(0), idle_s=0.5)
+    await fleet.start()
+    assert (await fleet.snapshot()).asleep
+    await fleet.manager.plans.wake_base(A)
+    await fleet.eventually(lambda: fleet.machines.num_serving(A) == 1)
+    await fleet.settled()
+    assert not (await fleet.snapshot()).asleep
+    await fleet.eventually(lambda: fleet.machines.num_serving(A) == 0)
+    assert (await fleet.snapshot()).asleep
+
+
 async def test_replicas_that_nobody_recorded_are_adopted(make_fleet: Make, new_database: Callable[[], str]) -> None:
     """As after the loss of the database."""
     fleet = make_fleet(node("n1", 2), default=plan(0, group("x", A), group("y", A)))

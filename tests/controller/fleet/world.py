@@ -10,7 +10,7 @@ from loraplex.controller.controller import Controller
 from loraplex.controller.fleet.config import FleetConfig
 from loraplex.controller.fleet.manager import FleetManager
 from loraplex.controller.fleet.state import FleetBase
-from loraplex.core.control import BaseModelView, ReplicaRoute
+from loraplex.core.control import BaseModelView, ControlSnapshot, ReplicaRoute
 from loraplex.core.fleet import NodeStatus
 from loraplex.core.ids import BaseModelId, TenantName
 from loraplex.core.plan import AdapterShare, BasePlacement, GroupPlan, Plan, Shape
@@ -93,10 +93,13 @@ class Fleet:
         for seed, name in enumerate(names):
             await upload_adapter(self.controller, TenantName("acme"), name, tiny_adapter(seed))
 
-    async def routes(self) -> dict[str, ReplicaRoute]:
+    async def snapshot(self) -> ControlSnapshot:
         snapshot = await self.controller.snapshot(after_epoch=0, after_version=0, timeout_s=0)
         assert snapshot is not None
-        return {route.replica_id: route for route in snapshot.routes}
+        return snapshot
+
+    async def routes(self) -> dict[str, ReplicaRoute]:
+        return {route.replica_id: route for route in (await self.snapshot()).routes}
 
     async def eventually(self, check: Callable[[], object], *, timeout_s: float = 10.0) -> None:
         async with asyncio.timeout(timeout_s):

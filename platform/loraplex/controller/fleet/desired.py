@@ -53,6 +53,11 @@ class Desired:
     def plan(self) -> Plan:
         return self.assigned or self.active.plan
 
+    @property
+    def is_nothing(self) -> bool:
+        """No group is planned, and no base was woken."""
+        return not self.plan.groups and not self._last_use_s
+
     def groups(self) -> tuple[tuple[GroupPlan, ...], tuple[GroupPlan, ...]]:
         """(Of the plan, woken ones), with the adapters that exist."""
         known = self._adapters()

@@ -12,7 +12,7 @@ import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import replace
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from loraplex.controller.fleet.config import FleetConfig
 from loraplex.controller.fleet.crew import Crew, Event
@@ -51,6 +51,10 @@ T = TypeVar("T")
 _CALL_TIMEOUT_S = 10.0
 
 
+class PublishRoutes(Protocol):
+    def __call__(self, routes: tuple[ReplicaRoute, ...], *, asleep: bool) -> None: ...
+
+
 class FleetManager:
     """``await recover()`` before snapshots are answered, ``run()`` as a task, ``await stop()`` at the end.
 
@@ -62,7 +66,7 @@ class FleetManager:
         actuator: Actuator,
         store: FleetStore,
         *,
-        publish: Callable[[tuple[ReplicaRoute, ...]], None],
+        publish: PublishRoutes,
         loads: Loads,
         adapters: Callable[[], Collection[AdapterKey]],
         bases: Mapping[BaseModelId, FleetBase],
@@ -286,7 +290,7 @@ class FleetManager:
         self._publish()
 
     def _publish(self) -> None:
-        self._publish_routes(routes_of(self._roster))
+        self._publish_routes(routes_of(self._roster), asleep=self._desired.is_nothing)
 
     def _hear(self, event: Event) -> None:
         self._events.hear(event)
