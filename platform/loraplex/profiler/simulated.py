@@ -65,7 +65,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """Share of the rate at which the simulated replica would be always full."""
     seconds: float = 40.0
     """Of arrivals, in a round."""
-    rounds: int = 3
+    rounds: int = 6
     profile_s: float = 90.0
     """For the profile that the rate follows from."""
     pace_s: Annotated[float, msgspec.Meta(ge=0)] = 1.0
