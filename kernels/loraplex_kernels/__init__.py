@@ -7,7 +7,7 @@ the only caller. Today every operation is the twin, on any device; the modules a
 from loraplex_kernels.activation import silu_mul
 from loraplex_kernels.attention import AttentionPlan, AttentionRow, paged_attention, plan_attention
 from loraplex_kernels.kv import KvLayout, KvPages, kv_row_index, view_kv_pages, write_kv_
-from loraplex_kernels.linear import linear, pack_weight
+from loraplex_kernels.linear import linear, linear_into, pack_weight
 from loraplex_kernels.lora import ExpandPart, LoraSegment, LoraSite, lora_add_, lora_expand_, lora_shrink
 from loraplex_kernels.norm import add_rms_norm_, rms_norm
 from loraplex_kernels.rotary import Llama3Scaling, RotaryAngles, apply_rotary_, rotary_angles, rotary_frequencies
@@ -26,6 +26,7 @@ __all__ = [
     "apply_rotary_",
     "kv_row_index",
     "linear",
+    "linear_into",
     "lora_add_",
     "lora_expand_",
     "lora_shrink",

@@ -41,6 +41,13 @@ def linear(x_TI: torch.Tensor, packed_OI: torch.Tensor, bias_O: torch.Tensor | N
     return functional.linear(x_TI, packed_OI, bias_O)
 
 
+def linear_into(x_TI: torch.Tensor, packed_OI: torch.Tensor, out_TO: torch.Tensor) -> torch.Tensor:
+    """``x W^T`` in ``out_TO``, which it returns. ``packed_OI`` comes from ``pack_weight``."""
+    if packed_OI.is_mkldnn:
+        return out_TO.copy_(linear(x_TI, packed_OI))
+    return torch.mm(x_TI, packed_OI.t(), out=out_TO)
+
+
 @cache
 def _has_onednn() -> bool:
     return platform.machine() in ("x86_64", "AMD64") and torch._C._has_mkldnn

@@ -18,6 +18,7 @@ from loraplex.model_runner.arena import Arena
 from loraplex.model_runner.build import load_model_spec, load_weights
 from loraplex.model_runner.drawn import Drawn
 from loraplex.model_runner.executor import TorchExecutor
+from loraplex.model_runner.rank_executor import RankExecutor
 from loraplex.model_runner.shard import Shard
 from loraplex.model_runner.weights import DecoderWeights
 from loraplex.testing.steps import run_step
@@ -301,6 +302,22 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.fixture(autouse=True)
+def _executors_end_with_their_test(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Also where it fails: the next one needs their memory."""
+    opened: list[RankExecutor] = []
+    make = RankExecutor.__init__
+
+    def make_and_note(executor: RankExecutor, *args: Any, **options: Any) -> None:
+        make(executor, *args, **options)
+        opened.append(executor)
+
+    monkeypatch.setattr(RankExecutor, "__init__", make_and_note)
+    yield
+    for executor in opened:
+        executor.close()
+
+
 @pytest.fixture(scope="session")
 def make_base(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Base]:
     """(family name, **config changes) -> a random model saved in a directory, and its transformers twin."""
@@ -322,17 +339,8 @@ def add_adapter(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Train
 
 
 @pytest.fixture
-def make_driver() -> Iterator[Callable[..., Driver]]:
-    """As ``Driver``; its executor is closed at the end: host memory stays pinned until then."""
-    drivers: list[Driver] = []
-
-    def make(*args: Any, **options: Any) -> Driver:
-        drivers.append(Driver(*args, **options))
-        return drivers[-1]
-
-    yield make
-    for driver in drivers:
-        driver.executor.close()
+def make_driver() -> Callable[..., Driver]:
+    return Driver
 
 
 def reference_logits(base: Base, request: Request) -> torch.Tensor:

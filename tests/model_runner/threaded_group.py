@@ -138,13 +138,6 @@ class ThreadedGroup:
     def collect(self) -> StepResult:
         return self._all(lambda rank: rank.collect())[self._speaker]
 
-    def warm_up(self) -> None:
-        self._all(lambda rank: rank.warm_up())
-
-    def close(self) -> None:
-        self._all(lambda rank: rank.close())
-        self._threads.shutdown()
-
     def _all(self, do: Callable[[GpuExecutor], Any]) -> list[Any]:
         def turn(rank: GpuExecutor) -> Any:
             with self._turns:

@@ -8,6 +8,7 @@ staged is the engine's policy: the pool grows to what is asked for. Called by ``
 
 import mmap
 import threading
+import weakref
 from bisect import insort
 from typing import Any, Protocol
 
@@ -155,11 +156,13 @@ class _Slab:
         memory.madvise(mmap.MADV_HUGEPAGE)
         flat = torch.frombuffer(memory, dtype=torch.uint8)
         self.pages = flat.view(num_pages, page_bytes)
-        self._registered: int | None = None
+        self._unpin: weakref.finalize[..., mmap.mmap] | None = None
         if pin:
             address = flat.data_ptr()
             _check(_cudart().cudaHostRegister(address, flat.numel(), 0))
-            self._registered = address
+            # At the latest when the memory goes: what comes to the same place could not be pinned otherwise.
+            self._unpin = weakref.finalize(memory, _unregister, address)
+            self._unpin.atexit = False
 
     def take(self, count: int) -> int | None:
         for index, (first, length) in enumerate(self.free):
@@ -180,9 +183,12 @@ class _Slab:
         self.free[index] = (first, count)
 
     def close(self) -> None:
-        if self._registered is not None:
-            _check(_cudart().cudaHostUnregister(self._registered))
-            self._registered = None
+        if self._unpin is not None:
+            self._unpin()
+
+
+def _unregister(address: int) -> None:
+    _check(_cudart().cudaHostUnregister(address))
 
 
 def _cudart() -> Any:

@@ -173,7 +173,7 @@ class GpuDecoder:
             return out
         if out is None:
             return loraplex_kernels.linear(x, weight, bias)
-        return torch.mm(x, weight.t(), out=out)
+        return loraplex_kernels.linear_into(x, weight, out)
 
     def _project(
         self,
