@@ -1,10 +1,10 @@
 """CLI commands that need Ray. Found by ``loraplex`` through the entry-point group ``loraplex.commands``."""
 
-import signal
 import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,6 +17,7 @@ from rich.console import Console
 from loraplex_deployments.bootstrap import ensure_admin_key, ensure_tenants
 from loraplex_deployments.demo_setup import ensure_demo
 from loraplex_deployments.launch import Progress, RunningPlatform, data_dir_lock, start_platform
+from loraplex_deployments.signals import on_signals
 
 console = Console(highlight=False, soft_wrap=True)
 
@@ -25,9 +26,7 @@ def serve_command(
     config: Annotated[Path, typer.Option("--config", help="The platform's YAML file.")],
 ) -> None:
     """Serve: start the platform of a config file and run until Ctrl-C."""
-    stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda _number, _frame: stop.set())
+    stop = on_signals(lambda: console.print("\nstopping"))
     settings = load_platform_config(config)
     with data_dir_lock(settings.root):
         _serve(settings, stop)
@@ -54,27 +53,29 @@ def set_up(platform: RunningPlatform, config: PlatformConfig, progress: Progress
 
 
 def _serve(config: PlatformConfig, stop: threading.Event) -> None:
-    progress = progress_since(time.monotonic())
+    say = progress_since(time.monotonic())
+
+    def step(message: str) -> None:
+        """Before each part of the start: none begins after Ctrl-C."""
+        if stop.is_set():
+            raise typer.Exit
+        say(message)
+
     # The conversion of the demo base and the start of Ray overlap; the controller waits for the former.
     with ThreadPoolExecutor(max_workers=1) as pool:
         if any(base.model == DEMO_MODEL for base in config.base_models):
-            pool.submit(prepare_demo_base, config.root / "models", progress)
-        platform = start_platform(config, progress)
-    try:
-        demo = set_up(platform, config, progress)
-        progress("waiting for the base model to load")
+            pool.submit(prepare_demo_base, config.root / "models", say)
+        platform = start_platform(config, step)
+    with ExitStack() as started:
+        started.callback(say, "stopped")
+        started.callback(platform.stop)
+        demo = set_up(platform, config, step)
+        step("waiting for the base model to load")
         platform.wait_ready(stop.is_set)
-        if stop.is_set():
-            return
-        progress("ready")
+        step("ready")
         print_addresses(config, demo, host=config.listen.host)
         console.print("Ctrl-C stops everything that was started.")
         stop.wait()
-        console.print()
-    finally:
-        progress("stopping")
-        platform.stop()
-        progress("stopped")
 
 
 def print_addresses(config: PlatformConfig, demo: dict[str, Any] | None, *, host: str) -> None:

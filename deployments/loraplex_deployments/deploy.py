@@ -25,6 +25,7 @@ from loraplex_deployments.cluster_nodes import check_builds, check_on_head, miss
 from loraplex_deployments.control_client import NAMESPACE, controller_handle
 from loraplex_deployments.launch import Progress, RunningPlatform, start_platform, stop_controller
 from loraplex_deployments.proxy import ServeProxy
+from loraplex_deployments.signals import kept_handlers
 
 _KEY = b"deployed"
 _KV_NAMESPACE = b"loraplex"
@@ -141,7 +142,8 @@ def joined(address: str) -> Iterator[None]:
     _check_reachable(address)
     maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
     try:
-        ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level="error")
+        with kept_handlers():
+            ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level="error")
     except (ConnectionError, RuntimeError, ValueError, RayError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise Unavailable(f"no Ray cluster at {address} that this command can join: {reason}") from None

@@ -1,7 +1,5 @@
 """``loraplex deploy``, ``undeploy``, ``deployed``: a platform on a Ray cluster that goes on when they have ended."""
 
-import signal
-import threading
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,6 +15,7 @@ from loraplex_deployments.cli import console, print_addresses, progress_since, s
 from loraplex_deployments.cluster_nodes import ClusterNode, cluster_nodes
 from loraplex_deployments.deploy import Deployment, deploy, find_deployment, joined, undeploy
 from loraplex_deployments.launch import RunningPlatform, data_dir_lock
+from loraplex_deployments.signals import on_signals
 
 _Address = Annotated[
     str, typer.Option("--address", help="Of the Ray cluster: HOST:PORT, or `auto` for the one of this machine.")
@@ -35,7 +34,7 @@ def deploy_command(
     timeout_s: Annotated[float, typer.Option("--timeout", help="Seconds until it must be ready.")] = 600.0,
 ) -> None:
     """Deploy: put the platform on a running Ray cluster; run it on the head node. Returns when it serves."""
-    given_up = on_signals()
+    given_up = on_signals(lambda: console.print("\ngiving up"))
     settings = for_cluster(load_platform_config(config), address)
     progress = progress_since(time.monotonic())
     demo: dict[str, Any] | None = None
@@ -83,14 +82,6 @@ def deployed_command(
         _print_deployment(found)
     if found is None or not (found.controller_answers and found.gateways_run) or found.replica_failures:
         raise typer.Exit(1)
-
-
-def on_signals() -> threading.Event:
-    """Set when the user gives up: by Ctrl-C, or as a service manager does."""
-    given_up = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda _number, _frame: given_up.set())
-    return given_up
 
 
 def for_cluster(config: PlatformConfig, address: str | None) -> PlatformConfig:

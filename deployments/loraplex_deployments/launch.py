@@ -26,6 +26,7 @@ from loraplex_deployments.cluster_nodes import HEAD, TOUCH
 from loraplex_deployments.control_actor import ControllerActor
 from loraplex_deployments.control_client import CONTROLLER_NAME, NAMESPACE
 from loraplex_deployments.proxy import ServeProxy
+from loraplex_deployments.signals import kept_handlers
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +106,8 @@ def start_platform(config: PlatformConfig, progress: Progress) -> RunningPlatfor
     with contextlib.ExitStack() as started:
         proxy = ServeProxy(config)
         started.callback(proxy.close)
-        _start_ray(config, progress)
+        with kept_handlers():
+            _start_ray(config, progress)
         started.callback(ray.shutdown)
         progress("starting the controller")
         controller = _start_controller(config, started)

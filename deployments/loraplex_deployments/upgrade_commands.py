@@ -7,9 +7,10 @@ from typing import Annotated
 import typer
 from loraplex.config.platform import load_platform_config
 
-from loraplex_deployments.cli import progress_since, set_up
-from loraplex_deployments.deploy_commands import for_cluster, on_signals
+from loraplex_deployments.cli import console, progress_since, set_up
+from loraplex_deployments.deploy_commands import for_cluster
 from loraplex_deployments.launch import RunningPlatform, data_dir_lock
+from loraplex_deployments.signals import on_signals
 from loraplex_deployments.upgrade import upgrade
 
 
@@ -22,7 +23,7 @@ def upgrade_command(
     timeout_s: Annotated[float, typer.Option("--timeout", help="Seconds to wait for the replicas.")] = 3600.0,
 ) -> None:
     """Upgrade: replace controller, replicas and gateways of what is deployed, one by one; run it on the head node."""
-    given_up = on_signals()
+    given_up = on_signals(lambda: console.print("\ngiving up"))
     settings = for_cluster(load_platform_config(config), address)
     progress = progress_since(time.monotonic())
 

@@ -99,6 +99,26 @@ def test_a_day_in_the_life(served: Served, tmp_path: Path) -> None:
     assert rows
 
 
+def test_an_end_during_the_start_is_heard_and_begins_nothing_more(tmp_path: Path, demo_models: Path) -> None:
+    platform = Served(tmp_path, demo_models)
+    platform.start()
+    assert platform.process is not None
+    try:
+        while "starting the controller" not in platform.output():
+            assert platform.process.poll() is None, platform.output()
+            time.sleep(0.05)
+        children = platform.processes()
+        # As a service manager does. Ray would have us aborted three seconds later.
+        platform.process.send_signal(signal.SIGTERM)
+        assert platform.process.wait(60) == 0, platform.output()
+    finally:
+        platform.process.kill()
+    assert "stopping" in platform.output()
+    assert "starting the gateway" not in platform.output()
+    assert "SIGTERM" not in platform.output()
+    assert not psutil.wait_procs(children, timeout=30)[1]
+
+
 def test_an_unknown_config_key_is_named(tmp_path: Path) -> None:
     (tmp_path / "bad.yaml").write_text("base_models: [{id: a, model: demo, engin: {}}]\n")
     answer = loraplex("serve", "--config", str(tmp_path / "bad.yaml"))
