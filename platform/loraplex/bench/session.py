@@ -63,10 +63,14 @@ class BenchSession:
         self._random = random.Random(0)
         self._num_requests = 0
         self._engine: RecordingEngine | None = None
-        self._open(EngineLoad(), ())
-        self.drive([self.request(None, input_tokens=1, output_tokens=1)])
-        ready_s = _process_age_s()
-        self.ceilings = given or self._device_ceilings()
+        try:
+            self._open(EngineLoad(), ())
+            self.drive([self.request(None, input_tokens=1, output_tokens=1)])
+            ready_s = _process_age_s()
+            self.ceilings = given or self._device_ceilings()
+        except BaseException:
+            self.executor.close()
+            raise
         arena = self.executor.arena
         self.machine = Machine(
             setup=setup,
