@@ -27,6 +27,7 @@ from loraplex.core.errors import BadConfig
 
 ROOT = Path(__file__).parents[2]
 PEERS = ROOT / "notebooks/data/engine_peers_h100.json"
+SETUP = EngineSetup(model="random:llama3-8b")
 SVG = "{http://www.w3.org/2000/svg}"
 
 
@@ -34,10 +35,10 @@ def _tips(picture: str) -> list[str]:
     return [title.text or "" for title in ElementTree.fromstring(picture).iter(f"{SVG}title")]
 
 
-def _row(case: str, tokens_per_s: float, rounds: int = 1) -> SweepSummary:
+def _row(case: str, tokens_per_s: float) -> SweepSummary:
     return SweepSummary(
         case=case,
-        rounds=rounds,
+        rounds=1,
         adapters=CASES[case].adapters,
         requests=CASES[case].requests,
         lora_rank=16,
@@ -53,10 +54,7 @@ def _same(seconds: float) -> Percentiles:
     return Percentiles(mean=seconds, p50=seconds, p90=seconds, p99=seconds)
 
 
-def _write(
-    path: Path, *rows: SweepSummary, model: str = "random:llama3-8b", invariant: bool = False, **fields: object
-) -> None:
-    setup = EngineSetup(model=model, batch_invariant=invariant)
+def _write(path: Path, *rows: SweepSummary, setup: EngineSetup = SETUP, **fields: object) -> None:
     table = SweepTable(setup=setup, commit=None, summary=list(rows), **({"shrink": 1} | fields))  # type: ignore[arg-type]
     path.write_bytes(msgspec.json.encode(table))
 
@@ -67,14 +65,13 @@ def figures(tmp_path: Path) -> EngineFigures:
         input_tokens=256, base_s=_same(0.009), warm_s=_same(0.012), cold_s=_same(0.0135), added_by_cold_s=0.0015
     )
     _write(tmp_path / "a.json", *(_row(case, 1000.0 + index) for index, case in enumerate(CASES)), single_ttft=ttft)
-    _write(tmp_path / "b.json", _row("lora-32", 9000.0, rounds=10))
-    _write(tmp_path / "c.json", _row("base", 1.0, rounds=20), invariant=True)
-    return EngineFigures.read(tmp_path.glob("*.json"), PEERS)
+    _write(tmp_path / "b.json", _row("lora-32", 9000.0))
+    return EngineFigures.read([tmp_path / "b.json", tmp_path / "a.json"], PEERS)
 
 
 def test_each_picture_says_the_figures_of_its_cases(figures: EngineFigures) -> None:
     told = _tips(throughput_chart(figures))
-    # The file with more rounds counts, the batch-invariant one does not.
+    # The first file counts.
     assert {"Loraplex, base only: 1,000", "Loraplex, 32 adapters: 9,000", "vLLM 0.26, 256 adapters: 1,338"} <= set(told)
     assert "floor, 1 adapter: 11,400" in told
     assert {"Loraplex, 32 requests 32 adapters: 1.01", "vLLM 0.26, 64 requests base only: 7.8"} <= set(
@@ -106,12 +103,16 @@ def test_what_was_not_measured_is_left_out(tmp_path: Path) -> None:
 
 def test_files_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
     _write(tmp_path / "a.json", _row("base", 1000.0))
-    _write(tmp_path / "b.json", _row("base", 1000.0), model="random:llama3-70b")
+    _write(tmp_path / "b.json", _row("base", 1000.0), setup=EngineSetup(model="random:llama3-70b"))
     with pytest.raises(BadConfig, match=r"b\.json: .* not those of random:llama3-8b on cpu"):
-        EngineFigures.read(tmp_path.glob("*.json"), PEERS)
+        EngineFigures.read(sorted(tmp_path.glob("*.json")), PEERS)
     _write(tmp_path / "b.json", _row("base", 1000.0), shrink=64)
     with pytest.raises(BadConfig, match="shrunk"):
-        EngineFigures.read(tmp_path.glob("*.json"), PEERS)
+        EngineFigures.read(sorted(tmp_path.glob("*.json")), PEERS)
+    for other in ({"tp": 2}, {"pp": 2}, {"batch_invariant": True}):
+        _write(tmp_path / "b.json", _row("base", 1000.0), setup=msgspec.structs.replace(SETUP, **other))
+        with pytest.raises(BadConfig, match="not those of"):
+            EngineFigures.read(sorted(tmp_path.glob("*.json")), PEERS)
     (tmp_path / "b.json").write_text("{}")
     for read in (lambda: EngineFigures.read([tmp_path / "b.json"], PEERS), lambda: read_peers(tmp_path / "b.json")):
         with pytest.raises(BadConfig, match=r"b\.json: not "):
@@ -125,7 +126,9 @@ def test_files_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
 def test_the_committed_files_are_read() -> None:
     """Those of the peers, whose cases are ours, and those of the GPU."""
     assert {row.case for peer in read_peers(PEERS).peers for row in peer.rows} <= set(CASES)
-    figures = EngineFigures.read((ROOT / "notebooks/results").glob("engine*_h100.json"), PEERS)
+    figures = EngineFigures.read(
+        [ROOT / "notebooks/results/engine_h100.json", ROOT / "notebooks/results/engine_wide_h100.json"], PEERS
+    )
     assert "H100" in figures.device
     assert any(tip.startswith("Loraplex, 256 adapters") for tip in _tips(throughput_chart(figures)))
     file = ROOT / "kernels/benchmarks/results/lora_decode_h100.json"

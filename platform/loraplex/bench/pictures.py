@@ -68,20 +68,17 @@ class EngineFigures:
 
     @classmethod
     def read(cls, tables: Iterable[Path], peers: Path) -> Self:
-        """``tables``: files of ``loraplex bench sweep``; batch-invariant ones, which pay for that, are left out. A case
-        that several have is that of most rounds. Raises BadConfig naming a file that is none, is shrunk, or is of
-        another model or device."""
-        read = [(path, _table(path)) for path in sorted(tables)]
-        kept = [(path, one) for path, one in read if not one.setup.batch_invariant]
+        """``tables``: files of ``loraplex bench sweep``; a case that several have is that of the first. BadConfig
+        naming a file that is none, is shrunk, or is of another model, device, shape or mode."""
+        kept = [(path, _table(path)) for path in tables]
         if not kept:
             raise BadConfig("there is no table of a sweep to read")
         cases: dict[str, SweepSummary] = {}
         for path, one in kept:
-            if one.shrink != 1 or _origin(one) != _origin(kept[0][1]):
+            if one.shrink != 1 or _kind(one) != _kind(kept[0][1]):
                 raise BadConfig(f"{path}: its loads are shrunk, or not those of {' on '.join(_origin(kept[0][1]))}")
             for row in one.summary:
-                if row.case not in cases or row.rounds > cases[row.case].rounds:
-                    cases[row.case] = row
+                cases.setdefault(row.case, row)
         model, device = _origin(kept[0][1])
         told = read_peers(peers)
         return cls(
@@ -260,3 +257,8 @@ def _table(path: Path) -> SweepTable:
 
 def _origin(read: SweepTable) -> tuple[str, str]:
     return read.setup.model, read.setup.device if read.machine is None else read.machine.device_name
+
+
+def _kind(read: SweepTable) -> tuple[object, ...]:
+    """What tables must share to stand in one picture."""
+    return *_origin(read), read.setup.shape, read.setup.batch_invariant
