@@ -33,7 +33,14 @@ SHOWN = {
     "01_plan_from_a_trace": Shown(pictures=3, words=("fluid bound",), files={"report.html": 20_000}),
     "02_multi_lora_throughput": Shown(
         pictures=10,
-        words=("Loraplex, 256 adapters: ", "vLLM 0.26, 256 adapters: 1,338", "<td>cold-256</td>", "platform_cpu"),
+        words=(
+            "Loraplex, 256 adapters: ",
+            "vLLM 0.26, 256 adapters: 1,338",
+            "Loraplex, rank 64: ",
+            "all adapters fit, 2,000 adapters: ",
+            "<td>cold-256</td>",
+            "platform_cpu",
+        ),
         files={},
     ),
     "03_replay_and_replan": Shown(
