@@ -216,7 +216,7 @@ def _config(folder: Path, address: str, mode: Mode, planning_interval_s: float) 
                     "ttft_s": SLO.ttft_s,
                     "tpot_s": SLO.tpot_s,
                     "max_evaluations": 60,
-                    "max_search_s": 15.0,
+                    "max_search_s": 60.0,
                     "reassign_interval_s": 0,
                 },
             }
