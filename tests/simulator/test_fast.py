@@ -19,8 +19,8 @@ from loraplex.simulator.compare import compare
 from loraplex.simulator.compiled import compiled
 from loraplex.simulator.exact import simulate_exact
 from loraplex.simulator.fast_router import choose, uniform
+from loraplex.simulator.fast_runs import run_s
 from loraplex.simulator.fast_state import NONE, REPORTED, SENT, Knobs, State, knobs_of, state_of
-from loraplex.simulator.fast_steps import run_s
 from loraplex.simulator.scenarios import SCENARIOS, make_arrivals, make_input, with_adapter_sets
 from loraplex.simulator.types import Outcome, SimulationInput
 from loraplex.simulator.workload import Workload
@@ -58,6 +58,35 @@ def test_one_replica_gives_every_request_the_times_of_the_exact_simulator() -> N
             assert one.busy_s == pytest.approx(other.busy_s, rel=1e-9)
             assert dataclasses.replace(one, busy_s=0.0) == dataclasses.replace(other, busy_s=0.0)
         assert ours.score.num_good == theirs.score.num_good
+
+
+def _together(seed: int, *, output: float, router: RouterConfig) -> SimulationInput:
+    """Bursts of requests with equal lengths: many of them end in the same step."""
+    arrivals = make_arrivals(seed=seed, num_requests=400, rate=400, cv=4, num_adapters=20, output=output, spread=0.0)
+    engine = EngineConfig(max_running=32, max_waiting=8, max_step_tokens=1000)
+    return dataclasses.replace(make_input(arrivals, num_groups=2, engine=engine), router=router)
+
+
+@pytest.mark.parametrize(
+    "given_",
+    [
+        SCENARIOS["refusals"](1),
+        SCENARIOS["refusals"](6),
+        _together(0, output=1.0, router=RouterConfig(max_queued_requests=40)),
+        _together(1, output=9.0, router=RouterConfig(max_queue_wait_s=0.5)),
+    ],
+    ids=["refusals-1", "refusals-6", "one-token", "nine-tokens"],
+)
+def test_where_tenants_wait_and_are_refused_every_request_goes_as_in_the_exact_simulator(
+    given_: SimulationInput,
+) -> None:
+    """One turn that differs tips the rest: who pays when, who is lifted to what, whose row and wait come first."""
+    ours, theirs = fast.simulate(given_), simulate_exact(given_)
+    assert (theirs.outcome == Outcome.REFUSED).sum() > 50
+    assert np.array_equal(ours.outcome, theirs.outcome)
+    assert np.array_equal(ours.group, theirs.group)
+    assert np.allclose(ours.ttft_s, theirs.ttft_s, rtol=1e-9)
+    assert np.allclose(ours.tpot_s, theirs.tpot_s, rtol=1e-9)
 
 
 def _policy_case(seed: int, num_groups: int, *, plain: bool) -> tuple[SimulationInput, State, Knobs, Cluster, Workload]:

@@ -78,6 +78,7 @@ def begin_wait(state: State, r: int) -> None:
     state.queue_size[request.base] += 1
     account = state.accounts[request.base, request.tenant]
     if account.num_waiting == 0:
+        account.waits_since = r
         state.num_tenants_waiting[request.base] += 1
     account.num_waiting += 1
 

@@ -4,7 +4,7 @@ Compiled; called by ``fast_scheduler``.
 """
 
 from loraplex.simulator.compiled import inlined
-from loraplex.simulator.fast_state import State
+from loraplex.simulator.fast_state import NONE, State
 
 
 @inlined
@@ -42,6 +42,49 @@ def remove_end(state: State, p: int, index: int) -> None:
 def position_of_end(state: State, p: int, r: int) -> int:
     index = 0
     while state.slots[p, index].end_request != r:
+        index += 1
+    return index
+
+
+@inlined
+def num_ends_at(state: State, p: int, step: int) -> int:
+    """How many requests end with ``step``, before which none does."""
+    count, index = 0, _next_end(state, p, NONE, step)
+    while index != NONE:
+        count += 1
+        index = _next_end(state, p, index, step)
+    return count
+
+
+@inlined
+def first_end_at(state: State, p: int, step: int) -> int:
+    """Where in the heap that request is whose row comes first in ``step``, of those that end with it; NONE: no request
+    does. None ends before."""
+    first, index = NONE, _next_end(state, p, NONE, step)
+    while index != NONE:
+        if first == NONE or _is_row_before(state, state.slots[p, index].end_request, state.slots[p, first].end_request):
+            first = index
+        index = _next_end(state, p, index, step)
+    return first
+
+
+@inlined
+def _is_row_before(state: State, r: int, other: int) -> bool:
+    one, two = state.requests[r], state.requests[other]
+    return bool(one.row_order < two.row_order or (one.row_order == two.row_order and one.order < two.order))
+
+
+@inlined
+def _next_end(state: State, p: int, index: int, step: int) -> int:
+    """Those that end with ``step``, the least there is, are a tree from the root on: who comes after ``index``, or
+    NONE; after NONE comes the root."""
+    size = state.replicas[p].num_ends
+    index = 0 if index == NONE else 2 * index + 1
+    while index >= size or state.slots[p, index].end_step != step:
+        while index > 0 and index % 2 == 0:
+            index = (index - 1) // 2
+        if index == 0:
+            return NONE
         index += 1
     return index
 

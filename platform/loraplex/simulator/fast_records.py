@@ -39,6 +39,7 @@ REPLICA = np.dtype(
         ("decode_adapters", np.int64),
         ("decode_bytes", np.float64),
         ("num_ends", np.int64),
+        ("num_sent", np.int64),  # Requests, those that ended too.
         ("num_fresh", np.int64),
         # Pages.
         ("num_free", np.int64),
@@ -78,7 +79,9 @@ REQUEST = np.dtype(
         ("scheduled", np.int32),
         ("planned", np.int32),  # Steps, planned and not done, that hold a chunk of it.
         ("position", np.int32),  # In its replica's list of running requests.
-        ("charged", np.int32),  # Tokens whose prefill its tenant has paid for.
+        ("charged", np.int32),  # Tokens whose prefill its tenant had paid for when it was preempted.
+        ("order", np.int32),  # In which its replica got it.
+        ("row_order", np.int32),  # Of its adapter in a step.
         ("cached", np.int32),  # Pages of its KV that are kept though it does not run.
         ("previous", np.int32),
         ("next", np.int32),
@@ -116,6 +119,7 @@ PAIR = np.dtype(
 TENANT = np.dtype(
     [
         ("counter", np.float64),  # Of service, but for decoding: that adds num_decoding * (cost of a token) per step.
+        ("admitted", np.float64),  # Not paid yet: what those cost that steps planned and not done admitted.
         ("num_decoding", np.int64),
         ("num_active", np.int64),
         ("position", np.int64),
@@ -131,6 +135,7 @@ ACCOUNT = np.dtype(
         ("expected", np.float64),  # Seconds for what is under way.
         ("num_active", np.int64),
         ("num_waiting", np.int64),
+        ("waits_since", np.int64),  # The request with which its waiting began.
         ("position", np.int64),
         ("active", np.int64),  # Not of this tenant, as in TENANT.
     ]
@@ -174,7 +179,9 @@ VIEW = np.dtype(
 """What the router knows of a replica: prompt tokens to compute, the prompts of all that are there, and the tokens for
 which there were pages when it heard last; then its ``Rates``, and the hash of its id."""
 
-CHUNK = np.dtype([("request", np.int64), ("count", np.int64)])
+CHUNK = np.dtype([("request", np.int64), ("start", np.int64), ("count", np.int64), ("admitted", np.float64)])
+"""Prompt tokens of a request in a planned step; ``admitted``: what its tenant owes for the admission, 0 for later
+chunks."""
 PLAN = np.dtype(
     [
         ("size", np.int64),

@@ -217,11 +217,12 @@ def _first_s(state: State, knobs: Knobs, r: int, p: int) -> float:
 @inner
 def _makes_way(state: State, base: int, tenant: int) -> int:
     """``router.queue.makes_way``: the place in the queue."""
-    greatest, most = NONE, 0
+    greatest, most, since = NONE, 0, 0
     for index in range(state.queue_size[base]):
         owner = state.requests[state.queue[base, index]].tenant
-        if state.accounts[base, owner].num_waiting > most:
-            greatest, most = owner, state.accounts[base, owner].num_waiting
+        account = state.accounts[base, owner]
+        if account.num_waiting > most or (account.num_waiting == most and account.waits_since < since):
+            greatest, most, since = owner, account.num_waiting, account.waits_since
     if most <= state.accounts[base, tenant].num_waiting + 1:
         return NONE
     index = state.queue_size[base] - 1

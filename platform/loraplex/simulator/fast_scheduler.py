@@ -1,8 +1,5 @@
 """Which requests a step of the fast simulator computes: ``engine.scheduler`` in counts. Compiled; called by
 ``fast_steps`` and ``fast_router``.
-
-Differs from the engine in one thing that changes no order for long: a tenant pays for a prompt when it is admitted,
-not as it is computed.
 """
 
 import numpy as np
@@ -11,7 +8,7 @@ from loraplex.router.prediction import OUTPUT_SHARE
 from loraplex.simulator.cluster import PAGE_SIZE
 from loraplex.simulator.compiled import inlined, inner
 from loraplex.simulator.fast_accounts import settle_account
-from loraplex.simulator.fast_ends import position_of_end, push_end, remove_end
+from loraplex.simulator.fast_ends import first_end_at, num_ends_at, position_of_end, push_end, remove_end
 from loraplex.simulator.fast_memory import (
     end_idle,
     forget_kv,
@@ -25,6 +22,7 @@ from loraplex.simulator.fast_memory import (
     take,
 )
 from loraplex.simulator.fast_state import NONE, REPORTED, SENT, Knobs, State
+from loraplex.simulator.fast_turns import enter_turns, leave_turns, owe, pay, service_of
 
 
 @inlined
@@ -40,7 +38,9 @@ def enqueue(state: State, knobs: Knobs, p: int, r: int, now_s: float) -> float:
     view = state.views[p]
     view.queued += request.prompt
     view.prompts += request.prompt
-    _enter(state, knobs, p, request.tenant)
+    request.order = replica.num_sent
+    replica.num_sent += 1
+    enter_turns(state, knobs, p, request.tenant, now_s)
     if request.adapter == NONE:
         return now_s
     pair = state.pairs[request.adapter, p]
@@ -64,12 +64,14 @@ def plan_step(state: State, knobs: Knobs, p: int, slot: int, now_s: float, admit
     plan.rows = plan.tokens = plan.pairs = plan.single_rows = plan.kv_tokens = plan.lora_tokens = 0.0
     plan.ready_s = 0.0
     replica.stamp += 1
-    budget = knobs.max_step_tokens - replica.num_decoding
+    if replica.num_prefilling == 0 and (not admitting or replica.num_waiting == 0):
+        return
+    budget = knobs.max_step_tokens - _num_decodes(state, p, slot)
     for index in range(replica.num_prefilling):
         r = state.slots[p, index].prefilling
         left = state.requests[r].known - state.requests[r].scheduled
         if left > 0 and budget > 0:
-            budget -= _add_chunk(state, p, slot, r, min(left, budget))
+            budget -= _add_chunk(state, p, slot, r, min(left, budget), 0.0)
     if not admitting:
         return
     while budget > 0 and replica.num_waiting > 0 and replica.num_running < knobs.max_running:
@@ -85,37 +87,54 @@ def plan_step(state: State, knobs: Knobs, p: int, slot: int, now_s: float, admit
             continue
         replica.num_waiting -= 1
         state.slots[p, index].waiting = state.slots[p, replica.num_waiting].waiting
-        _admit(state, knobs, p, r, slot, now_s)
+        _admit(state, p, r, slot, now_s)
         left = state.requests[r].known - state.requests[r].scheduled
-        budget -= _add_chunk(state, p, slot, r, min(left, budget))
+        budget -= _add_chunk(state, p, slot, r, min(left, budget), owe(state, knobs, p, r))
 
 
 @inlined
-def chunk_done(state: State, knobs: Knobs, p: int, r: int, count: int, now_s: float) -> None:
-    """A step that held ``count`` prompt tokens of a request ended."""
-    replica, request = state.replicas[p], state.requests[r]
+def _num_decodes(state: State, p: int, slot: int) -> int:
+    """Requests that draw one more token in the step of plan ``slot``, which may be the one after that under way."""
+    replica = state.replicas[p]
+    if slot == replica.slot:
+        return int(replica.num_decoding)
+    count = replica.num_decoding - num_ends_at(state, p, replica.step + 1)
+    for index in range(state.plans[p, replica.slot].size):
+        chunk = state.chunks[p, replica.slot, index]
+        request = state.requests[chunk.request]
+        if chunk.start + chunk.count == request.known and request.generated + 1 < request.output:
+            count += 1
+    return int(count)
+
+
+@inlined
+def chunk_done(state: State, knobs: Knobs, p: int, slot: int, index: int, now_s: float) -> None:
+    """A step that held prompt tokens of a request ended: those of chunk ``index`` of plan ``slot``."""
+    chunk = state.chunks[p, slot, index]
+    r = chunk.request
+    request = state.requests[r]
+    pay(state, knobs, p, r, chunk.start, chunk.count, chunk.admitted)
     request.planned -= 1
-    state.views[p].queued -= count
+    state.views[p].queued -= chunk.count
     if request.planned > 0 or request.scheduled < request.known:
         return
     _leave_prefilling(state, p, r)
     if request.generated == 0:
         request.first_s = now_s
     _begin_decoding(state, knobs, p, r)
-    if request.last_step == replica.step:
-        finish(state, knobs, p, r, now_s)
-    else:
-        push_end(state, p, r, request.last_step)
+    push_end(state, p, r, request.last_step)
 
 
 @inlined
 def finish_due(state: State, knobs: Knobs, p: int, now_s: float) -> None:
-    """Ends the requests whose last step was the one that ended now."""
+    """Ends the requests whose last step was the one that ended now, in the order of its rows."""
     replica = state.replicas[p]
-    while replica.num_ends > 0 and state.slots[p, 0].end_step == replica.step:
-        r = state.slots[p, 0].end_request
-        remove_end(state, p, 0)
+    index = first_end_at(state, p, replica.step)
+    while index != NONE:
+        r = state.slots[p, index].end_request
+        remove_end(state, p, index)
         finish(state, knobs, p, r, now_s)
+        index = first_end_at(state, p, replica.step)
 
 
 @inlined
@@ -132,7 +151,7 @@ def finish(state: State, knobs: Knobs, p: int, r: int, now_s: float) -> None:
             state.seen[request.adapter, p] &= REPORTED
     state.mean_output[request.base] += OUTPUT_SHARE * (request.output - state.mean_output[request.base])
     settle_account(state, r)
-    _leave(state, p, request.tenant)
+    leave_turns(state, p, request.tenant)
 
 
 @inner
@@ -142,7 +161,9 @@ def preempt_latest(state: State, knobs: Knobs, p: int, now_s: float) -> None:
     victim = NONE
     for index in range(replica.num_running):
         r = state.slots[p, index].running
-        if state.requests[r].start_step != NONE and r > victim:
+        if state.requests[r].start_step != NONE and (
+            victim == NONE or state.requests[r].order > state.requests[victim].order
+        ):
             victim = r
     request = state.requests[victim]
     generated = request.generated + 1 + replica.step - request.start_step
@@ -150,6 +171,7 @@ def preempt_latest(state: State, knobs: Knobs, p: int, now_s: float) -> None:
     _stop(state, knobs, p, victim)
     request.generated = generated
     request.known = request.prompt + generated
+    request.charged = request.known - 1
     request.since_s = -np.inf
     state.views[p].queued += request.known
     state.slots[p, replica.num_waiting].waiting = victim
@@ -173,7 +195,7 @@ def report(state: State, p: int) -> None:
 def _next_waiting(state: State, knobs: Knobs, p: int, now_s: float) -> int:
     """Position of who is admitted next, of those whose adapter is in host memory and that this plan did not pass."""
     replica = state.replicas[p]
-    best, best_score, best_r = NONE, np.inf, NONE
+    best, best_score, best_order = NONE, np.inf, NONE
     for index in range(replica.num_waiting):
         r = state.slots[p, index].waiting
         request = state.requests[r]
@@ -182,17 +204,19 @@ def _next_waiting(state: State, knobs: Knobs, p: int, now_s: float) -> int:
         if request.since_s == -np.inf:
             score = -np.inf
         else:
-            score = _service(state, knobs, p, request.tenant)
+            score = (
+                service_of(state, knobs, p, request.tenant, replica.step) + state.tenants[p, request.tenant].admitted
+            )
             is_overdue = request.since_s + knobs.overdue_s <= now_s
             if request.adapter != NONE and not is_overdue and state.pairs[request.adapter, p].users == 0:
                 score += pages_of_adapter(state, p, request.adapter) * knobs.page_price
-        if best == NONE or score < best_score or (score == best_score and r < best_r):
-            best, best_score, best_r = index, score, r
+        if best == NONE or score < best_score or (score == best_score and request.order < best_order):
+            best, best_score, best_order = index, score, request.order
     return best
 
 
 @inlined
-def _admit(state: State, knobs: Knobs, p: int, r: int, slot: int, now_s: float) -> None:
+def _admit(state: State, p: int, r: int, slot: int, now_s: float) -> None:
     replica, request = state.replicas[p], state.requests[r]
     shared = request.cached
     if shared > 0:
@@ -217,18 +241,15 @@ def _admit(state: State, knobs: Knobs, p: int, r: int, slot: int, now_s: float) 
     replica.num_running += 1
     state.slots[p, replica.num_prefilling].prefilling = r
     replica.num_prefilling += 1
-    due = min(request.known, request.prompt) - max(request.scheduled, request.charged)
-    state.tenants[p, request.tenant].counter += max(0, due) * knobs.prefill_cost + knobs.decode_cost
-    request.charged = max(request.charged, min(request.known, request.prompt))
 
 
 @inlined
-def _add_chunk(state: State, p: int, slot: int, r: int, count: int) -> int:
+def _add_chunk(state: State, p: int, slot: int, r: int, count: int, admitted: float) -> int:
     plan, request = state.plans[p, slot], state.requests[r]
     chunk = state.chunks[p, slot, plan.size]
-    chunk.request, chunk.count = r, count
-    plan.size += 1
     start = request.scheduled
+    chunk.request, chunk.start, chunk.count, chunk.admitted = r, start, count, admitted
+    plan.size += 1
     request.scheduled += count
     request.planned += 1
     if count > 1:
@@ -257,7 +278,8 @@ def _begin_decoding(state: State, knobs: Knobs, p: int, r: int) -> None:
             take(state, p, 1)
     tenant = state.tenants[p, request.tenant]
     tenant.num_decoding += 1
-    tenant.counter -= knobs.decode_cost * replica.step
+    # Drawing that token is paid as well.
+    tenant.counter -= knobs.decode_cost * (replica.step - 1)
     if request.adapter != NONE:
         replica.decode_lora += 1
         pair = state.pairs[request.adapter, p]
@@ -309,42 +331,3 @@ def _leave_prefilling(state: State, p: int, r: int) -> None:
     replica.num_prefilling -= 1
     for position in range(index, replica.num_prefilling):
         state.slots[p, position].prefilling = state.slots[p, position + 1].prefilling
-
-
-@inlined
-def _service(state: State, knobs: Knobs, p: int, t: int) -> float:
-    """What a tenant has had of a replica."""
-    tenant = state.tenants[p, t]
-    return float(tenant.counter + knobs.decode_cost * tenant.num_decoding * state.replicas[p].step)
-
-
-@inlined
-def _enter(state: State, knobs: Knobs, p: int, t: int) -> None:
-    """A tenant that was away is lifted to the least of the active."""
-    replica, tenant = state.replicas[p], state.tenants[p, t]
-    if tenant.num_active == 0:
-        least = np.inf
-        for index in range(replica.num_tenants):
-            least = min(least, _service(state, knobs, p, state.tenants[p, index].active))
-        if replica.num_tenants > 0:
-            tenant.counter = max(tenant.counter, least)
-        tenant.position = replica.num_tenants
-        state.tenants[p, replica.num_tenants].active = t
-        replica.num_tenants += 1
-    tenant.num_active += 1
-
-
-@inlined
-def _leave(state: State, p: int, t: int) -> None:
-    """When nobody is left all start anew."""
-    replica, tenant = state.replicas[p], state.tenants[p, t]
-    tenant.num_active -= 1
-    if tenant.num_active > 0:
-        return
-    replica.num_tenants -= 1
-    moved = state.tenants[p, replica.num_tenants].active
-    state.tenants[p, tenant.position].active = moved
-    state.tenants[p, moved].position = tenant.position
-    if replica.num_tenants == 0:
-        for index in range(state.tenants.shape[1]):
-            state.tenants[p, index].counter = 0.0

@@ -216,6 +216,10 @@ def _requests(workload: Workload, cluster: Cluster) -> Records:
     records["tenant"] = np.where(arrivals.tenant < 0, len(arrivals.tenants), arrivals.tenant)
     records["prompt"], records["output"] = arrivals.prompt_tokens, arrivals.output_tokens
     records["arrival_s"] = arrivals.arrival_s
+    # Place NONE is the last one, of who has no adapter: their rows come first.
+    row_order = np.zeros(len(workload.adapter_keys) + 1, dtype=np.int32)
+    row_order[np.argsort(np.array(workload.adapter_keys, dtype=np.str_))] = np.arange(1, len(row_order))
+    records["row_order"] = row_order[arrivals.adapter]
     records["first_s"] = records["end_s"] = np.inf
     for name in ("replica", "start_step", "previous", "next", "passed"):
         records[name] = NONE

@@ -10,6 +10,7 @@ import numpy as np
 from loraplex.cost.step_cost import StepCoefficients
 from loraplex.simulator.compiled import inlined, inner
 from loraplex.simulator.fast_memory import grow_until, num_available, pages_to_grow, steps_with_pages
+from loraplex.simulator.fast_runs import run_s, steps_until
 from loraplex.simulator.fast_scheduler import chunk_done, finish_due, plan_step, preempt_latest, report
 from loraplex.simulator.fast_state import NONE, Knobs, State
 from loraplex.simulator.step_time import step_time_s
@@ -44,8 +45,7 @@ def wake(state: State, knobs: Knobs, p: int) -> None:
     replica.running = False
     slot = replica.slot
     for index in range(state.plans[p, slot].size):
-        chunk = state.chunks[p, slot, index]
-        chunk_done(state, knobs, p, chunk.request, chunk.count, now_s)
+        chunk_done(state, knobs, p, slot, index, now_s)
     state.plans[p, slot].size = 0
     finish_due(state, knobs, p, now_s)
     report(state, p)
@@ -60,26 +60,10 @@ def cut_run(state: State, p: int, at_s: float) -> None:
     replica = state.replicas[p]
     if replica.run_count == 1 or at_s >= state.wake_s[p]:
         return
-    passed_s, slope_s = at_s - replica.run_start_s, replica.run_slope_s
-    first_s = replica.run_step_s
-    count = passed_s / first_s
-    if slope_s > 0.0:
-        half = first_s - 0.5 * slope_s
-        count = (np.sqrt(half * half + 2.0 * slope_s * max(passed_s, 0.0)) - half) / slope_s
-    steps = min(max(1, int(np.ceil(count))), replica.run_count)
-    while steps > 1 and run_s(first_s, slope_s, steps - 1) >= passed_s:
-        steps -= 1
-    while steps < replica.run_count and run_s(first_s, slope_s, steps) < passed_s:
-        steps += 1
+    steps = steps_until(state, p, at_s)
     replica.run_count = steps
-    state.wake_s[p] = replica.run_start_s + run_s(first_s, slope_s, steps)
+    state.wake_s[p] = replica.run_start_s + run_s(replica.run_step_s, replica.run_slope_s, steps)
     state.groups[replica.group].device_free_s = state.wake_s[p]
-
-
-@inlined
-def run_s(first_s: float, slope_s: float, count: int) -> float:
-    """Seconds of ``count`` steps of which the first takes ``first_s`` and each later one ``slope_s`` more."""
-    return count * first_s + slope_s * (0.5 * count * (count - 1))
 
 
 @inner
