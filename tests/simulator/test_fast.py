@@ -22,7 +22,7 @@ from loraplex.simulator.fast_router import choose, uniform
 from loraplex.simulator.fast_runs import run_s
 from loraplex.simulator.fast_state import NONE, REPORTED, SENT, Knobs, State, knobs_of, state_of
 from loraplex.simulator.scenarios import SCENARIOS, make_arrivals, make_input, with_adapter_sets
-from loraplex.simulator.types import Outcome, SimulationInput
+from loraplex.simulator.types import Outcome, SimulationInput, SimulationResult
 from loraplex.simulator.workload import Workload
 
 
@@ -81,12 +81,21 @@ def test_where_tenants_wait_and_are_refused_every_request_goes_as_in_the_exact_s
     given_: SimulationInput,
 ) -> None:
     """One turn that differs tips the rest: who pays when, who is lifted to what, whose row and wait come first."""
+    assert (_same_course(given_).outcome == Outcome.REFUSED).sum() > 50
+
+
+def test_replicas_that_share_gpus_take_turns_as_in_the_exact_simulator() -> None:
+    _same_course(SCENARIOS["two-bases"](0))
+
+
+def _same_course(given_: SimulationInput) -> SimulationResult:
+    """Every request has the same outcome, place and times in both; those of the exact one."""
     ours, theirs = fast.simulate(given_), simulate_exact(given_)
-    assert (theirs.outcome == Outcome.REFUSED).sum() > 50
     assert np.array_equal(ours.outcome, theirs.outcome)
     assert np.array_equal(ours.group, theirs.group)
     assert np.allclose(ours.ttft_s, theirs.ttft_s, rtol=1e-9)
     assert np.allclose(ours.tpot_s, theirs.tpot_s, rtol=1e-9)
+    return theirs
 
 
 def _policy_case(seed: int, num_groups: int, *, plain: bool) -> tuple[SimulationInput, State, Knobs, Cluster, Workload]:

@@ -61,6 +61,9 @@ def cut_run(state: State, p: int, at_s: float) -> None:
     if replica.run_count == 1 or at_s >= state.wake_s[p]:
         return
     steps = steps_until(state, p, at_s)
+    if steps == replica.run_count:
+        # Another replica's step may wait for the end of this run: the device is not free there.
+        return
     replica.run_count = steps
     state.wake_s[p] = replica.run_start_s + run_s(replica.run_step_s, replica.run_slope_s, steps)
     state.groups[replica.group].device_free_s = state.wake_s[p]
