@@ -7,6 +7,8 @@ import torch
 
 pytest.importorskip("triton")
 
+from loraplex.core.errors import BadConfig
+
 ADAPTERS: dict[str, dict[str, Any]] = {
     "attention": {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]},
     "everything": {
@@ -69,3 +71,14 @@ def test_steps_padded_for_graphs_equal_transformers(
     driver.run(requests, num_tokens=2)
     for request in requests:
         check(base, driver, request)
+
+
+def test_pages_that_are_too_small_for_an_adapter_are_told_when_it_is_staged(
+    make_base: Any, add_adapter: Any, make_driver: Any
+) -> None:
+    base = make_base("llama", num_hidden_layers=1)
+    adapter = add_adapter(base, "attention", **ADAPTERS["attention"])
+    driver = make_driver(base.directory, page_size=4, device=DEVICE, kernels=True)
+    driver.executor.stage_adapter(adapter.manifest, str(adapter.path))
+    with pytest.raises(BadConfig, match="less than 8 LoRA ranks: raise page_size"):
+        driver.executor.adapter_pages(adapter.manifest)

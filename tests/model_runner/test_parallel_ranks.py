@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from loraplex.core.adapter import AdapterManifest
 from loraplex.core.errors import BadAdapter, BadConfig, Conflict, ExecutorLost, NotFound
@@ -20,8 +21,10 @@ from loraplex.core.step import Row, RowStart, StepPlan
 from loraplex.core.wire import ReplicaFrame
 from loraplex.engine import EngineConfig
 from loraplex.model_runner import ExecutorBase, ExecutorConfig, build_executor
+from loraplex.model_runner.ranks.channel import connect
 from loraplex.model_runner.ranks.launcher import RankProcess, RankStart
 from loraplex.model_runner.ranks.local import LocalLauncher
+from loraplex.model_runner.ranks.messages import Hello, StartFailed
 from loraplex.replica.engine_loop import EngineLoop
 from loraplex.testing.steps import run_step
 
@@ -219,6 +222,40 @@ def test_a_rank_that_does_not_come_up_is_named() -> None:
     with pytest.raises(ExecutorLost, match="rank 1 ended: exit code 3"):
         build_executor(config, model="random:tiny-llama", base_model_id=BASE, launcher=launcher)
     assert launcher.processes[0].ended() is not None, "the other rank outlived the failure"
+
+
+def test_a_rank_that_refuses_to_start_is_heard_although_the_first_waits_for_it() -> None:
+    class Running:
+        def ended(self) -> str | None:
+            return None
+
+        def kill(self) -> None:
+            done.set()
+
+    def refuse(start: RankStart) -> None:
+        with connect(start.address, start.key) as commands:
+            commands.send_bytes(msgspec.msgpack.encode(Hello(start.rank, events=False)))
+            with connect(start.address, start.key) as events:
+                events.send_bytes(msgspec.msgpack.encode(Hello(start.rank, events=True)))
+                commands.recv_bytes()
+                refusal = BadConfig("there is no such device")
+                commands.send_bytes(msgspec.msgpack.encode(StartFailed(refusal.class_code, refusal.message)))
+                done.wait()
+
+    class Refusing(RecordingLauncher):
+        def launch(self, start: RankStart) -> RankProcess:
+            if start.rank == 0:
+                return super().launch(start)
+            threading.Thread(target=refuse, args=(start,), daemon=True).start()
+            return Running()
+
+    done = threading.Event()
+    launcher = Refusing()
+    config = ExecutorConfig(tp=2, num_pages=8, num_threads=1)
+    with pytest.raises(BadConfig, match="there is no such device"):
+        build_executor(config, model="random:tiny-llama", base_model_id=BASE, launcher=launcher)
+    assert done.is_set()
+    assert launcher.processes[0].ended() is not None, "the rank that waited outlived the failure"
 
 
 def test_adapters_that_cannot_be_staged_leave_the_group_well(tmp_path: Path) -> None:

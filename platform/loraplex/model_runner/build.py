@@ -171,6 +171,9 @@ def _build_group(
     launcher: RankLauncher | None,
 ) -> ExecutorBase:
     check_shape(spec, shape)
+    if launcher is None:
+        # All are of this machine.
+        rank_device(config, shape.num_ranks - 1)
     if config.batch_invariant:
         raise BadConfig("batch_invariant is for one rank", param="batch_invariant")
     cut = stage_layers(spec, shape.pp) if config.stage_layers is None else config.stage_layers

@@ -77,8 +77,8 @@ class AdapterStager:
                 expected = self._executor.model.base_model_id
                 if manifest.base_model_id != expected:
                     raise BadAdapter(f"the adapter is of base {manifest.base_model_id}, this replica serves {expected}")
+                num_pages = self._executor.adapter_pages(manifest)
                 self._stage_file(manifest, path)
-            num_pages = self._executor.adapter_pages(manifest)
         except ExecutorLost:
             # The engine loop notices as well, and ends: its requests go on elsewhere and must not fail here.
             _log.warning("staging adapter %s ended with the executor", digest)

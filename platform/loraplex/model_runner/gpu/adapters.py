@@ -71,6 +71,10 @@ class GpuAdapters:
         if device.type == "cuda":
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
+    def check(self, layout: AdapterLayout) -> None:
+        """Raises BadConfig when pages are so small that a block is cut between multiples of 8 ranks. Any thread."""
+        self._plan(layout)
+
     def load(self, digest: Digest, staged: StagedAdapter, pages: Sequence[int]) -> None:
         """Starts the copy of the blob into ``pages``. Conflict when already loaded or when the number of pages is
         wrong, Overloaded when no record is free. After an exception nothing is written to ``pages`` any more."""

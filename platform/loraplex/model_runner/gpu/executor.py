@@ -17,6 +17,7 @@ from functools import partial
 import numpy as np
 import torch
 
+from loraplex.core.adapter import AdapterManifest
 from loraplex.core.errors import Conflict
 from loraplex.core.ids import Digest
 from loraplex.core.request import SamplingParams
@@ -114,6 +115,13 @@ class GpuExecutor(RankExecutor):
     @property
     def max_in_flight(self) -> int:
         return _MAX_IN_FLIGHT
+
+    def adapter_pages(self, manifest: AdapterManifest) -> int:
+        """Pages that this rank's part of the adapter takes. BadAdapter when it does not fit the base, BadConfig when
+        pages are too small for the kernels."""
+        layout = self._host.layout(manifest)
+        self._adapters.check(layout)
+        return layout.num_pages
 
     def load_adapter(self, digest: Digest, pages: tuple[int, ...]) -> None:
         """Starts the copy of a staged adapter into ``pages``. Conflict when it is not staged, or loaded already."""

@@ -153,15 +153,19 @@ class RankGroup:
         self._events = [events[rank] for rank in range(count)]
 
     def _answers(self, kind: type[_Answer]) -> list[_Answer]:
-        """Of every rank. Raises the error that one failed with."""
+        """Of every rank, as they come: the others wait for one that failed. Raises the error that it failed with."""
         answers = []
-        for rank, connection in enumerate(self._commands):
-            answer = _started.decode(self._receive(connection))
-            if isinstance(answer, StartFailed):
-                raise error_from_code(answer.code, answer.message)
-            if not isinstance(answer, kind):
-                raise LoraplexError(f"rank {rank} answered {type(answer).__name__}, not {kind.__name__}")
-            answers.append(answer)
+        missing = {connection: rank for rank, connection in enumerate(self._commands)}
+        while missing:
+            for connection in wait(list(missing)):
+                assert isinstance(connection, Connection)
+                rank = missing.pop(connection)
+                answer = _started.decode(self._receive(connection))
+                if isinstance(answer, StartFailed):
+                    raise error_from_code(answer.code, answer.message)
+                if not isinstance(answer, kind):
+                    raise LoraplexError(f"rank {rank} answered {type(answer).__name__}, not {kind.__name__}")
+                answers.append(answer)
         return answers
 
     def _receive(self, connection: Connection) -> bytes:

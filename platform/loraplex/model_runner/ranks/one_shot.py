@@ -44,8 +44,10 @@ class OneShotSum:
 def make_one_shot_sum(
     group: distributed.ProcessGroup, store: TCPStore, name: str, *, device: torch.device, dtype: torch.dtype
 ) -> OneShotSum | None:
-    """None where the GPUs of ``group`` do not reach each other's memory: on all its ranks alike. ``name``: of the group
-    in ``store``."""
+    """None where the GPUs of ``group`` do not reach each other's memory, and for a ``dtype`` that torch does not sum
+    this way; on all ranks alike. ``name``: of the group in ``store``."""
+    if dtype not in (torch.float32, torch.bfloat16):
+        return None
     os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
     rank, size = distributed.get_rank(group), distributed.get_world_size(group)
     store.set(f"{name} rank {rank}", f"{socket.gethostname()} {device.index}")

@@ -8,6 +8,7 @@ so the group is lost.
 
 import logging
 import os
+import select
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -116,34 +117,36 @@ class _Worker:
             raise
         speaks = shard.is_last and shard.tp_rank == 0
         num_in_flight = 0
-        with ThreadPoolExecutor(_STAGING_THREADS, initializer=_thread_start(executor)) as threads:
-            while True:
-                if num_in_flight and (num_in_flight == executor.max_in_flight or not self._hears_before(executor)):
-                    self._collect(executor, speaks)
-                    num_in_flight -= 1
-                    continue
-                message = _command.decode(self._commands.recv_bytes())
-                match message:
-                    case Step():
-                        executor.submit(self._decoder.decode(message))
-                        num_in_flight += 1
-                    case Load():
-                        executor.load_adapter(message.digest, message.pages[: self._num_pages[message.digest]])
-                        self._decoder.name_adapter(message.number, message.digest)
-                    case Drop():
-                        executor.drop_adapter(message.digest)
-                        self._decoder.forget_adapter(message.number)
-                    case Stage():
-                        threads.submit(self._stage, executor, message)
-                    case Unstage():
-                        executor.unstage_adapter(message.digest)
-                    case Allocate():
-                        raise AssertionError("a rank has one arena")
+        # Not waited for at the end, which is the process's: what else is to be staged would keep a failure back.
+        threads = ThreadPoolExecutor(_STAGING_THREADS, initializer=_thread_start(executor))
+        while True:
+            if num_in_flight and (num_in_flight == executor.max_in_flight or not self._hears_before(executor)):
+                self._collect(executor, speaks)
+                num_in_flight -= 1
+                continue
+            message = _command.decode(self._commands.recv_bytes())
+            match message:
+                case Step():
+                    executor.submit(self._decoder.decode(message))
+                    num_in_flight += 1
+                case Load():
+                    executor.load_adapter(message.digest, message.pages[: self._num_pages[message.digest]])
+                    self._decoder.name_adapter(message.number, message.digest)
+                case Drop():
+                    executor.drop_adapter(message.digest)
+                    self._decoder.forget_adapter(message.number)
+                case Stage():
+                    threads.submit(self._stage, executor, message)
+                case Unstage():
+                    executor.unstage_adapter(message.digest)
+                case Allocate():
+                    raise AssertionError("a rank has one arena")
 
     def _hears_before(self, executor: RankExecutor) -> bool:
         """A command comes before the oldest step in flight has ended."""
         while not executor.ready():
-            if self._commands.poll(_GLANCE_S):
+            # Not the connection's poll, which rounds up to milliseconds.
+            if select.select([self._commands], [], [], _GLANCE_S)[0]:
                 return True
         return False
 
