@@ -43,6 +43,6 @@ def test_each_case_of_each_shape_is_a_row(tmp_path: Path) -> None:
 
 def test_what_is_no_table_or_of_another_model_is_named(tmp_path: Path) -> None:
     (tmp_path / "else.json").write_text('{"rows": 3}')
-    with pytest.raises(BadConfig, match=r"else\.json: not a table of sweep"):
+    with pytest.raises(BadConfig, match=r"else\.json: not the table of a sweep"):
         main(["shapes", str(tmp_path / "rows.json"), str(tmp_path / "else.json")])
     assert not (tmp_path / "rows.json").exists()

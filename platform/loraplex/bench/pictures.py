@@ -245,10 +245,7 @@ def _rates(figures: EngineFigures) -> dict[str, dict[str, float]]:
 
 
 def _table(path: Path) -> SweepTable:
-    try:
-        read = msgspec.json.decode(path.read_bytes(), type=SweepTable)
-    except (OSError, msgspec.DecodeError) as error:
-        raise BadConfig(f"{path}: not the table of a sweep: {error}") from error
+    read = SweepTable.load(path)
     unknown = [row.case for row in read.summary if row.case not in CASES]
     if unknown:
         raise BadConfig(f"{path}: no case is called {unknown[0]!r}")

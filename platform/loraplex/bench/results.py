@@ -1,12 +1,15 @@
 """What a benchmark of the engine found. Pure data, the same as JSON. Made by ``session``, ``sweep`` and others."""
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Self
 
 import msgspec
 import numpy as np
 
 from loraplex.bench.options import EngineBenchOptions, EngineLoad, EngineSetup
 from loraplex.bench.recorder import EtaReport
+from loraplex.core.errors import BadConfig
 
 
 class Percentiles(msgspec.Struct, frozen=True, kw_only=True):
@@ -153,3 +156,11 @@ class SweepTable(msgspec.Struct, kw_only=True):
     summary: list[SweepSummary] = []
     left: list[str] = []
     """Cases for which the budget did not last."""
+
+    @classmethod
+    def load(cls, path: Path, *, param: str | None = None) -> Self:
+        """Raises BadConfig, about ``param``, when ``path`` is no such file."""
+        try:
+            return msgspec.json.decode(path.read_bytes(), type=cls)
+        except (OSError, msgspec.DecodeError) as error:
+            raise BadConfig(f"{path}: not the table of a sweep: {error}", param=param) from error

@@ -44,20 +44,13 @@ class ShapeRows(msgspec.Struct, frozen=True, kw_only=True):
 def join_sweeps(files: Sequence[Path]) -> ShapeRows:
     """The tables in ``files``, medians where a case ran several times. BadConfig when one is of another model, machine
     or length, or no table at all."""
-    tables = [_read(file) for file in files]
+    tables = [SweepTable.load(file, param="sweep") for file in files]
     sources = {_source(table, file) for table, file in zip(tables, files, strict=True)}
     if len(sources) != 1:
         raise BadConfig(f"the tables are not of one model, machine and length: {sorted(sources)}", param="sweep")
     ((machine, model, input_tokens, output_tokens),) = sources
     rows = tuple(_row(table, case) for table in tables for case in dict.fromkeys(row.case for row in table.rows))
     return ShapeRows(machine=machine, model=model, input_tokens=input_tokens, output_tokens=output_tokens, rows=rows)
-
-
-def _read(file: Path) -> SweepTable:
-    try:
-        return msgspec.json.decode(file.read_bytes(), type=SweepTable)
-    except (OSError, msgspec.DecodeError) as error:
-        raise BadConfig(f"{file}: not a table of sweep: {error}", param="sweep") from error
 
 
 def _source(table: SweepTable, file: Path) -> tuple[str, str, int, int]:

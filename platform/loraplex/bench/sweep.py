@@ -123,10 +123,7 @@ def summarize(rows: list[SweepRow], cases: list[str]) -> list[SweepSummary]:
 def _read(out: Path, options: SweepOptions) -> SweepTable:
     if not out.exists():
         return SweepTable(setup=options.setup, shrink=options.shrink, commit=_commit())
-    try:
-        table = msgspec.json.decode(out.read_bytes(), type=SweepTable)
-    except (OSError, msgspec.DecodeError) as error:
-        raise BadConfig(f"{out}: not the table of a sweep: {error}", param="out") from error
+    table = SweepTable.load(out, param="out")
     if (table.setup, table.shrink, table.commit) != (options.setup, options.shrink, _commit()):
         raise BadConfig(f"{out}: holds a sweep of another set-up or commit; choose another file", param="out")
     return table
