@@ -16,6 +16,7 @@ SET_BY_THE_CHART = {
     "ServeConfig": ("gateways", "gateway_resources"),
     "RayConfig": ("address", "single_machine", "num_cpus", "num_gpus", "object_store_bytes"),
     "ControllerConfig": ("database",),
+    "FleetConfig": ("autoscale",),
     "RegistryConfig": ("artifact_url",),
     "TraceConfig": ("url",),
 }

@@ -97,6 +97,7 @@ def test_validation_finds_what_is_wrong() -> None:
         (("platform", "base_models", 0), "replica"),
         (("platform", "base_models", 0, "executor"), "dtyp"),
         (("platform", "traces"), "url"),
+        (("platform", "controller", "fleet"), "autoscale"),
     ],
 )
 def test_an_unknown_key_fails_by_its_name(path: tuple[str | int, ...], key: str) -> None:
@@ -120,6 +121,44 @@ def test_an_unknown_key_fails_by_its_name(path: tuple[str | int, ...], key: str)
 def test_values_that_cannot_work_fail(change: dict[str, Any], message: str) -> None:
     with pytest.raises(helm_python.HelmError, match=message):
         render(ci_values("minimal") | change)
+
+
+def test_worker_groups_that_cannot_be_fail() -> None:
+    (group,) = ci_values("minimal")["workerGroups"]
+    for groups, message in (
+        ([group, group], "two are called h100"),
+        ([group | {"replicas": 2}], "h100: replicas lies outside"),
+        ([group | {"minReplicas": 2, "maxReplicas": 4}], "h100: replicas lies outside"),
+        ([group | {"name": "gateways"}], "name"),
+    ):
+        with pytest.raises(helm_python.HelmError, match=message):
+            render(ci_values("minimal") | {"workerGroups": groups, "autoscaling": {"enabled": True}})
+
+
+def test_only_who_may_reaches_pods() -> None:
+    """Of each policy: (who, ports)."""
+    manifests = render(ci_values("full"))
+    everything, gateways = (policy["spec"] for policy in of_kind(manifests, "NetworkPolicy"))
+
+    def rules(entries: list[dict[str, Any]], way: str) -> list[tuple[Any, list[Any]]]:
+        return [(rule.get(way), [port["port"] for port in rule.get("ports", ())]) for rule in entries]
+
+    own = [{"podSelector": everything["podSelector"]}]
+    (mine, all_ports), (operator, operators_ports) = rules(everything["ingress"], "from")
+    assert (mine, all_ports) == (own, [])
+    assert operator[0]["namespaceSelector"]["matchLabels"] == {"kubernetes.io/metadata.name": "kuberay-operator"}
+    assert operators_ports == [8265, 52365, 8000]
+    (clients, clients_ports), (monitoring, metrics_ports) = rules(gateways["ingress"], "from")
+    values = ci_values("full")["networkPolicy"]
+    assert (clients, clients_ports) == (values["clients"], ["http", "grpc"])
+    assert metrics_ports == ["gateway-metrics"]
+    assert monitoring[0]["namespaceSelector"]["matchLabels"] == {"kubernetes.io/metadata.name": "monitoring"}
+    (container,) = pod_templates(manifests)["gateways"]["spec"]["containers"]
+    assert {*clients_ports, *metrics_ports} <= {port["name"] for port in container["ports"]}
+    assert everything["policyTypes"] == ["Ingress", "Egress"]
+    out = rules(everything["egress"], "to")
+    assert [ports for _, ports in out] == [[], [53, 53], [5432, 6379, 443]]
+    assert out[0][0] == own
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -213,8 +252,11 @@ def test_autoscaling_bounds_hold_only_with_the_autoscaler() -> None:
     values = ci_values("full")
     for enabled, wanted in ((True, (1, 4)), (False, (1, 1))):
         values["autoscaling"] = {"enabled": enabled}
-        group = ray_service(render(values))["rayClusterConfig"]["workerGroupSpecs"][1]
+        manifests = render(values)
+        group = ray_service(manifests)["rayClusterConfig"]["workerGroupSpecs"][1]
         assert (group["minReplicas"], group["maxReplicas"]) == wanted
+        fleet = parse_platform_config(platform_text(manifests), source="").controller.fleet
+        assert fleet.autoscale == enabled, "what finds no room is the autoscaler's demand"
         assert json.loads(json.loads(group["rayStartParams"]["resources"])) == {"accelerator_type:H100": 1}
 
 

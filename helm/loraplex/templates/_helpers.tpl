@@ -31,6 +31,8 @@ app.kubernetes.io/instance: {{ .Release.Name }}
 {{- $fixed := dict "data_dir" "/var/lib/loraplex" "admin_key_file" "/etc/loraplex/admin/key" "serve" $serve -}}
 {{- $_ := set $fixed "listen" (dict "host" "0.0.0.0" "http_port" 8000 "grpc_port" 9000) -}}
 {{- $_ := set $fixed "ray" (dict "address" "auto") -}}
+{{- /* Ray's autoscaler brings pods for what is asked for, and groups that find no room are asked for only so. */ -}}
+{{- $_ := set $fixed "controller" (dict "fleet" (dict "autoscale" .Values.autoscaling.enabled)) -}}
 {{- with .Values.storage.artifactUrl }}{{ $_ := set $fixed "registry" (dict "artifact_url" .) }}{{ end -}}
 {{- with .Values.storage.traceUrl }}{{ $_ := set $fixed "traces" (dict "url" .) }}{{ end -}}
 {{- mergeOverwrite $config $fixed | toPrettyJson -}}
