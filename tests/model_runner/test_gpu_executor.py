@@ -8,6 +8,8 @@ import torch
 pytest.importorskip("triton")
 
 from loraplex.core.errors import BadConfig
+from loraplex_kernels.gpu import lora_project
+from loraplex_kernels.gpu.lora import ALL_SITES, ATTENTION_SITES, Site, lora_shrink
 
 ADAPTERS: dict[str, dict[str, Any]] = {
     "attention": {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]},
@@ -70,6 +72,30 @@ def test_steps_padded_for_graphs_equal_transformers(
     driver.run(requests[num_several:], num_tokens=1)
     driver.run(requests, num_tokens=2)
     for request in requests:
+        check(base, driver, request)
+
+
+def test_projections_in_which_no_adapter_of_the_step_has_anything_run_without_lora(
+    make_base: Any, add_adapter: Any, make_driver: Any, check: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shrunk: set[Site] = set()
+
+    def noted(x: Any, table: Any, layer: int, site: Site, *args: Any, **options: Any) -> None:
+        shrunk.add(site)
+        lora_shrink(x, table, layer, site, *args, **options)
+
+    monkeypatch.setattr(lora_project, "lora_shrink", noted)
+    base = make_base("llama", num_hidden_layers=1, hidden_size=32, intermediate_size=64, num_attention_heads=2)
+    driver = make_driver(base.directory, page_size=16, device=DEVICE, kernels=True, max_rows=4)
+    attention, large = (add_adapter(base, name, **ADAPTERS[name]) for name in ("attention", "large"))
+    for adapter in (attention, large):
+        driver.load(adapter.manifest, adapter.path)
+    first, second = (driver.open(prompt(5, index), a.manifest.digest) for index, a in enumerate((attention, large)))
+    driver.run([first], num_tokens=2)
+    assert shrunk == ATTENTION_SITES
+    driver.run([first, second], num_tokens=1)
+    assert shrunk == ALL_SITES
+    for request in (first, second):
         check(base, driver, request)
 
 

@@ -15,10 +15,21 @@ import triton
 
 from loraplex_kernels.gpu import tuning
 from loraplex_kernels.gpu._jit_lora import lora_expand_kernel, lora_shrink_kernel
-from loraplex_kernels.gpu.lora_table import LoraTable, LoraTiles, PendingExpand, Site, partial_elements, view_partial
+from loraplex_kernels.gpu.lora_table import (
+    ALL_SITES,
+    ATTENTION_SITES,
+    LoraTable,
+    LoraTiles,
+    PendingExpand,
+    Site,
+    partial_elements,
+    view_partial,
+)
 from loraplex_kernels.gpu.lora_tiles import MAX_RANK, NUM_MODULES, TileArrays, build_tiles
 
 __all__ = [
+    "ALL_SITES",
+    "ATTENTION_SITES",
     "MAX_RANK",
     "NUM_MODULES",
     "LoraTable",

@@ -59,6 +59,8 @@ class LoraProjections:
         self, gemm: Callable[[], torch.Tensor], x_TK: torch.Tensor, layer: int, site: Site, tiles: LoraTiles
     ) -> tuple[torch.Tensor, PendingExpand | torch.Tensor | None]:
         """``gemm()``, which is (T, O), and what the operation that follows has to add to it: its ``lora`` argument."""
+        if site not in tiles.sites:
+            return gemm(), None
         partial = view_partial(self.scratch, x_TK.shape[0], x_TK.shape[1], site, tiles.rank_cap)
         if tiles.max_planes > 1:
             out_TO = gemm()

@@ -20,6 +20,11 @@ class Site(Enum):
     GATE_UP = (4, 2)
     DOWN = (6, 1)
 
+    @classmethod
+    def of_module(cls, module: int) -> "Site":
+        """``module``: its number in that order."""
+        return next(site for site in cls if site.first_module <= module < site.first_module + site.num_modules)
+
     @property
     def first_module(self) -> int:
         return self.value[0]
@@ -27,6 +32,10 @@ class Site(Enum):
     @property
     def num_modules(self) -> int:
         return self.value[1]
+
+
+ALL_SITES = frozenset(Site)
+ATTENTION_SITES = frozenset((Site.QKV, Site.O))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +83,8 @@ class LoraTiles:
     rank_cap: int
     """16 or 64: no plane in the step has a larger rank."""
     max_planes: int = 1
+    sites: frozenset[Site] = ALL_SITES
+    """Where an adapter of the step may have something. Other projections run as in a step without LoRA."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from loraplex_kernels.gpu.lora import LoraTable
+from loraplex_kernels.gpu.lora import LoraTable, Site
 
 from loraplex.core.errors import Conflict, Overloaded
 from loraplex.core.ids import Digest
@@ -44,6 +44,7 @@ class ResidentAdapter:
     record: int
     num_planes: int
     max_rank: int
+    sites: frozenset[Site]
 
 
 @dataclass(slots=True)
@@ -105,7 +106,9 @@ class GpuAdapters:
         # On the stream of the steps: an earlier step may still read what these records held.
         target = self.table.entries[record : record + plan.num_planes]
         target.copy_(entries.pin_memory() if self._stream is not None else entries, non_blocking=True)
-        resident = _Resident(ResidentAdapter(record=record, num_planes=plan.num_planes, max_rank=plan.max_rank))
+        resident = _Resident(
+            ResidentAdapter(record=record, num_planes=plan.num_planes, max_rank=plan.max_rank, sites=plan.sites)
+        )
         if self._stream is None:
             self._copy(staged.blob, pages, 0, len(pages))
         else:

@@ -17,6 +17,10 @@ class GraphCache:
         self._seen: set[Hashable] = set()
         self._pool: Any = None
 
+    @property
+    def num_captured(self) -> int:
+        return len(self._graphs)
+
     def run(self, key: Hashable, body: Callable[[], torch.Tensor]) -> torch.Tensor:
         """``body`` reads inputs at fixed addresses, allocates nothing that outlives it, and never synchronises."""
         captured = self._graphs.get(key)

@@ -11,6 +11,7 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 from loraplex_kernels.gpu.attention import build_prefill_tiles
+from loraplex_kernels.gpu.lora import ALL_SITES, ATTENTION_SITES, Site
 from loraplex_kernels.gpu.lora_tiles import TileArrays, build_tiles
 
 from loraplex.core.ids import Digest
@@ -27,13 +28,14 @@ Ints = npt.NDArray[np.int32]
 class AdapterRuns:
     """Which record each row runs through."""
 
-    def __init__(self, rows: Sequence[Row], adapters: GpuAdapters) -> None:
-        """Conflict when an adapter is not loaded."""
+    def __init__(self, rows: Sequence[Row], adapters: GpuAdapters, at_least: frozenset[Site] = ATTENTION_SITES) -> None:
+        """``at_least``: projections that count as some adapter's. Conflict when an adapter is not loaded."""
         self.record: Ints = np.full(len(rows), -1, dtype=np.int32)
         self.planes: Ints = np.zeros(len(rows), dtype=np.int32)
         self.digests: list[Digest] = []
         self.max_rank = 0
         self.max_planes = 1
+        sites = set(at_least)
         start = 0
         for digest, run in groupby(row.adapter for row in rows):
             end = start + sum(1 for _ in run)
@@ -44,7 +46,10 @@ class AdapterRuns:
                 self.planes[start:end] = adapter.num_planes
                 self.max_rank = max(self.max_rank, adapter.max_rank)
                 self.max_planes = max(self.max_planes, adapter.num_planes)
+                sites |= adapter.sites
             start = end
+        self.sites = ATTENTION_SITES if sites <= ATTENTION_SITES else ALL_SITES
+        """Where these adapters may have something: one of two sets, so that graphs with LoRA at most double."""
 
     def tiles(self, row_tokens: Ints, num_padding: int, tile_rows: int) -> TileArrays:
         """Tiles of all tokens; padding is one more run without an adapter."""

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from loraplex_kernels import KvLayout
 from loraplex_kernels.gpu.attention import prefill_block_tokens
-from loraplex_kernels.gpu.lora import MAX_RANK, LoraTiles
+from loraplex_kernels.gpu.lora import ALL_SITES, ATTENTION_SITES, MAX_RANK, LoraTiles
 from loraplex_kernels.gpu.lora_tiles import TileArrays, decode_tile_rows, shared_tiles
 
 from loraplex.core.model import ModelSpec
@@ -191,11 +191,13 @@ class StepInputs:
 
     def idle_steps(self) -> Iterator[DeviceStep]:
         """Steps of padding alone, one for each graph that is to exist before it is needed."""
-        none = AdapterRuns((), self._adapters)
+        none, *some = (AdapterRuns((), self._adapters, sites) for sites in (frozenset(), ATTENTION_SITES, ALL_SITES))
         self._decode.send([np.full(self._max_rows, value, dtype=np.int32) for value in (0, -1)])
         for num_rows in self._row_buckets:
-            for num_tiles in (0, *self._decode_tile_buckets(num_rows)):
-                yield self._decode_step(num_rows, num_tiles, none)
+            yield self._decode_step(num_rows, 0, none)
+            for num_tiles in self._decode_tile_buckets(num_rows):
+                for runs in some:
+                    yield self._decode_step(num_rows, num_tiles, runs)
         empty = MixedArrays.of((), self._prefill_block)
         for num_tokens in self._token_buckets:
             if num_tokens > _WARM_MIXED_TOKENS:
@@ -203,8 +205,9 @@ class StepInputs:
             for num_singles in single_buckets(self._max_rows)[:2]:
                 bucket = MixedBucket(num_tokens, num_singles)
                 self._mixed.send(empty.padded_sections(bucket))
-                for num_tiles in (0, self._tile_buckets(bucket)[0]):
-                    yield self._mixed_step(bucket, num_tiles, none)
+                yield self._mixed_step(bucket, 0, none)
+                for runs in some:
+                    yield self._mixed_step(bucket, self._tile_buckets(bucket)[0], runs)
 
     def _decode_step(self, num_rows: int, num_tiles: int, runs: AdapterRuns) -> DeviceStep:
         ids, slots, positions, lengths, *tile_views = self._decode.views
@@ -259,8 +262,9 @@ class StepInputs:
             tile_rows=tile_rows,
             rank_cap=bucket_of(runs.max_rank, self._rank_caps),
             max_planes=runs.max_planes,
+            sites=runs.sites,
         )
 
 
-def _lora_key(lora: LoraTiles | None) -> tuple[int, ...]:
-    return () if lora is None else (lora.num_tiles, lora.rank_cap, lora.max_planes)
+def _lora_key(lora: LoraTiles | None) -> tuple[Hashable, ...]:
+    return () if lora is None else (lora.num_tiles, lora.rank_cap, lora.max_planes, lora.sites)

@@ -10,7 +10,7 @@ from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
-from loraplex_kernels.gpu.lora import MAX_RANK
+from loraplex_kernels.gpu.lora import MAX_RANK, Site
 
 from loraplex.core.errors import BadConfig
 from loraplex.core.model import LORA_MODULES, ModelSpec
@@ -34,6 +34,8 @@ class RecordPlan:
     """(rows, 2): index into the adapter's pages of A and of B."""
     offset: npt.NDArray[np.int64]
     """(rows, 2): elements from the start of that page."""
+    sites: frozenset[Site]
+    """That hold a block in any layer."""
 
     def entries(self, pages: tuple[int, ...], *, page_elements: int, entries_per_record: int) -> npt.NDArray[np.int64]:
         """(N, E, 2) packed entries for an adapter that lies in ``pages``; 0 where it has no block."""
@@ -77,6 +79,7 @@ def plan_records(layout: AdapterLayout, model: ModelSpec, *, itemsize: int) -> R
         rank=np.array([row[2] for row in rows], dtype=np.int64),
         page=np.array([row[3] for row in rows], dtype=np.int64).reshape(-1, 2),
         offset=np.array([row[4] for row in rows], dtype=np.int64).reshape(-1, 2),
+        sites=frozenset(Site.of_module(row[1] % len(LORA_MODULES)) for row in rows),
     )
 
 
