@@ -11,6 +11,7 @@ from loraplex.core.ids import RequestId
 from loraplex.core.plan import AdapterShare
 from loraplex.core.request import EngineRequest
 from loraplex.core.wire import LoadReport, ReplicaFrame
+from loraplex.router import pool
 
 from tests.router.scripted import ScriptedReplica, World, make, route
 
@@ -143,11 +144,14 @@ async def test_a_request_under_which_replicas_die_one_after_another_is_given_up(
 @settings(max_examples=60, deadline=None)
 @given(
     st.lists(
-        st.tuples(st.sampled_from(["answer", "down", "up", "report", "route", "drain"]), st.integers(0, 2)), max_size=60
+        st.tuples(st.sampled_from(["answer", "down", "up", "report", "crowd", "route", "drain"]), st.integers(0, 2)),
+        max_size=60,
     )
 )
 def test_no_token_is_lost_or_sent_twice_whatever_breaks(events: list[tuple[str, int]]) -> None:
-    asyncio.run(_break_things(events))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pool, "INTERVAL_S", 0.0)
+        asyncio.run(_break_things(events))
 
 
 async def _break_things(events: list[tuple[str, int]]) -> None:
@@ -166,6 +170,10 @@ async def _break_things(events: list[tuple[str, int]]) -> None:
             replica.up(credits=4)
         elif kind == "report":
             replica.report(credits=3)
+        elif kind == "crowd":
+            # Of other gateways: what is there goes elsewhere, if it has not done so before.
+            load = LoadReport(credits=1, num_running=256, num_waiting=200)
+            replica.listener.on_frame(ReplicaFrame(load=load))
         elif kind in ("route", "drain"):
             if kind == "route":
                 routed ^= {names[index]}

@@ -22,6 +22,9 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     at once, the others may end where they are."""
     drain_timeout_s: Annotated[float, msgspec.Meta(ge=0)] = 10.0
     """From then on all of them move as soon as another replica has room."""
+    rebalance_min_gain_s: Annotated[float, msgspec.Meta(ge=0)] | None = 1.0
+    """A request that would end so much sooner on another replica than where it is, and in 0.7 of the time, goes there,
+    once; None: never. Of ``policy`` predicted-finish alone."""
     resume_timeout_s: _Positive = 60.0
     """Generations of a lost replica are given up when none could take them over for this long. Longer than a replica
     takes to start again: with an 8B model on a GPU half a minute."""

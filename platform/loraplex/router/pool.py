@@ -14,19 +14,18 @@ from loraplex.core.ids import BaseModelId, ReplicaId
 from loraplex.core.request import EngineRequest, Priority
 from loraplex.router.config import RouterConfig
 from loraplex.router.link import Link
+from loraplex.router.planned import PlannedHomes
 from loraplex.router.policy import Choice, Demand, hash64, prefix_key, wait_in_queue_s
 from loraplex.router.prediction import OutputLength
 from loraplex.router.prefixes import PrefixMap
 from loraplex.router.queue import Ticket, WaitingQueue
+from loraplex.router.rebalance import INTERVAL_S, candidates, saved_s
 from loraplex.router.rivals import routing_policy
 from loraplex.router.stream import Generation, RoutedStream
 from loraplex.tenancy.fairness import ServiceCounters
 
 _REMIND_S = 1.0
 _MAX_RETRY_AFTER_S = 30.0
-
-_Name = tuple[str | None, str]
-"""Of an adapter in a plan: its tenant, if the plan says so, and its name."""
 
 
 class Pool:
@@ -48,13 +47,15 @@ class Pool:
         self._on_empty = on_empty
         self._links: dict[ReplicaId, Link] = {}
         self._leaving: set[Link] = set()
-        self._planned: dict[_Name, dict[ReplicaId, float]] = {}
+        self._planned = PlannedHomes()
         self._length = OutputLength(config.expected_output_tokens)
         self._prefixes = PrefixMap(config.max_prefixes)
         self._counters = ServiceCounters()
         self._queue: WaitingQueue[RoutedStream] = WaitingQueue(self._counters)
         self._num_queued = 0
         self._reminder: asyncio.TimerHandle | None = None
+        self._min_gain_s = config.rebalance_min_gain_s if config.policy == "predicted-finish" else None
+        self._rebalance_at_s = 0.0
 
     @property
     def links(self) -> list[Link]:
@@ -81,12 +82,9 @@ class Pool:
 
     def routes_changed(self) -> None:
         """Links were added, dropped, or have other routes."""
-        planned: dict[_Name, dict[ReplicaId, float]] = {}
         for link in self._links.values():
             self._drain(link, link.route.draining)
-            for share in link.route.adapters:
-                planned.setdefault((share.tenant, share.name), {})[link.route.replica_id] = share.weight
-        self._planned = planned
+        self._planned.update(link.route for link in self._links.values())
         for stream in self._queue.items():
             self._queue.remove(stream)
             self._queue.push(stream, self._ticket(stream))
@@ -159,6 +157,7 @@ class Pool:
         """For ``Link`` only."""
         self._close_if_empty(link)
         self._pump()
+        self._rebalance()
 
     def link_lost(self, link: Link, generations: list[Generation]) -> None:
         """For ``Link`` only."""
@@ -207,8 +206,8 @@ class Pool:
     def _has_room(self, name: Hashable) -> bool:
         return any(link.view.credits > 0 for link in self._takers_of(name))
 
-    def _choose(self, stream: RoutedStream, demand: Demand) -> Choice | None:
-        takers = self._takers(stream)
+    def _choose(self, stream: RoutedStream, demand: Demand, *, but: Link | None = None) -> Choice | None:
+        takers = [link for link in self._takers(stream) if link is not but]
         if stream.refused_by:
             takers = [link for link in takers if link.route.replica_id not in stream.refused_by] or takers
         return self._policy([link.view for link in takers], demand, self._config)
@@ -216,10 +215,10 @@ class Pool:
     def _demand(self, stream: RoutedStream) -> Demand:
         request = stream.first
         digest = request.adapter.digest if request.adapter is not None else None
-        weights = self._planned.get(name) if (name := self._planned_name(request)) is not None else None
+        weights = self._planned.weights(name) if (name := self._planned.name_of(request)) is not None else None
         return Demand(
             key=prefix_key(request) if digest is None or weights is not None else hash64(digest.encode()),
-            prompt_tokens=len(request.prompt_token_ids) + len(request.resumed_token_ids),
+            prompt_tokens=next(iter(stream.generations.values())).num_tokens,
             output_tokens=self._length.expected,
             digest=digest,
             saved_tokens=self._prefixes.saved_tokens(stream.prefixes),
@@ -248,23 +247,15 @@ class Pool:
 
     def _takers(self, stream: RoutedStream) -> list[Link]:
         """Links to replicas that may run it, up or not."""
-        return self._takers_of(self._planned_name(stream.first))
+        return self._takers_of(self._planned.name_of(stream.first))
 
     def _takers_of(self, name: Hashable) -> list[Link]:
         """If none of those that the plan names takes requests, any may."""
         open_links = [link for link in self._links.values() if link.drain_since_s is None]
         if name is None:
             return open_links
-        listed = self._planned.get(name, {})  # type: ignore[call-overload]
+        listed = self._planned.weights(name)  # type: ignore[arg-type]
         return [link for link in open_links if link.up and link.route.replica_id in listed] or open_links
-
-    def _planned_name(self, request: EngineRequest) -> _Name | None:
-        if request.adapter is None or not self._planned:
-            return None
-        for name in ((request.adapter.tenant, request.adapter.name), (None, request.adapter.name)):
-            if name in self._planned:
-                return name
-        return None
 
     def _is_served(self) -> bool:
         return any(link.drain_since_s is None for link in self._links.values())
@@ -312,23 +303,35 @@ class Pool:
                 continue
             overdue = now_s >= link.drain_since_s + self._config.drain_timeout_s
             for stream in {generation.stream: None for generation in link.generations.values()}:
-                if overdue or self._remaining_s(stream, link) > self._config.drain_migrate_above_s:
-                    self._move(stream, link)
+                left_s = self._tokens_left(stream) * link.view.decode_s(self._length.expected)
+                is_due = overdue or left_s > self._config.drain_migrate_above_s
+                if is_due and (choice := self._choose(stream, self._demand(stream))):
+                    self._move(stream, link, choice)
             self._close_if_empty(link)
 
-    def _remaining_s(self, stream: RoutedStream, link: Link) -> float:
-        output = self._length.expected
-        left = max(min(generation.num_left, output) for generation in stream.generations.values())
-        return left * link.view.decode_s(output)
+    def _tokens_left(self, stream: RoutedStream) -> float:
+        return max(min(generation.num_left, self._length.expected) for generation in stream.generations.values())
 
-    def _move(self, stream: RoutedStream, source: Link) -> None:
-        """To another replica, unless none has a credit."""
-        choice = self._choose(stream, self._demand(stream))
-        if choice is not None:
-            for generation in source.take_back(stream):
-                self._settle(generation)
-            self._unwait(stream)
-            self._send(stream, choice)
+    def _move(self, stream: RoutedStream, source: Link, choice: Choice) -> None:
+        for generation in source.take_back(stream):
+            self._settle(generation)
+        self._unwait(stream)
+        self._send(stream, choice)
+
+    def _rebalance(self) -> None:
+        """Now and then, while nobody waits here: what would end much sooner on another replica goes there."""
+        now_s, least_s = asyncio.get_running_loop().time(), self._min_gain_s
+        if least_s is None or now_s < self._rebalance_at_s or self._num_queued or len(self._links) < 2:
+            return
+        self._rebalance_at_s = now_s + INTERVAL_S
+        for link in [link for link in self._links.values() if link.drain_since_s is None and link.generations]:
+            for found in candidates(link.generations, link.load.num_waiting):
+                stream, demand = found.stream, self._demand(found.stream)
+                choice, left = self._choose(stream, demand, but=link), self._tokens_left(stream)
+                if choice and saved_s(link.view, choice, demand, tokens_left=left, waits=found.waits) > least_s:
+                    stream.rebalanced = True
+                    self._move(stream, link, choice)
+                    break
 
     def _ticket(self, stream: RoutedStream) -> Ticket:
         request = stream.first
@@ -339,7 +342,7 @@ class Pool:
             due_s=stream.due_s,
             resumed=stream.resumed,
             offline=request.priority is Priority.OFFLINE,
-            only=self._planned_name(request),
+            only=self._planned.name_of(request),
         )
 
     def _wait(self, stream: RoutedStream, timeout_s: float) -> None:

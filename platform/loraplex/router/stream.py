@@ -112,6 +112,8 @@ class RoutedStream:
         """Replicas that were lost under it since its last output."""
         self.refused_by: frozenset[ReplicaId] = frozenset()
         """Replicas that had no room for it though they had given a credit."""
+        self.rebalanced = False
+        """It went to another replica to end sooner."""
         self.due_s = inf
         """Event loop's time at which its first token is due."""
         self.prefixes = prefixes_of(self.first)
