@@ -68,6 +68,32 @@ def test_life_of_a_plan(plan: Call, machines: FakeActuator, tmp_path: Path) -> N
     assert "plan 0 is reached" in plan("rollback", 0, "--wait").stdout
 
 
+FLEET = """
+profiles: [h100-80gb]
+nodes: [{name: node-1, gpu: h100-80gb, gpus: 2}]
+bases: {tiny-base: llama3-8b}
+"""
+
+
+def test_what_it_costs_to_leave_the_plan_in_force(plan: Call, tmp_path: Path) -> None:
+    (tmp_path / "fleet.yaml").write_text(FLEET)
+
+    def diff(*files: Path) -> Result:
+        return plan("diff", *files, "--fleet", tmp_path / "fleet.yaml")
+
+    one, two = (_file(tmp_path / f"{count}.yaml", count, *["tiny-base"] * count) for count in (1, 2))
+    assert plan("apply", one, "--wait").exit_code == 0
+    assert "0 groups change" in diff(one).stdout
+    more = diff(two)
+    assert "1 groups change" in more.stdout, more.output
+    assert "group-1" in more.stdout
+    assert diff(one, two).stdout == more.stdout
+    assert "0 groups change" in diff(two, two).stdout
+    (tmp_path / "fleet.yaml").write_text(FLEET.replace("tiny-base", "other"))
+    assert "no base 'tiny-base'" in diff(two).stderr
+    assert diff(one, one, two).exit_code == 2
+
+
 def test_a_plan_that_cannot_be(plan: Call, machines: FakeActuator, tmp_path: Path) -> None:
     assert plan("watch", "--until-settled").exit_code == 0
     for version, bases, tp, said in (

@@ -1,4 +1,4 @@
-"""``loraplex plan``: from a trace, a fleet and targets to a plan; ``plan diff``: what a change of plan costs."""
+"""``loraplex plan``: from a trace, a fleet and targets to a plan. Works on files alone."""
 
 import json
 import math
@@ -15,12 +15,11 @@ import msgspec
 import typer
 
 from loraplex.cli.connection import JsonOption
-from loraplex.cli.output import json_value, print_json, print_table, shown_bytes
+from loraplex.cli.output import json_value, print_json, print_table
 from loraplex.core.errors import BadConfig, NotFound
 from loraplex.core.plan import Plan
 from loraplex.planner.baselines import baselines
 from loraplex.planner.fleet import Fleet
-from loraplex.planner.migration import move_between
 from loraplex.planner.problem import Problem
 from loraplex.planner.report import RATE_FACTORS, PlanReport, render, reported
 from loraplex.planner.sample import on_tables_of
@@ -73,7 +72,7 @@ def plan(
     if context.invoked_subcommand is not None:
         return
     if trace is None or fleet is None:
-        raise BadConfig("plan needs --trace and --fleet (or a command: diff)")
+        raise BadConfig("plan needs --trace and --fleet (or a command, as `plan status`)")
     for file, option, endings in ((out, "out", (".yaml", ".yml")), (report, "report", (".html", ".json"))):
         check_output(file, option, endings)
     layout = read_fleet(fleet)
@@ -126,34 +125,6 @@ def plan(
     _print(made, took_s)
 
 
-@app.command("diff")
-def diff(
-    old: Annotated[Path, typer.Argument(help="A plan.")],
-    new: Annotated[Path, typer.Argument(help="Another.")],
-    fleet: FleetOption,
-    as_json: JsonOption = False,
-) -> None:
-    """What it costs to go from one plan to another."""
-    layout = read_fleet(fleet)
-    plans = [layout.fitting(read_plan(path), where=str(path)) for path in (old, new)]
-    costs = layout.costs(dict.fromkeys(base for one in plans for base in _bases(one)))
-    move = move_between(costs, lambda _, tenant, name: layout.size_of(tenant, name), plans[0], plans[1])
-    if as_json:
-        print_json(move)
-        return
-    print_table(
-        ["group", "was", "weights per GPU", "adapters", "stopped s"],
-        [
-            [one.group, one.was or "-", shown_bytes(one.weight_bytes), shown_bytes(one.adapter_bytes), one.stopped_s]
-            for one in move.groups
-        ],
-    )
-    typer.echo(
-        f"{len(move.groups)} groups change: {shown_bytes(move.weight_bytes)} of weights and "
-        f"{shown_bytes(move.adapter_bytes)} of adapters are loaded, {move.lost_gpu_s:.1f} GPU seconds serve nothing"
-    )
-
-
 def check_output(path: Path | None, option: str, endings: tuple[str, ...]) -> None:
     """Before work is spent on what cannot be written."""
     if path is None:
@@ -176,7 +147,7 @@ def read_problem(
     """Errors name the file and key, or the row of the trace. ``current``: may hold bases that nobody asks for now."""
     arrivals = read_arrivals(trace, None if window is None else parse_window(window))
     named = [*arrivals.base_models, *(a.base_model for a in arrivals.adapters if a.base_model)]
-    named += [] if current is None else _bases(current)
+    named += [] if current is None else bases_of(current)
     return Problem(
         nodes=layout.all_nodes(),
         arrivals=arrivals,
@@ -188,7 +159,8 @@ def read_problem(
     )
 
 
-def _bases(plan: Plan) -> list[str]:
+def bases_of(plan: Plan) -> list[str]:
+    """As often as the plan places them."""
     return [placed.base_model_id for group in plan.groups for placed in group.bases]
 
 

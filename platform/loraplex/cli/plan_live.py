@@ -20,7 +20,8 @@ from loraplex.cli.connection import (
     admin_connection,
 )
 from loraplex.cli.output import print_json, print_table, shown_time
-from loraplex.cli.plan import app, read_plan
+from loraplex.cli.plan import read_plan
+from loraplex.cli.plan_diff import app
 from loraplex.core.errors import BadConfig, Conflict
 
 __all__ = ["app"]
