@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from loraplex.core.adapter import AdapterManifest, AdapterRef
 from loraplex.core.ids import BaseModelId, Digest, ReplicaId, RequestId, TenantName
 from loraplex.core.request import EngineRequest, FinishReason, SamplingParams
+from loraplex.core.step import Executor
 from loraplex.core.wire import ReplicaFrame
 from loraplex.engine import EngineConfig
 from loraplex.replica.config import ReplicaConfig
@@ -29,12 +30,15 @@ class Source:
 
 
 class Harness:
-    def __init__(self, executor: FakeExecutor, engine: EngineConfig | None = None) -> None:
+    def __init__(
+        self, executor: FakeExecutor, engine: EngineConfig | None = None, *, driven: Executor | None = None
+    ) -> None:
+        """``driven``: what the loop drives, where that is not ``executor`` itself."""
         self.executor = executor
         self.source = Source()
         self.loop = EngineLoop(
             replica_id=ReplicaId("r"),
-            executor=executor,
+            executor=driven or executor,
             engine_config=engine or EngineConfig(),
             source=self.source,
             config=ReplicaConfig(load_report_interval_s=0.02),
