@@ -10,8 +10,10 @@ from pathlib import Path
 import httpx
 import pytest
 from loraplex.controller.controller import Controller
+from loraplex.controller.fleet.config import FleetConfig
 from loraplex.core.adapter import AdapterManifest
 from loraplex.core.control import ReplicaRoute
+from loraplex.core.errors import Unavailable
 from loraplex.core.fleet import NodeStatus, ReplicaTarget
 from loraplex.core.ids import Digest, GatewayId
 from loraplex.core.tenant import Role
@@ -39,8 +41,14 @@ ADMIN_KEY = "lpx_admin_key_of_the_telemetry_tests"
 
 
 class Source:
+    def __init__(self) -> None:
+        self.away = False
+        """Nothing can be read."""
+
     @contextmanager
     def open(self, digest: Digest) -> Iterator[tuple[AdapterManifest, str]]:
+        if self.away:
+            raise Unavailable("the artifact store does not answer")
         yield fake_manifest(digest, base_model_id=TINY_BASE), "nowhere"
 
 
@@ -53,6 +61,7 @@ class Machines(FakeActuator):
         self._tracing = tracing
         self.secret: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self.executors: list[FakeExecutor] = []
+        self.source = Source()
 
     async def start(self, target: ReplicaTarget, *, epoch: int) -> ReplicaRoute:
         route = await super().start(target, epoch=epoch)
@@ -62,7 +71,7 @@ class Machines(FakeActuator):
             replica_id=target.replica_id,
             executor=executor,
             engine_config=EngineConfig(max_running=16),
-            source=Source(),
+            source=self.source,
             tracing=self._tracing,
         )
         loop.start()
@@ -113,6 +122,11 @@ def telemetry_config() -> TelemetryConfig:
 
 
 @pytest.fixture
+def fleet_config() -> FleetConfig:
+    return FleetConfig()
+
+
+@pytest.fixture
 def tracing() -> Tracing:
     """Off; tests of traces have one of their own."""
     return Tracing()
@@ -120,7 +134,11 @@ def tracing() -> Tracing:
 
 @pytest.fixture
 async def platform(
-    tokenizer_dir: Path, tmp_path: Path, telemetry_config: TelemetryConfig, tracing: Tracing
+    tokenizer_dir: Path,
+    tmp_path: Path,
+    telemetry_config: TelemetryConfig,
+    fleet_config: FleetConfig,
+    tracing: Tracing,
 ) -> AsyncIterator[Platform]:
     async with AsyncExitStack() as stack:
         machines = Machines(stack, tracing)
@@ -138,6 +156,7 @@ async def platform(
             ],
             adapters=[("acme", "pirate", 1)],
             machines=machines,
+            fleet=fleet_config,
             trace_sink=writer,
         )
         stack.push_async_callback(controller.stop)
