@@ -7,7 +7,6 @@ loraplex.bench sweep``.
 
 import os
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Annotated
 import msgspec
 
 from loraplex.bench.cases import SINGLE_TTFT, chosen_cases
+from loraplex.bench.commit import source_commit
 from loraplex.bench.options import EngineLoad, EngineSetup
 from loraplex.bench.plot import bar_chart
 from loraplex.bench.results import LoadResult, SweepRow, SweepSummary, SweepTable
@@ -122,9 +122,9 @@ def summarize(rows: list[SweepRow], cases: list[str]) -> list[SweepSummary]:
 
 def _read(out: Path, options: SweepOptions) -> SweepTable:
     if not out.exists():
-        return SweepTable(setup=options.setup, shrink=options.shrink, commit=_commit())
+        return SweepTable(setup=options.setup, shrink=options.shrink, commit=source_commit())
     table = SweepTable.load(out, param="out")
-    if (table.setup, table.shrink, table.commit) != (options.setup, options.shrink, _commit()):
+    if (table.setup, table.shrink, table.commit) != (options.setup, options.shrink, source_commit()):
         raise BadConfig(f"{out}: holds a sweep of another set-up or commit; choose another file", param="out")
     return table
 
@@ -141,12 +141,3 @@ def _write(out: Path, table: SweepTable, cases: list[str]) -> None:
         part = path.with_name(path.name + ".part")
         part.write_bytes(content)
         os.replace(part, path)
-
-
-def _commit() -> str | None:
-    """Of the source tree; None where it is not in a repository."""
-    try:
-        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None

@@ -8,18 +8,34 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
+from typing import Protocol, TypeVar
 
-from loraplex.loadgen.completion import CompletionClient, Sample
-from loraplex.loadgen.prompts import PromptMaker
+from loraplex.loadgen.completion import Sample
+from loraplex.loadgen.prompts import Prompt, PromptMaker
 from loraplex.loadgen.schedule import PlannedRequest
+from loraplex.loadgen.targets import Target
 
 _MAX_PREPARED = 1024
 _PREPARE_MARGIN_S = 0.002
 
+_Data = TypeVar("_Data")
+
+
+class Client(Protocol[_Data]):
+    """Sends to one server; ``completion.CompletionClient`` does so over HTTP."""
+
+    def encode(self, target: Target, prompt: Prompt, output_tokens: int) -> _Data:
+        """What is sent; made before its time comes, in the order of the schedule."""
+
+    async def run(
+        self, data: _Data, *, target: Target, origin_s: float, scheduled_s: float, prompt_tokens: int
+    ) -> Sample:
+        """Sends it now and reads the answer. Never raises for what the server does: that is the sample's error."""
+
 
 async def run_open_loop(
     schedule: Sequence[PlannedRequest],
-    client: CompletionClient,
+    client: Client[_Data],
     prompts: PromptMaker,
     *,
     on_sample: Callable[[Sample], None] | None = None,
@@ -34,7 +50,7 @@ async def run_open_loop(
     ahead = deque(islice(prepared, _MAX_PREPARED))
     origin_s = time.perf_counter()
 
-    async def one(planned: PlannedRequest, data: bytes) -> None:
+    async def one(planned: PlannedRequest, data: _Data) -> None:
         sample = await client.run(
             data,
             target=planned.target,
@@ -71,8 +87,8 @@ async def run_open_loop(
 
 
 def _prepare(
-    schedule: Sequence[PlannedRequest], client: CompletionClient, prompts: PromptMaker
-) -> Iterator[tuple[PlannedRequest, bytes]]:
+    schedule: Sequence[PlannedRequest], client: Client[_Data], prompts: PromptMaker
+) -> Iterator[tuple[PlannedRequest, _Data]]:
     for planned in schedule:
         prompt = prompts.make(planned.index, planned.prompt_tokens)
         yield planned, client.encode(planned.target, prompt, planned.output_tokens)

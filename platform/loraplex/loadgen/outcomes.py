@@ -55,7 +55,10 @@ class Outcomes:
 
     def since(self, at_s: float) -> Self:
         """Only the requests that were due at ``at_s`` or later."""
-        rows = self.at_s >= at_s
+        return self.of_rows(self.at_s >= at_s)
+
+    def of_rows(self, rows: Mask) -> Self:
+        """Only these."""
         return replace(
             self, at_s=self.at_s[rows], tenant=self.tenant[rows], ttft_s=self.ttft_s[rows], tpot_s=self.tpot_s[rows]
         )

@@ -1,0 +1,306 @@
+"""Runs a prepared experiment: for each layout its replicas, once; then cell after cell, a row of the results for each.
+
+Called by ``__main__`` and the command ``bench fleet``.
+"""
+
+import asyncio
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import count
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+import numpy as np
+
+from loraplex.bench.commit import source_commit
+from loraplex.bench.fleet.client import RouterClient
+from loraplex.bench.fleet.prepared import LONE_TOKENS, Cell, PreparedFleet, Workload, groups_line, lone_requests
+from loraplex.bench.fleet.replicas import FleetReplicas, adapter_ranks, layout_of
+from loraplex.bench.fleet.results import ALL, Figure, FleetRow, FleetTable, Lateness, figures_of, seconds_of
+from loraplex.bench.random_adapters import random_manifests
+from loraplex.core.errors import BadConfig, LoraplexError
+from loraplex.core.ids import BaseModelId, Digest, GatewayId
+from loraplex.loadgen.completion import Sample
+from loraplex.loadgen.open_loop import run_open_loop
+from loraplex.loadgen.outcomes import Outcomes
+from loraplex.loadgen.prompts import RandomTokens
+from loraplex.model_runner.build import load_model_spec
+from loraplex.router.config import RouterConfig
+from loraplex.router.router import Router
+from loraplex.traces.arrivals import Arrivals
+
+_UP_S = 60.0
+_LOOK_S = 0.02
+_SLACK_S = 120.0
+"""A run may take so much longer than its arrivals."""
+_LONE = 8
+_LONE_GAP_S = 0.15
+_WAVES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
+"""Requests at once, per replica, that a fresh layout answers before anything counts: each thrice, so that kernels are
+compiled and graphs captured."""
+_WAVE_REPEATS = 3
+_WHOLE_PROMPTS = 8
+"""Requests of smaller waves have the workload's prompts, those of others no more than ``_SHORT_PROMPT`` tokens."""
+_SHORT_PROMPT = 128
+_WAVE_OUTPUT = 12
+
+Say = Callable[[str], None]
+
+
+class MeasureOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    workloads: tuple[str, ...] = ()
+    """None given: all."""
+    placements: tuple[str, ...] = ()
+    """Cells of which one is among these; none given: all."""
+    budget_s: float | None = None
+    """No cell starts that would not end within this after the start."""
+    largest_wave: Annotated[int, msgspec.Meta(ge=1)] = 64
+    """Requests at once, per replica, that a fresh layout warms up with."""
+
+
+def measure(prepared: PreparedFleet, out: Path, options: MeasureOptions, *, say: Say) -> FleetTable:
+    """Runs what ``out`` does not hold yet. BadConfig (unknown workload; ``out`` is of another experiment; options of a
+    replica); LoraplexError when a replica ends."""
+    started_s = time.monotonic()
+    table = FleetTable.open(out, prepared)
+    table.left = []
+    with tempfile.TemporaryDirectory(prefix="loraplex-fleet-") as folder:
+        profile = Path(folder) / "profile.json"
+        profile.write_bytes(prepared.profile.to_json())
+        for cells in _by_layout(prepared, options, table):
+            if not _fits(prepared, cells[0], options, started_s):
+                table.left += map(_label, cells)
+                continue
+            say(f"{groups_line(cells[0].plan)}: starting")
+            begun_s = time.monotonic()
+            with FleetReplicas(prepared.experiment, cells[0]) as replicas:
+                say(f"replicas are up after {time.monotonic() - begun_s:.1f} s")
+                for number, cell in enumerate(cells):
+                    if not _fits(prepared, cell, options, started_s):
+                        table.left.append(_label(cell))
+                        continue
+                    row = asyncio.run(_Run(prepared, cell, replicas, profile, options, say=say).row(fresh=number == 0))
+                    table.rows.append(row)
+                    table.write(out)
+                    for line in row_lines(row):
+                        say(line)
+    table.write(out)
+    return table
+
+
+def row_lines(row: FleetRow) -> list[str]:
+    """A line for each base and one for all: measured / predicted."""
+    lines = [
+        f"{row.workload}, {', '.join(row.placements)} ({row.groups}): {row.requests} requests, "
+        f"{row.unanswered} unanswered; sent late by {row.lateness.p99_ms:.1f} ms (p99); beside its step a first token "
+        f"takes {', '.join(f'{1e3 * added_s:.1f} ms ({base})' for base, added_s in row.overhead_s.items())}"
+    ]
+    names = [name for name in row.figures if name != ALL]
+    for name in names if len(names) == 1 else [*names, ALL]:
+        figures = row.figures[name]
+        parts = [
+            _pair("attainment", figures["attainment"], 1.0, "{:.3f}"),
+            *(
+                _pair(label, figures[key], 1e3, "{:.1f}")
+                for label, key in (
+                    ("TTFT mean", "ttft_mean_s"),
+                    ("p50", "ttft_p50_s"),
+                    ("p99", "ttft_p99_s"),
+                    ("TPOT p50", "tpot_p50_s"),
+                )
+            ),
+        ]
+        lines.append(f"  {name}: {', '.join(parts)} ms")
+    return lines
+
+
+class _Run:
+    """One cell on running replicas."""
+
+    _numbers = count(1)
+
+    def __init__(
+        self,
+        prepared: PreparedFleet,
+        cell: Cell,
+        replicas: FleetReplicas,
+        profile: Path,
+        options: MeasureOptions,
+        *,
+        say: Say,
+    ) -> None:
+        self._prepared, self._cell, self._replicas, self._options = prepared, cell, replicas, options
+        self._profile = profile
+        self._workload: Workload = prepared.workloads[cell.workload]
+        self._say = say
+        self._models = {
+            base.name: load_model_spec(base.model, BaseModelId(base.name)) for base in prepared.experiment.bases
+        }
+        self._prompts = RandomTokens(
+            min(model.vocab_size for model in self._models.values()), seed=prepared.experiment.seed
+        )
+
+    async def row(self, *, fresh: bool) -> FleetRow:
+        """``fresh``: the replicas have served nothing yet."""
+        cell, workload, experiment = self._cell, self._workload, self._prepared.experiment
+        begun_s = time.monotonic()
+        staged = await asyncio.to_thread(self._replicas.stage, cell, workload)
+        if staged:
+            self._say(f"{staged} adapters staged in {time.monotonic() - begun_s:.1f} s")
+        arrivals = workload.arrivals
+        router = await self._router()
+        try:
+            if fresh:
+                begun_s = time.monotonic()
+                await self._warm_up(router, arrivals)
+                self._say(f"warmed up in {time.monotonic() - begun_s:.1f} s")
+            overhead_s = await self._overhead_s(router)
+        finally:
+            await router.close()
+        # One that has learned nothing, as the simulated one.
+        router = await self._router()
+        try:
+            samples = await self._send(router, arrivals, self._digests())
+        finally:
+            await router.close()
+        outcomes = Outcomes.of_samples(samples)
+        counted = outcomes.at_s >= workload.counts_from_s
+        late_ms = 1e3 * np.array([max(0.0, sample.sent_s - sample.scheduled_s) for sample in samples])[counted]
+        return FleetRow(
+            workload=cell.workload,
+            placements=cell.placements,
+            settings=cell.settings,
+            groups=groups_line(cell.plan),
+            load=workload.load,
+            requests=int(np.count_nonzero(counted)),
+            unanswered=int(np.count_nonzero(counted & ~outcomes.served)),
+            commit=source_commit(),
+            device_name=f"{experiment.gpus} x {self._replicas.device_name}",
+            torch_version=self._replicas.torch_version,
+            overhead_s=overhead_s,
+            lateness=Lateness(
+                p50_ms=float(np.percentile(late_ms, 50)),
+                p99_ms=float(np.percentile(late_ms, 99)),
+                max_ms=float(late_ms.max()),
+            ),
+            figures=figures_of(self._prepared, cell, outcomes, overhead_s),
+            ttft_s=seconds_of(outcomes.ttft_s, counted),
+            tpot_s=seconds_of(outcomes.tpot_s, counted),
+        )
+
+    async def _router(self) -> Router:
+        """Connected to all replicas."""
+        # Replicas tell gateways apart by their ids.
+        gateway_id = GatewayId(f"fleet-{next(self._numbers)}")
+        router = Router(gateway_id=gateway_id, config=RouterConfig(profiles=(str(self._profile),)))
+        routes = self._replicas.routes(self._cell)
+        router.update(routes, self._replicas.secret)
+        until_s = time.monotonic() + _UP_S
+        while len(router.loads()) < len(routes):
+            if time.monotonic() > until_s:
+                await router.close()
+                raise LoraplexError("not all replicas answer")
+            await asyncio.sleep(_LOOK_S)
+        return router
+
+    async def _warm_up(self, router: Router, arrivals: Arrivals) -> None:
+        """Waves of the workload's own requests, shortened, for each base."""
+        random = np.random.default_rng(0)
+        for index, base in enumerate(arrivals.base_models):
+            own = np.flatnonzero(arrivals.base_model == index)
+            hosts = sum(placed.base_model_id == base for group in self._cell.plan.groups for placed in group.bases)
+            if not len(own) or not hosts:
+                continue
+            for size in (size for size in _WAVES if size <= self._options.largest_wave):
+                for _ in range(_WAVE_REPEATS):
+                    rows = random.choice(own, size=size * hosts)
+                    most = int(arrivals.prompt_tokens.max()) if size <= _WHOLE_PROMPTS else _SHORT_PROMPT
+                    wave = replace(
+                        arrivals,
+                        arrival_s=np.zeros(len(rows)),
+                        adapter=arrivals.adapter[rows],
+                        base_model=arrivals.base_model[rows],
+                        tenant=arrivals.tenant[rows],
+                        prompt_tokens=np.minimum(arrivals.prompt_tokens[rows], most),
+                        output_tokens=random.integers(2, _WAVE_OUTPUT + 1, size=len(rows), dtype=np.int32),
+                    )
+                    await self._send(router, wave, self._digests())
+
+    async def _overhead_s(self, router: Router) -> dict[str, float]:
+        """By base: the median over lone requests of what the first token takes more than predicted."""
+        predicted_s = self._cell.lone_ttft_s
+        bases = tuple(BaseModelId(base) for base in predicted_s)
+        prompt, output = LONE_TOKENS
+        lone = lone_requests(bases, count=_LONE, gap_s=_LONE_GAP_S, prompt_tokens=prompt, output_tokens=output)
+        samples = await self._send(router, lone, ())
+        found = {}
+        for index, base in enumerate(bases):
+            first_s = [
+                s.first_token_s - s.scheduled_s for s in samples[index :: len(bases)] if s.first_token_s is not None
+            ]
+            found[str(base)] = max(0.0, statistics.median(first_s) - predicted_s[base]) if first_s else 0.0
+        return found
+
+    async def _send(self, router: Router, arrivals: Arrivals, digests: Sequence[Digest]) -> list[Sample]:
+        """In the order of ``arrivals``. LoraplexError when the answers do not come."""
+        client = RouterClient(router, arrivals, digests, run=f"run{next(self._numbers)}")
+        allowed_s = float(arrivals.arrival_s[-1]) + _SLACK_S
+        try:
+            async with asyncio.timeout(allowed_s):
+                await run_open_loop(client.schedule(), client, self._prompts)
+        except TimeoutError:
+            raise LoraplexError(f"requests had no end after {allowed_s:.0f} s") from None
+        return [client.samples[row] for row in range(len(arrivals))]
+
+    def _digests(self) -> list[Digest]:
+        """Of the workload's adapters, as the replicas have them."""
+        workload = self._workload
+        by_base = {}
+        for base, model in self._models.items():
+            ranks = adapter_ranks(workload, base)
+            by_base[base] = iter(random_manifests(model, count=len(ranks), lora_ranks=ranks) if ranks else ())
+        return [next(by_base[base]).digest for _, base, _, _ in workload.adapters]
+
+
+def _by_layout(prepared: PreparedFleet, options: MeasureOptions, table: FleetTable) -> list[list[Cell]]:
+    """What is to be run; cells that the same replicas serve are together."""
+    if unknown := sorted(set(options.workloads) - prepared.workloads.keys()):
+        raise BadConfig(
+            f"workload {unknown[0]!r} is not prepared (there are: {', '.join(prepared.workloads)})", param="workloads"
+        )
+    known = {name for cell in prepared.cells for name in cell.placements}
+    if unknown := sorted(set(options.placements) - known):
+        raise BadConfig(
+            f"placement {unknown[0]!r} is not prepared (there are: {', '.join(sorted(known))})", param="placements"
+        )
+    found: dict[object, list[Cell]] = {}
+    for cell in prepared.cells:
+        wanted = not options.workloads or cell.workload in options.workloads
+        wanted &= not options.placements or bool(set(cell.placements) & set(options.placements))
+        if wanted and not table.holds(cell):
+            found.setdefault(layout_of(cell), []).append(cell)
+    return list(found.values())
+
+
+def _fits(prepared: PreparedFleet, cell: Cell, options: MeasureOptions, started_s: float) -> bool:
+    if options.budget_s is None:
+        return True
+    takes_s = prepared.workloads[cell.workload].arrival_s[-1]
+    return time.monotonic() - started_s + takes_s <= options.budget_s
+
+
+def _label(cell: Cell) -> str:
+    return f"{cell.workload}: {', '.join(cell.placements)}"
+
+
+def _pair(label: str, figure: Figure, scale: float, form: str) -> str:
+    sides = ["-" if side is None else form.format(scale * side) for side in (figure.measured, figure.predicted)]
+    difference = ""
+    if figure.difference is not None:
+        points = label == "attainment"
+        difference = f" ({100 * figure.difference:+.1f}{' points' if points else '%'})"
+    return f"{label} {sides[0]} / {sides[1]}{difference}"

@@ -1,0 +1,195 @@
+"""The running replicas of a plan: starts their processes, all at once, stages adapters, knows their routes, ends them.
+
+Called by ``measure``.
+"""
+
+import dataclasses
+import secrets
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+
+from loraplex.bench.fleet.options import Experiment
+from loraplex.bench.fleet.prepared import Cell, Workload
+from loraplex.bench.fleet.replica import HOST, AdaptersStaged, ReplicaReady, ReplicaStart, StageAdapters
+from loraplex.core.control import ReplicaRoute
+from loraplex.core.errors import BadConfig, LoraplexError
+from loraplex.core.ids import ReplicaId
+from loraplex.core.plan import BasePlacement, GroupPlan
+from loraplex.model_runner.config import ExecutorConfig
+
+_STOP_S = 30.0
+_T = TypeVar("_T")
+
+
+def layout_of(cell: Cell) -> object:
+    """Equal where the same replicas serve both cells: all but the sets of adapters."""
+    groups = tuple(
+        dataclasses.replace(group, bases=tuple(dataclasses.replace(placed, adapters=()) for placed in group.bases))
+        for group in cell.plan.groups
+    )
+    return groups, tuple(map(tuple, cell.pages))
+
+
+class FleetReplicas:
+    """Context manager: the processes end with it."""
+
+    def __init__(self, experiment: Experiment, cell: Cell) -> None:
+        """Starts them; their devices are taken one after the other, in the order of the groups. BadConfig when one
+        says that its options are wrong; LoraplexError when one ends."""
+        self._experiment = experiment
+        self.secret = secrets.token_hex(16)
+        self._folder = tempfile.TemporaryDirectory(prefix="loraplex-turns-")
+        self._processes: list[_Process] = []
+        first = 0
+        try:
+            for index, group in enumerate(cell.plan.groups):
+                for placed, pages in zip(group.bases, cell.pages[index], strict=True):
+                    self._processes.append(_Process(self._start(group, placed, pages, first), group, placed))
+                first += group.shape.num_ranks
+            for process in self._processes:
+                process.ready = process.answer(ReplicaReady)
+                if process.ready.error is not None:
+                    raise BadConfig(f"{process.name}: {process.ready.error}")
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> "FleetReplicas":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def device_name(self) -> str:
+        return self._processes[0].ready.device_name
+
+    @property
+    def torch_version(self) -> str:
+        return self._processes[0].ready.torch_version
+
+    def routes(self, cell: Cell) -> tuple[ReplicaRoute, ...]:
+        """With the adapter sets of ``cell``, whose layout is that of these replicas."""
+        placed = [(group, base) for group in cell.plan.groups for base in group.bases]
+        return tuple(
+            ReplicaRoute(
+                replica_id=ReplicaId(process.name),
+                base_model_id=base.base_model_id,
+                address=f"{HOST}:{process.ready.port}",
+                group=group.name,
+                shape=group.shape,
+                gpu=group.gpu,
+                adapters=base.adapters,
+            )
+            for process, (group, base) in zip(self._processes, placed, strict=True)
+        )
+
+    def stage(self, cell: Cell, workload: Workload) -> int:
+        """Each adapter into the host memory of every replica that may be asked for it, on all at once; how many were
+        not there yet."""
+        placed = [base for group in cell.plan.groups for base in group.bases]
+        for process, base in zip(self._processes, placed, strict=True):
+            listed = {
+                (share.tenant, share.name)
+                for p in placed
+                if p.base_model_id == base.base_model_id
+                for share in p.adapters
+            }
+            own = {(share.tenant, share.name) for share in base.adapters}
+            names = [(tenant, name) for tenant, of, name, _ in workload.adapters if of == base.base_model_id]
+            process.tell(
+                StageAdapters(
+                    lora_ranks=adapter_ranks(workload, base.base_model_id),
+                    chosen=[i for i, name in enumerate(names) if name in own or name not in listed],
+                )
+            )
+        count = 0
+        for process in self._processes:
+            staged = process.answer(AdaptersStaged)
+            if staged.error is not None:
+                raise LoraplexError(f"{process.name}: {staged.error}")
+            count += staged.num_staged
+        return count
+
+    def close(self) -> None:
+        for process in self._processes:
+            process.end()
+        for process in self._processes:
+            process.wait()
+        self._folder.cleanup()
+
+    def _start(self, group: GroupPlan, placed: BasePlacement, pages: int, first: int) -> ReplicaStart:
+        experiment = self._experiment
+        base = next(base for base in experiment.bases if base.name == placed.base_model_id)
+        engine = experiment.replica_engine
+        config = ExecutorConfig(
+            device="cpu" if experiment.device == "cpu" else f"{experiment.device}:{first}",
+            tp=group.shape.tp,
+            pp=group.shape.pp,
+            num_threads=experiment.threads,
+            num_pages=pages,
+            max_rows=engine.max_running,
+            max_step_tokens=engine.max_step_tokens,
+        )
+        return ReplicaStart(
+            replica_id=f"{group.name}/{base.name}",
+            base=base.name,
+            model=base.model,
+            executor=msgspec.convert({**msgspec.structs.asdict(config), "dtype": experiment.dtype}, ExecutorConfig),
+            engine=engine,
+            secret=self.secret,
+            turns=str(Path(self._folder.name) / group.name) if len(group.bases) > 1 else None,
+            num_replicas=len(group.bases),
+        )
+
+
+def adapter_ranks(workload: Workload, base: str) -> list[int]:
+    """LoRA ranks of the base's adapters, in the order of the workload."""
+    return [rank for _, of, _, rank in workload.adapters if of == base]
+
+
+class _Process:
+    def __init__(self, start: ReplicaStart, group: GroupPlan, placed: BasePlacement) -> None:
+        self.name = start.replica_id
+        self.ready = ReplicaReady(port=0, device_name="", torch_version="")
+        command: Sequence[str] = (sys.executable, "-m", "loraplex.bench.fleet.replica")
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self.tell(start)
+
+    def tell(self, message: msgspec.Struct) -> None:
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(msgspec.json.encode(message) + b"\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            raise self._ended() from None
+
+    def answer(self, type_: type[_T]) -> _T:
+        """Blocks. LoraplexError when the process ends."""
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise self._ended()
+        return msgspec.json.decode(line, type=type_)
+
+    def end(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+
+    def wait(self) -> None:
+        try:
+            self._process.wait(_STOP_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        assert self._process.stdout is not None
+        self._process.stdout.close()
+
+    def _ended(self) -> LoraplexError:
+        return LoraplexError(f"replica {self.name} ended: exit code {self._process.wait()}")
