@@ -21,7 +21,7 @@ from loraplex.bench.peft_files import write_random_peft
 from loraplex.bench.random_adapters import random_manifests
 from loraplex.config.platform import PlatformConfig, parse_platform_config
 from loraplex.controller.fleet.config import Mode
-from loraplex.controller.fleet.replan import Task, in_force, problem_for, recent_arrivals
+from loraplex.controller.fleet.replan import Task, problem_for, recent_arrivals, simulated
 from loraplex.core.errors import NotFound, Unavailable
 from loraplex.core.fleet import NodeStatus
 from loraplex.core.ids import BaseModelId, TenantName
@@ -162,7 +162,7 @@ class ReplanPlatform:
             lora_ranks={f"{target.tenant}/{target.model}": _LORA_RANK for target in self.targets},
         )
         problem = problem_for(task, _wait_recorded(task, num_requests))
-        plan, attainment = in_force(task, problem)
+        plan, attainment = simulated(task.current, problem)
         setting = f"plan {active.version}"
         return Recorded(
             problem=problem,

@@ -66,7 +66,8 @@ class DecisionRecord:
     attainment_before: float | None = None
     """Measured over the window before; None: nothing was measured."""
     predicted_gain: float | None = None
-    """Attainment that the planner expects to win, its move paid."""
+    """Attainment that the planner expects to win, its move paid; of what others decided, what the simulator says by the
+    recorded traffic, once it has said it. None: no cost profiles are configured, or nothing was recorded."""
     attainment_after: float | None = None
     """Measured over a window of the same length once the change had settled."""
 

@@ -1,6 +1,7 @@
 """Plans from traffic: what the planner says is applied, proposed or let be, and what came of it is measured."""
 
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from loraplex.controller.fleet.autopilot import Autopilot
 from loraplex.controller.fleet.config import FleetConfig, PlanningConfig
 from loraplex.controller.fleet.meter import TrafficMeter
 from loraplex.controller.fleet.replan import Answer, Task, replan
+from loraplex.controller.fleet.store import Reason
 from loraplex.core.clock import SystemClock
 from loraplex.core.fleet import NodeStatus
 from loraplex.core.ids import BaseModelId
@@ -145,7 +147,10 @@ async def test_adapters_move_with_their_rates_and_no_replica_restarts(make_fleet
     fleet = make_fleet(node("n1", 2), default=plan(0, group("x", A, adapters="p"), group("y", A, adapters="q")))
 
     async def planner(task: Task) -> Answer:
-        raise AssertionError
+        assert task.instead is not None, "no other plan is to be made"
+        at = [[share.name for share in made.bases[0].adapters] for made in (*task.current.groups, *task.instead.groups)]
+        assert at == [["p"], ["q"], ["p"], ["q", "p"]]
+        return Answer(plan=None, reason="simulated", attainment=0.9, attainment_now=0.7)
 
     autopilot, meter, clock = await _autopilot(fleet, planner, mode="auto")
     await fleet.register("p", "q")
@@ -161,10 +166,36 @@ async def test_adapters_move_with_their_rates_and_no_replica_restarts(make_fleet
     decision = (await fleet.manager.plans.decisions(1))[0]
     assert decision.kind is DecisionKind.REASSIGNED
     assert "acme/p spreads from x to y" in decision.reason
+    assert decision.predicted_gain is None
+    await autopilot.predict()
+    await autopilot.predict()
+    assert (await fleet.manager.plans.decisions(1))[0].predicted_gain == pytest.approx(0.2)
     clock.ahead_s = 61.0
     meter.add(_batch([_row(0.0)], sequence=1))
     await autopilot.measure()
     assert (await fleet.manager.plans.decisions(1))[0].attainment_after == 1.0
+
+
+async def test_what_an_administrator_applies_has_its_gain_predicted_too(make_fleet: Callable[..., Fleet]) -> None:
+    fleet = make_fleet(node("n1", 2), default=plan(0, group("x", A)))
+    asked: list[Task] = []
+
+    async def planner(task: Task) -> Answer:
+        asked.append(task)
+        return Answer(plan=None, reason="simulated", attainment=0.5, attainment_now=0.8)
+
+    autopilot, _, _ = await _autopilot(fleet, planner, mode="off")
+    plans = fleet.manager.plans
+    for made in (plan(1, group("x", A)), plan(2, group("x", A), group("y", A))):
+        await plans.apply(made, source="admin", reason=Reason(text="an administrator applied it"))
+        await fleet.settled()
+        await autopilot.predict()
+    await autopilot.predict()
+    (task,) = asked
+    assert (task.current, task.instead) == (plan(1, group("x", A)), plan(2, group("x", A), group("y", A)))
+    settled, applied, *_ = await plans.decisions(9)
+    assert (applied.kind, applied.predicted_gain) == (DecisionKind.APPLIED, pytest.approx(-0.3))
+    assert (settled.kind, settled.predicted_gain) == (DecisionKind.SETTLED, None)
 
 
 def test_the_meter_forgets_and_leaves_out_what_clients_did_wrong() -> None:
@@ -217,5 +248,9 @@ async def test_the_real_planner_on_recorded_traffic(tmp_path: Path) -> None:
     assert sum(made.shape.num_ranks for made in answer.plan.groups) == 2
     assert answer.gain is not None
     assert answer.gain > 0
+    won = await replan(replace(task, instead=answer.plan))
+    assert won.plan is None
+    assert won.gain is not None
+    assert won.gain > 0
     few = Task(**{name: getattr(task, name) for name in task.__dataclass_fields__} | {"since_s": now_s + 10})
     assert (await replan(few)).reason == "no traffic was recorded"

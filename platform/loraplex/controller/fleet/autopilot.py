@@ -6,7 +6,9 @@ administrator, ``off`` only measures. Everything that is decided is recorded wit
 
 import asyncio
 import logging
+from collections import deque
 from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import replace
 
 from loraplex.controller.fleet.assign import reassigned
 from loraplex.controller.fleet.config import FleetConfig
@@ -17,11 +19,13 @@ from loraplex.controller.fleet.store import FleetStore, Reason
 from loraplex.core.clock import Clock
 from loraplex.core.errors import LoraplexError
 from loraplex.core.ids import BaseModelId
+from loraplex.core.plan import Plan
 from loraplex.core.rollout import DecisionKind
 
 logger = logging.getLogger(__name__)
 
 Planner = Callable[[Task], Awaitable[Answer]]
+_CHANGES = (DecisionKind.APPLIED, DecisionKind.ROLLED_BACK, DecisionKind.REASSIGNED)
 
 
 class Autopilot:
@@ -44,12 +48,17 @@ class Autopilot:
         self._clock, self._planner = clock, planner
         self._outcomes: dict[int, tuple[float, float]] = {}
         """Decision -> (when it is measured, monotonic; over how many seconds)."""
+        self._to_predict: deque[tuple[tuple[int, ...], Plan, Plan]] = deque(maxlen=100)
+        """Decisions of which nobody has said yet what they should win: the plan before, the plan after."""
+        self._settled_plan: Plan | None = None
         manager.on_settled = self._settled
 
     async def run(self) -> None:
         """Until it is cancelled."""
         await self._resume()
         loops = [self._forever(self.measure, min(1.0, self._config.planning.window_s), "measuring")]
+        if self._config.planning.profiles:
+            loops.append(self._forever(self.predict, 1.0, "predicting"))
         if self._config.mode == "auto" and self._config.planning.reassign_interval_s > 0:
             loops.append(self._forever(self.reassign, self._config.planning.reassign_interval_s, "moving adapters"))
         if self._config.mode != "off" and self._config.planning.profiles:
@@ -62,17 +71,7 @@ class Autopilot:
         active = self._manager.plans.active
         if not self._manager.status().settled:
             return  # what is measured now says nothing of the plan that comes
-        task = Task(
-            trace_url=self._trace_url(),
-            since_s=self._clock.wall_s() - planning.window_s,
-            nodes=self._manager.usable_nodes(),
-            current=self._manager.plans.assigned,
-            config=planning,
-            bases=self._bases,
-            lora_ranks=dict(self._lora_ranks()),
-            not_these=self._manager.failed_kinds,
-        )
-        answer = await self._planner(task)
+        answer = await self._planner(self._task())
         measured = self._meter.attainment(planning.window_s)
         reason = Reason(text=answer.reason, attainment_before=measured, predicted_gain=answer.gain)
         if self._manager.plans.active.plan.version != active.plan.version:
@@ -90,14 +89,33 @@ class Autopilot:
         plans = self._manager.plans
         if self._meter.num_requests(planning.rate_window_s) < 20 or not self._manager.status().settled:
             return
-        version = plans.active.plan.version
-        made, lines = reassigned(plans.active.plan, plans.assigned, self._meter.rates(planning.rate_window_s))
+        version, before = plans.active.plan.version, plans.assigned
+        made, lines = reassigned(plans.active.plan, before, self._meter.rates(planning.rate_window_s))
         if not lines:
             return
         reason = Reason(text="; ".join(lines), attainment_before=self._meter.attainment(planning.rate_window_s))
         decision = await plans.reassign(version, made, reason)
         if decision is not None:
             self._measure_later(decision.number, planning.rate_window_s)
+            self._to_predict.append(((decision.number,), before, made))
+
+    async def predict(self) -> None:
+        """Records of one change that the planner did not make what it should win, by the recorded traffic."""
+        if not self._to_predict:
+            return
+        numbers, before, after = self._to_predict.popleft()
+        recorded = await self._store.decisions(100)
+        unsaid = [
+            one.number
+            for one in recorded
+            if one.number in numbers and one.kind in _CHANGES and one.predicted_gain is None
+        ]
+        if not unsaid:
+            return
+        answer = await self._planner(replace(self._task(), current=before, instead=after))
+        if answer.gain is not None:
+            for number in unsaid:
+                await self._store.set_gain(number, answer.gain)
 
     async def measure(self) -> None:
         """Records what came of the changes whose time has come."""
@@ -112,6 +130,7 @@ class Autopilot:
     async def _resume(self) -> None:
         """What an earlier controller did not live to measure."""
         version = self._manager.plans.active.plan.version
+        self._settled_plan = self._manager.plans.assigned
         try:
             recorded = await self._store.decisions(100)
         except LoraplexError as error:
@@ -119,12 +138,29 @@ class Autopilot:
             return
         for decision in recorded:
             is_new = decision.attainment_after is None and decision.plan_version == version
-            if is_new and decision.kind in (DecisionKind.SETTLED, DecisionKind.APPLIED, DecisionKind.ROLLED_BACK):
+            if is_new and decision.kind in (DecisionKind.SETTLED, *_CHANGES):
                 self._measure_later(decision.number, self._config.planning.window_s)
 
     def _settled(self, numbers: tuple[int, ...]) -> None:
         for number in numbers:
             self._measure_later(number, self._config.planning.window_s)
+        before, self._settled_plan = self._settled_plan, self._manager.plans.assigned
+        if before is not None:
+            self._to_predict.append((numbers, before, self._settled_plan))
+
+    def _task(self) -> Task:
+        """To find the plan that the recent traffic asks for."""
+        planning = self._config.planning
+        return Task(
+            trace_url=self._trace_url(),
+            since_s=self._clock.wall_s() - planning.window_s,
+            nodes=self._manager.usable_nodes(),
+            current=self._manager.plans.assigned,
+            config=planning,
+            bases=self._bases,
+            lora_ranks=dict(self._lora_ranks()),
+            not_these=self._manager.failed_kinds,
+        )
 
     def _measure_later(self, number: int, window_s: float) -> None:
         self._outcomes[number] = (self._clock.monotonic_s() + window_s, window_s)

@@ -44,6 +44,8 @@ class Task:
     """Of ``tenant/name``."""
     not_these: tuple[tuple[str, Shape, tuple[str, ...]], ...] = ()
     """Kinds of group (GPU, shape, bases) that could not be started."""
+    instead: Plan | None = None
+    """Nothing is searched for: what this plan wins over ``current``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +54,7 @@ class Answer:
     """None: the current one stays."""
     reason: str
     attainment: float | None = None
-    """Simulated, of ``plan``; None: nothing was simulated."""
+    """Simulated, of ``plan`` (of ``Task.instead``); None: nothing was simulated."""
     attainment_now: float | None = None
     """Simulated, of the current plan."""
 
@@ -97,11 +99,14 @@ def plan_for(task: Task) -> Answer:
         arrivals = recent_arrivals(task)
     except NotFound:
         return Answer(plan=None, reason="no traffic was recorded")
-    if len(arrivals) < task.config.min_requests:
+    if task.instead is None and len(arrivals) < task.config.min_requests:
         return Answer(plan=None, reason=f"{len(arrivals)} requests in the window are too few to plan from")
     problem = problem_for(task, arrivals)
+    if task.instead is not None:
+        was, wins = (simulated(plan, problem)[1] for plan in (task.current, task.instead))
+        return Answer(plan=None, reason="simulated", attainment=wins, attainment_now=was)
     try:
-        current, now = in_force(task, problem)
+        current, now = simulated(task.current, problem)
         current_reason = ""
     except LoraplexError as error:
         current, now = None, None
@@ -158,13 +163,12 @@ def problem_for(task: Task, arrivals: Arrivals) -> "Problem":
     )
 
 
-def in_force(task: Task, problem: "Problem") -> tuple[Plan, float]:
-    """The current plan, its GPU types filled in, and its simulated attainment. LoraplexError when it cannot be
-    simulated."""
+def simulated(plan: Plan, problem: "Problem") -> tuple[Plan, float]:
+    """The plan, its GPU types filled in, and its simulated attainment. LoraplexError when it cannot be simulated."""
     from loraplex.simulator import fast
     from loraplex.simulator.workload import Workload
 
-    plan = _typed(task.current, problem.nodes[0].gpu)
+    plan = _typed(plan, problem.nodes[0].gpu)
     workload = Workload.of(problem.arrivals, problem.adapters)
     return plan, fast.simulate(problem.simulation(plan), workload).score.attainment
 

@@ -178,6 +178,11 @@ class FleetRows:
         if row is not None:
             row.attainment_after = attainment_after
 
+    def set_gain(self, session: Session, number: int, predicted_gain: float) -> None:
+        row = session.get(DecisionRow, number)
+        if row is not None:
+            row.predicted_gain = predicted_gain
+
     def decisions(self, session: Session, limit: int) -> tuple[DecisionRecord, ...]:
         """Newest first."""
         rows: Sequence[DecisionRow] = session.scalars(

@@ -266,6 +266,9 @@ class FleetStore:
             lambda session: self._rows.set_outcome(session, number, attainment_after)
         )
 
+    async def set_gain(self, number: int, predicted_gain: float) -> None:
+        await self._transactions.write_session(lambda session: self._rows.set_gain(session, number, predicted_gain))
+
     async def plan(self, version: int) -> PlanRecord:
         """NotFound."""
         return await self._transactions.read_session(lambda session: self._rows.plan(session, version))
