@@ -63,9 +63,8 @@ class Case:
     def name(self) -> str:
         return f"{self.rows}x{self.adapters}" + ("" if self.ranks == (16,) else f"r{'-'.join(map(str, self.ranks))}")
 
-    @property
-    def rank_cap(self) -> int:
-        return 16 if max(self.ranks) <= 16 else 64
+    def rank_cap(self, tile_rows: int) -> int:
+        return next(cap for cap in ((8, 16, 64) if tile_rows == 1 else (16, 64)) if max(self.ranks) <= cap)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,7 +139,9 @@ class Step:
         used = np.sort(records[np.arange(rows) % case.adapters]).astype(np.int32)
         ones = np.ones(rows, dtype=np.int32)
         self.tiles_of: dict[int, LoraTiles] = {
-            tile_rows: device_tiles(used, ones, ones, tile_rows=tile_rows, rank_cap=case.rank_cap, device=device)
+            tile_rows: device_tiles(
+                used, ones, ones, tile_rows=tile_rows, rank_cap=case.rank_cap(tile_rows), device=device
+            )
             for tile_rows in (1, 16)
         }
         self.tile_rows = decode_tile_rows(rows, self.tiles_of[16].num_tiles)
@@ -303,7 +304,7 @@ def build(job: tuple[Case, str | None, Site, int]) -> None:
 
 def builds(cases: list[Case], variants: list[str], layers: int) -> list[tuple[Case, str | None, Site, int]]:
     """One job for all cases between which ``tuning`` makes no difference."""
-    kinds = {(case.rows <= 32, case.rows < 64, case.adapters == case.rows, case.rank_cap): case for case in cases}
+    kinds = {(case.rows <= 32, case.rows < 64, case.adapters == case.rows, case.rank_cap(1)): case for case in cases}
     return [(case, variant, site, layers) for case in kinds.values() for variant in (None, *variants) for site in Site]
 
 

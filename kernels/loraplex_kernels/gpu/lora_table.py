@@ -81,7 +81,7 @@ class LoraTiles:
     tile_rows: int
     """1, 16 or 64: the most tokens of a tile."""
     rank_cap: int
-    """16 or 64: no plane in the step has a larger rank."""
+    """16 or 64, in tiles of one row also 8: no plane in the step has a larger rank."""
     max_planes: int = 1
     sites: frozenset[Site] = ALL_SITES
     """Where an adapter of the step may have something. Other projections run as in a step without LoRA."""

@@ -74,7 +74,7 @@ def add_rms_norm(
         RECORD_ENTRIES=pending.table.record_entries,
         SPLITS=pending.partial.shape[0],
         RANK_CAP=pending.tiles.rank_cap,
-        RANK_BLOCK=config.rank_block,
+        RANK_BLOCK=min(config.rank_block, pending.tiles.rank_cap),
         EVICT=tuning.eviction(config.evict_first),
         EXACT=tuning.exact(out_TD.dtype),
         OVERLAP=overlaps,

@@ -97,8 +97,9 @@ def split_features(in_features: int, num_modules: int) -> int:
 def shrink_config(in_features: int, num_modules: int, tile_rows: int, rank_cap: int) -> ShrinkConfig:
     part = next_power_of_2(split_features(in_features, num_modules))
     if tile_rows == 1:
-        # Rows of 256 features a warp: what a thread loads of them takes half of its registers.
-        return ShrinkConfig(block_k=part, num_warps=min(8, max(1, part // 256)))
+        # 16 rows of 256 features a warp, or 8 of 512: what a thread loads of them takes half of its registers.
+        features = 256 * 16 // rank_block(tile_rows, rank_cap)
+        return ShrinkConfig(block_k=part, num_warps=min(8, max(1, part // features)))
     if tile_rows == 16:
         # Two blocks on their way: all of a split, or half of it.
         return ShrinkConfig(block_k=min(512 if rank_cap <= 16 else 256, part), num_warps=4, num_stages=3)
@@ -109,15 +110,15 @@ def shrink_config(in_features: int, num_modules: int, tile_rows: int, rank_cap: 
 
 def rank_block(tile_rows: int, rank_cap: int) -> int:
     """Ranks that an expand takes at a time: in a dot all, in a matrix-vector product what fits into registers."""
-    return 16 if tile_rows == 1 else rank_cap
+    return min(16, rank_cap) if tile_rows == 1 else rank_cap
 
 
 def expand_config(num_tiles: int, tile_rows: int, rank_cap: int, widest: int, *, pairs: bool = False) -> ExpandConfig:
     """``widest``: columns of the site's widest module. ``pairs``: two columns at a time (gate and up)."""
     limit = next_power_of_2(widest)
     if tile_rows == 1:
-        # 256 columns a warp: a thread adds its columns over the ranks without the others.
-        return ExpandConfig(block_n=min(512, limit), num_warps=2)
+        # 256 columns of 16 ranks a warp, or 512 of 8: a thread adds its columns over the ranks without the others.
+        return ExpandConfig(block_n=min(512, limit), num_warps=2 if rank_cap > 8 else 1)
     if tile_rows == 16:
         if num_tiles < 16:
             return ExpandConfig(block_n=min(256 if rank_cap <= 16 else 128, limit), num_warps=4)

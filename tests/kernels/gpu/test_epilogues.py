@@ -32,6 +32,7 @@ LORA: dict[str, tuple[int, int] | str | None] = {
     "single_rows_large_ranks": (64, 1),
     "decode": (16, 16),
     "decode_large_ranks": (64, 16),
+    "single_rows_small_ranks": (8, 1),
     "prefill": (16, 64),
     "prefill_large_ranks": (64, 64),
 }
@@ -47,7 +48,7 @@ def pending(
     if isinstance(kind, str):
         return random(NUM_TOKENS, sum(shape.outputs(site)), dtype=dtype, device=device)
     rank_cap, tile_rows = kind
-    adapters = (Adapter(rank=rank_cap), Adapter(rank=8, missing=frozenset({1, 3, 5})), Adapter(rank=16))
+    adapters = (Adapter(rank=rank_cap), Adapter(rank=8, missing=frozenset({1, 3, 5})), Adapter(rank=min(16, rank_cap)))
     table, records = random_table(shape, LAYER + 1, adapters, dtype=dtype, device=device)
     of_token = np.array([-1, -1, *[records[0]] * 3, records[1], records[2], -1], dtype=np.int32)
     ones = np.ones(NUM_TOKENS, dtype=np.int32)

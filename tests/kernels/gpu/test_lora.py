@@ -56,6 +56,9 @@ CASES = {
         1,
         num_tiles=5,
     ),
+    "single_rows_small_ranks": Case(
+        (Adapter(rank=8), Adapter(rank=8, missing=frozenset({0, 3, 4, 6}))), ((-1, 1), (0, 1), (1, 1)), 8, 1
+    ),
     "single_rows_large_ranks": Case((Adapter(rank=88), Adapter(rank=24)), ((0, 1), (1, 1), (-1, 1)), 64, 1),
     "mixed_ranks": Case((Adapter(rank=64), Adapter(rank=8), Adapter(rank=24)), ((0, 1), (1, 2), (2, 1)), 64),
     "planes": Case((Adapter(rank=88), Adapter(rank=16)), ((0, 1), (1, 2)), 64),

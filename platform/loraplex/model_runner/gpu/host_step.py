@@ -28,12 +28,20 @@ Ints = npt.NDArray[np.int32]
 class AdapterRuns:
     """Which record each row runs through."""
 
-    def __init__(self, rows: Sequence[Row], adapters: GpuAdapters, at_least: frozenset[Site] = ATTENTION_SITES) -> None:
-        """``at_least``: projections that count as some adapter's. Conflict when an adapter is not loaded."""
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        adapters: GpuAdapters,
+        *,
+        at_least: frozenset[Site] = ATTENTION_SITES,
+        max_rank: int = 0,
+    ) -> None:
+        """``at_least``, ``max_rank``: as if some adapter had these projections, and this rank. Conflict when an adapter
+        is not loaded."""
         self.record: Ints = np.full(len(rows), -1, dtype=np.int32)
         self.planes: Ints = np.zeros(len(rows), dtype=np.int32)
         self.digests: list[Digest] = []
-        self.max_rank = 0
+        self.max_rank = max_rank
         self.max_planes = 1
         sites = set(at_least)
         start = 0

@@ -5,7 +5,7 @@ them, or as they are where the step is too large for a graph. Owns the page tabl
 by the executor. Legend: T tokens, B rows, S slots.
 """
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,6 +39,8 @@ from loraplex.model_runner.gpu.page_tables import PageTables
 from loraplex.model_runner.gpu.upload import FixedSections, upload_sections
 
 _RANK_CAPS = (16, MAX_RANK)
+_SINGLE_ROW_RANK_CAPS = (8, *_RANK_CAPS)
+_WARM_RANKS = (8, 16)
 _WARM_MIXED_TOKENS = 512
 
 
@@ -191,13 +193,17 @@ class StepInputs:
 
     def idle_steps(self) -> Iterator[DeviceStep]:
         """Steps of padding alone, one for each graph that is to exist before it is needed."""
-        none, *some = (AdapterRuns((), self._adapters, sites) for sites in (frozenset(), ATTENTION_SITES, ALL_SITES))
+        none = AdapterRuns((), self._adapters)
+        some = [
+            AdapterRuns((), self._adapters, at_least=sites, max_rank=max_rank)
+            for sites in (ATTENTION_SITES, ALL_SITES)
+            for max_rank in _WARM_RANKS
+        ]
         self._decode.send([np.full(self._max_rows, value, dtype=np.int32) for value in (0, -1)])
         for num_rows in self._row_buckets:
             yield self._decode_step(num_rows, 0, none)
             for num_tiles in self._decode_tile_buckets(num_rows):
-                for runs in some:
-                    yield self._decode_step(num_rows, num_tiles, runs)
+                yield from _by_key(self._decode_step(num_rows, num_tiles, runs) for runs in some)
         empty = MixedArrays.of((), self._prefill_block)
         for num_tokens in self._token_buckets:
             if num_tokens > _WARM_MIXED_TOKENS:
@@ -206,8 +212,8 @@ class StepInputs:
                 bucket = MixedBucket(num_tokens, num_singles)
                 self._mixed.send(empty.padded_sections(bucket))
                 yield self._mixed_step(bucket, 0, none)
-                for runs in some:
-                    yield self._mixed_step(bucket, self._tile_buckets(bucket)[0], runs)
+                num_tiles = self._tile_buckets(bucket)[0]
+                yield from _by_key(self._mixed_step(bucket, num_tiles, runs) for runs in some)
 
     def _decode_step(self, num_rows: int, num_tiles: int, runs: AdapterRuns) -> DeviceStep:
         ids, slots, positions, lengths, *tile_views = self._decode.views
@@ -260,10 +266,15 @@ class StepInputs:
             token_record=token_record,
             num_tiles=num_tiles,
             tile_rows=tile_rows,
-            rank_cap=bucket_of(runs.max_rank, self._rank_caps),
+            rank_cap=bucket_of(runs.max_rank, _SINGLE_ROW_RANK_CAPS if tile_rows == 1 else self._rank_caps),
             max_planes=runs.max_planes,
             sites=runs.sites,
         )
+
+
+def _by_key(steps: Iterable[DeviceStep]) -> Iterator[DeviceStep]:
+    """One step of each key."""
+    return iter({step.key: step for step in steps}.values())
 
 
 def _lora_key(lora: LoraTiles | None) -> tuple[Hashable, ...]:
