@@ -1,7 +1,8 @@
 """A platform on a Ray of several nodes on this machine, for measurements of faults and of plan changes.
 
-Starts nodes, platform, tenants and adapters, and ends them; knows the processes that may be killed. Called by
-``bench_faults`` and ``bench_replan``.
+Each node has a home directory of its own, with its data: the head's holds database, artifacts and traces, the others'
+adapter caches. Starts nodes, platform, tenants and adapters, and ends them; knows the processes that may be killed.
+Called by ``bench_faults`` and ``bench_replan``.
 """
 
 import contextlib
@@ -31,7 +32,7 @@ from loraplex.tenancy.keys import new_key
 
 from loraplex_deployments.bench_platform import free_ports
 from loraplex_deployments.launch import RunningPlatform, data_dir_lock, start_platform
-from loraplex_deployments.local_cluster import LocalCluster
+from loraplex_deployments.local_cluster import HEAD, LocalCluster
 from loraplex_deployments.replica_handles import find_replica, replica_names
 
 BASE = BaseModelId("bench")
@@ -40,6 +41,8 @@ MODEL = "random:tiny-llama"
 _LORA_RANK = 16
 _HEAD_ONLY = {"node:__internal_head__": 0.001}
 _NUM_PAGES = 512
+_DATA = "data"
+"""Below each node's home."""
 _SETTLE_TIMEOUT_S = 180.0
 
 
@@ -77,7 +80,10 @@ class ClusterSetup(msgspec.Struct, frozen=True, kw_only=True):
 class BenchCluster:
     """A platform that is ready."""
 
-    def __init__(self, cluster: LocalCluster, platform: RunningPlatform, setup: ClusterSetup, key: str) -> None:
+    def __init__(
+        self, cluster: LocalCluster, platform: RunningPlatform, setup: ClusterSetup, *, key: str, homes: Path
+    ) -> None:
+        self._homes = homes
         self.cluster = cluster
         self.platform = platform
         self.setup = setup
@@ -91,6 +97,10 @@ class BenchCluster:
     @property
     def targets(self) -> tuple[Target, ...]:
         return tuple(Target(tenant=str(TENANT), model=model, key=self.key) for model in self.models)
+
+    def data_of(self, node: str) -> Path:
+        """Where ``data_dir`` is on a node, also on one that was killed."""
+        return self._homes / node / _DATA
 
     def status(self) -> FleetStatus:
         status: FleetStatus = self.platform.call("fleet_status")
@@ -165,14 +175,15 @@ def bench_cluster(setup: ClusterSetup, say: Callable[[str], None]) -> Iterator[B
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="loraplex-bench-")))
-        stack.enter_context(data_dir_lock(folder))
+        stack.enter_context(_home(folder / HEAD))
+        stack.enter_context(data_dir_lock(folder / HEAD / _DATA))
         say(f"starting {setup.nodes} nodes with {setup.gpus_per_node} logical GPUs each")
-        cluster = LocalCluster(head_cpus=2)
+        cluster = LocalCluster(head_cpus=2, homes=folder)
         stack.callback(cluster.close)
         for index in range(setup.nodes):
             gpus = setup.gpus_per_node
             cluster.add_node(node_name(index), num_cpus=gpus, num_gpus=gpus)
-        platform = start_platform(platform_config(setup, cluster.address, folder), say)
+        platform = start_platform(platform_config(setup, cluster.address), say)
         stack.callback(platform.stop)
         key = new_key()
         platform.call("ensure_tenant", str(TENANT), TenantLimits())
@@ -180,12 +191,27 @@ def bench_cluster(setup: ClusterSetup, say: Callable[[str], None]) -> Iterator[B
         _register_adapters(platform, setup, folder)
         say(f"waiting for {setup.replicas} replicas")
         platform.wait_ready()
-        bench = BenchCluster(cluster, platform, setup, key)
+        bench = BenchCluster(cluster, platform, setup, key=key, homes=folder)
         bench.wait_settled()
         yield bench
 
 
-def platform_config(setup: ClusterSetup, address: str, folder: Path) -> PlatformConfig:
+@contextlib.contextmanager
+def _home(folder: Path) -> Iterator[None]:
+    """Of this process, which starts the platform as on the head."""
+    before = os.environ.get("HOME")
+    folder.mkdir()
+    os.environ["HOME"] = str(folder)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["HOME"]
+        else:
+            os.environ["HOME"] = before
+
+
+def platform_config(setup: ClusterSetup, address: str) -> PlatformConfig:
     http_port, grpc_port = free_ports(2)
     base: dict[str, Any] = {
         "id": BASE,
@@ -201,7 +227,7 @@ def platform_config(setup: ClusterSetup, address: str, folder: Path) -> Platform
     else:
         base["paced"] = msgspec.to_builtins(setup.paced) | shape
     settings = {
-        "data_dir": str(folder),
+        "data_dir": f"~/{_DATA}",
         "listen": {"http_port": http_port, "grpc_port": grpc_port},
         "ray": {"address": address, "single_machine": True},
         "serve": {"proxy": setup.proxy, "gateways": setup.gateways, "gateway_resources": _HEAD_ONLY},

@@ -98,7 +98,7 @@ def run(options: Options) -> dict[str, Any]:
     paced = PacedSetup(base="llama3-8b", profile=_GPU, factor=options.factor)
     setup = ClusterSetup(nodes=2, gpus_per_node=-(-options.replicas // 2), replicas=options.replicas, paced=paced)
     setup = msgspec.structs.replace(setup, adapters=options.adapters)
-    base = platform_config(setup, "local", Path()).base_models[0]
+    base = platform_config(setup, "local").base_models[0]
     prompts = RandomTokens(load_model_spec(base.model, BASE).vocab_size, seed=options.seed)
     with bench_cluster(setup, say) as cluster:
         side = _Sides(cluster, base, options, prompts)

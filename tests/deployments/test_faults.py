@@ -12,7 +12,8 @@ from collections.abc import Iterator
 import httpx
 import pytest
 from loraplex.core.plan import Plan
-from loraplex_deployments.bench_cluster import BASE, ClusterSetup
+from loraplex.traces.arrivals import read_arrivals
+from loraplex_deployments.bench_cluster import BASE, ClusterSetup, node_name
 from loraplex_deployments.bench_faults import Fault, FaultOptions, FaultResult, measure_faults
 from loraplex_deployments.bench_replan import ReplanBenchResult, ReplanOptions, measure_changes, plan_of, settled
 
@@ -21,15 +22,13 @@ from tests.deployments.own_process import OwnProcess
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 
-SETUP = ClusterSetup(nodes=3, gpus_per_node=2, replicas=4, gateways=2, adapters=4)
-# Without a GPU a replica has one rank, so the groups that become one keep its shape.
-REPLAN = ReplanOptions(cluster=SETUP, changes=4, requests_per_s=2.0, output_tokens=16, calm_s=1.0, tp=1)
 _NUM_CRASHES = 5
 
 
-@pytest.fixture(scope="module")
-def world() -> Iterator[OwnProcess]:
-    with bench_world(SETUP) as process:
+@pytest.fixture(scope="module", params=[1, 3], ids=["1 gateway", "3 gateways"])
+def world(request: pytest.FixtureRequest) -> Iterator[OwnProcess]:
+    setup = ClusterSetup(nodes=3, gpus_per_node=2, replicas=4, gateways=request.param, adapters=4)
+    with bench_world(setup) as process:
         yield process
 
 
@@ -43,14 +42,19 @@ def test_no_stream_breaks_and_all_say_the_same(world: OwnProcess, fault: Fault) 
 
 def test_a_killed_gateway_breaks_its_own_streams_alone(world: OwnProcess) -> None:
     result = world.call(kill, Fault.GATEWAY)
-    assert 0 < result.broken == result.affected < result.streams
+    assert 0 < result.broken == result.affected
+    assert (result.affected == result.streams) == (world.call(num_gateways) == 1)
     assert result.broken_elsewhere == 0
     assert result.identical == result.streams - result.broken
     assert result.retried == result.broken
 
 
+def num_gateways() -> int:
+    return BenchWorld.bench.setup.gateways
+
+
 def kill(fault: Fault) -> FaultResult:
-    options = FaultOptions(cluster=SETUP, streams=12, output_tokens=400, faults=(fault,))
+    options = FaultOptions(cluster=BenchWorld.bench.setup, streams=12, output_tokens=400, faults=(fault,))
     (result,) = asyncio.run(measure_faults(BenchWorld.bench, options)).results
     return result
 
@@ -59,11 +63,17 @@ def test_no_request_fails_while_plans_change(world: OwnProcess) -> None:
     result = world.call(replan)
     assert result.requests > 10
     assert (result.failed, result.errors) == (0, {})
-    assert len(result.changes) == REPLAN.changes
+    assert len(result.changes) == result.options.changes
 
 
 def replan() -> ReplanBenchResult:
-    return asyncio.run(measure_changes(BenchWorld.bench, REPLAN))
+    return asyncio.run(measure_changes(BenchWorld.bench, replan_options()))
+
+
+def replan_options() -> ReplanOptions:
+    # Without a GPU a replica has one rank, so the groups that become one keep its shape.
+    setup = BenchWorld.bench.setup
+    return ReplanOptions(cluster=setup, changes=4, requests_per_s=2.0, output_tokens=16, calm_s=1.0, tp=1)
 
 
 def test_a_controller_that_dies_while_it_changes_the_plan_leaves_a_successor_that_finishes(world: OwnProcess) -> None:
@@ -73,7 +83,7 @@ def test_a_controller_that_dies_while_it_changes_the_plan_leaves_a_successor_tha
 def crash_controllers() -> None:
     bench, numbers = BenchWorld.bench, random.Random(5)
     for number in range(_NUM_CRASHES):
-        _, plan = plan_of(number, REPLAN)
+        _, plan = plan_of(number, replan_options())
         version = bench.platform.call("apply_plan", plan, renumber=True).plan.version
         time.sleep(numbers.uniform(0, 3))
         (process,) = bench.processes("ControllerActor")
@@ -115,3 +125,25 @@ def sleep_and_wake() -> None:
     assert answer.status_code == 200, answer.text
     assert answer.json()["usage"]["completion_tokens"] == 4
     assert len(bench.replica_ids()) == 1
+
+
+def test_nodes_had_directories_of_their_own(world: OwnProcess) -> None:
+    """Through all that came before: adapters were fetched to where replicas ran, traces lie at the controller's."""
+    if not world.call(look_at_directories):
+        pytest.skip("nodes with files of their own need mount namespaces, and these the rights of root")
+
+
+def look_at_directories() -> bool:
+    bench = BenchWorld.bench
+    if not bench.cluster.own_files:
+        return False
+    head = {path.name for path in bench.data_of("head").iterdir()}
+    assert {"control.db", "artifacts", "traces"} <= head, head
+    for index in range(bench.setup.nodes):
+        data = bench.data_of(node_name(index))
+        assert {path.name for path in data.iterdir()} == {"cache"}
+        assert any(path.suffix == ".safetensors" for path in data.rglob("*")), sorted(data.rglob("*"))
+    # A dozen streams, undisturbed and disturbed, of each fault.
+    num_rows = len(read_arrivals(str(bench.data_of("head") / "traces"), sort=True))
+    assert num_rows >= 2 * 12, num_rows
+    return True
