@@ -21,8 +21,9 @@ class TurnExecutor:
 
     It has the turn while steps of its own are in flight. As long as nobody waits it keeps as many of them in flight as
     the executor takes, and so keeps the turn. When somebody waits it takes no more than a step for each stage, and
-    hands over with the last one's result. So a turn is as many steps as may be in flight, at most, and an idle replica
-    has none.
+    hands over with the last one's result. One that had to wait for its turn takes it for granted that whoever had it
+    before wants it back, until its first step is done: that one is about to ask. So a turn is as many steps as may be
+    in flight, at most, and an idle replica has none.
     """
 
     def __init__(self, executor: Executor, queue: TurnQueue, *, patience_s: float = PATIENCE_S) -> None:
@@ -34,6 +35,7 @@ class TurnExecutor:
         self._num_in_flight = 0
         self._num_in_turn = 0
         """Steps that were submitted in this turn."""
+        self._expects_others = False
 
     @property
     def model(self) -> ModelSpec:
@@ -46,9 +48,8 @@ class TurnExecutor:
     @property
     def max_in_flight(self) -> int:
         """No more than there are, when the turn is another's next."""
-        if self._num_in_turn >= self.num_stages and self._queue.is_wanted:
-            return self._num_in_flight
-        return self._executor.max_in_flight
+        is_over = self._num_in_turn >= self.num_stages and (self._expects_others or self._queue.is_wanted)
+        return self._num_in_flight if is_over else self._executor.max_in_flight
 
     @property
     def num_stages(self) -> int:
@@ -76,7 +77,7 @@ class TurnExecutor:
         """Waits for the turn. ExecutorLost also when it does not come."""
         if not self._queue.has_turn:
             try:
-                self._queue.take(while_waiting=self._executor.check, timeout_s=self._patience_s)
+                self._expects_others = self._queue.take(while_waiting=self._executor.check, timeout_s=self._patience_s)
             except TimeoutError:
                 raise ExecutorLost(
                     f"another base of the group has kept its GPUs for {self._patience_s:.0f} s"
@@ -98,6 +99,7 @@ class TurnExecutor:
             self._end_turn_if_idle()
             raise
         self._num_in_flight -= 1
+        self._expects_others = False
         self._end_turn_if_idle()
         return result
 

@@ -54,9 +54,10 @@ class TurnQueue:
         _unlock(self._file, 1)
         return False
 
-    def take(self, *, while_waiting: Callable[[], None], timeout_s: float) -> None:
-        """Waits for the turn; ``while_waiting`` is called now and then meanwhile, and may raise. TimeoutError when the
-        turn did not come. After an exception the queue can only be closed."""
+    def take(self, *, while_waiting: Callable[[], None], timeout_s: float) -> bool:
+        """Waits for the turn; False when there was nobody to wait for. ``while_waiting`` is called now and then
+        meanwhile, and may raise. TimeoutError when the turn did not come. After an exception the queue can only be
+        closed."""
         assert not self._has_turn, "it has the turn"
         assert not self._closed, "the queue was closed"
         place = self._last + 1
@@ -67,6 +68,7 @@ class TurnQueue:
         if place > 0:
             self._wait(place, while_waiting, timeout_s)
         self._has_turn = True
+        return place > 0
 
     def hand_over(self) -> None:
         """To whoever is next, if anybody."""
