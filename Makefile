@@ -7,7 +7,7 @@ CONFIG ?= cluster-configs/fleets/laptop.yaml
 PROTO := platform/loraplex/gateway/proto/loraplex_v1.proto
 CODE := platform kernels deployments helm docs/make_api.py tests
 
-.PHONY: serve demo-replan test test-all check tools setup setup-dev lock proto figures figures-gpu clean
+.PHONY: serve demo-replan test test-all check tools setup setup-dev lock proto figures figures-cluster figures-gpu clean
 
 serve: setup
 	@exec $(BIN)/loraplex serve --config $(CONFIG)
@@ -80,6 +80,19 @@ figures: setup-dev
 	$(BIN)/loraplex bench serve $(SERVE_CPU) > $(FIGURES)/platform_cpu.json
 	$(BIN)/loraplex bench serve $(SERVE_CPU) --proxy python > $(FIGURES)/platform_python_proxies_cpu.json
 	$(BIN)/loraplex bench start > $(FIGURES)/platform_adapters_cpu.json
+
+# Figures of the cluster, with 1 and with 3 gateways: about 40 minutes on 2 cores; keep the machine otherwise idle. Crowds and
+# tenants, one run for each policy, are in docs/routing.md.
+DEPLOYMENTS := $(BIN)/python -m loraplex_deployments
+figures-cluster: setup-dev
+	mkdir -p $(FIGURES)
+	$(BIN)/python -m loraplex.bench.router_cost > $(FIGURES)/router_cost_cpu.json
+	$(BIN)/loraplex bench faults > $(FIGURES)/faults_1_gateway_cpu.json
+	$(BIN)/loraplex bench faults --gateways 3 > $(FIGURES)/faults_3_gateways_cpu.json
+	$(BIN)/loraplex bench replan > $(FIGURES)/plan_changes_cpu.json
+	$(BIN)/loraplex bench replan --gateways 3 > $(FIGURES)/plan_changes_3_gateways_cpu.json
+	$(DEPLOYMENTS).bench_simulated --out $(FIGURES)/simulated_against_measured_cpu.json
+	$(DEPLOYMENTS).bench_simulated --gateways 3 --out $(FIGURES)/simulated_against_measured_3_gateways_cpu.json
 
 # Every figure of the engine, on a machine with one H100 80GB; about an hour and a half.
 GPU := --model random:llama3-8b --device cuda

@@ -88,6 +88,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     seconds: float = 60.0
     """Of arrivals, in each workload."""
     replicas: int = 4
+    gateways: int = 1
     adapters: int = 4
     factor: float = 24.0
     seed: int = 0
@@ -97,7 +98,7 @@ def run(options: Options) -> dict[str, Any]:
     """Starts the platform, runs the workloads one after the other, and ends it."""
     paced = PacedSetup(base="llama3-8b", profile=_GPU, factor=options.factor)
     setup = ClusterSetup(nodes=2, gpus_per_node=-(-options.replicas // 2), replicas=options.replicas, paced=paced)
-    setup = msgspec.structs.replace(setup, adapters=options.adapters)
+    setup = msgspec.structs.replace(setup, adapters=options.adapters, gateways=options.gateways)
     base = platform_config(setup, "local").base_models[0]
     prompts = RandomTokens(load_model_spec(base.model, BASE).vocab_size, seed=options.seed)
     with bench_cluster(setup, say) as cluster:
@@ -259,6 +260,7 @@ def main() -> None:
     parser.add_argument("workloads", nargs="*", metavar="WORKLOAD", help=f"of {', '.join(WORKLOADS)}; default: all")
     parser.add_argument("--seconds", type=float, default=60.0, help="of arrivals, in each workload")
     parser.add_argument("--replicas", type=int, default=4)
+    parser.add_argument("--gateways", type=int, default=1, help="processes; the simulator has one")
     parser.add_argument("--adapters", type=int, default=4)
     parser.add_argument("--factor", type=float, default=24.0, help="how many times slower than the profile")
     parser.add_argument("--seed", type=int, default=0)
@@ -277,7 +279,8 @@ def main() -> None:
     report(
         result,
         [
-            f"{result['executor']}; {given['replicas']} replicas, {result['cores']} cores; measured / predicted",
+            f"{result['executor']}; {result['cores']} cores",
+            f"{given['replicas']} replicas, {given['gateways']} gateways; measured / predicted:",
             *(_line(name, found) for name, found in result["workloads"].items()),
             f"{near} of {len(differences)} within {100 * _MAX_DIFFERENCE:.0f} points; {result['wall_s']:.0f} s",
         ],

@@ -8,7 +8,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 def test_a_workload_on_both_sides() -> None:
     # Slow steps, so that a busy machine does not count in the time between tokens.
-    result = run(Options(workloads=("flash-crowd",), seconds=8, replicas=2, adapters=2, factor=12))
+    result = run(Options(workloads=("flash-crowd",), seconds=8, replicas=2, gateways=3, adapters=2, factor=12))
     found = result["workloads"]["flash-crowd"]
     assert found["requests"] >= 8
     assert found["unanswered"] == 0
