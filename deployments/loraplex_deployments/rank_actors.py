@@ -6,6 +6,7 @@ through Ray.
 """
 
 import contextlib
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -43,8 +44,7 @@ class RankActor:
         # torch takes seconds; whoever only launches ranks needs none of it.
         from loraplex.model_runner.ranks.worker import run_rank
 
-        # Ray shows an actor the GPU of its own bundle alone.
-        start = replace(start, device_index=0)
+        start = replace(start, device_index=_show_all_gpus())
         if self._elsewhere:
             run_rank(start, self._fetched)
         run_rank(start)
@@ -54,6 +54,16 @@ class RankActor:
         """The engine's ``path`` is one of another machine."""
         with self._cache.open(manifest.digest) as (_, own_path):
             yield own_path
+
+
+def _show_all_gpus() -> int:
+    """The index of this rank's GPU among those of its node. Ray shows an actor its own alone, but the ranks of a stage
+    read each other's memory. Before CUDA starts in this process."""
+    own = ray.get_gpu_ids()
+    if len(own) != 1 or not str(own[0]).isdigit():  # a part of a GPU has a name
+        return 0
+    os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+    return int(own[0])
 
 
 def node_cache(config: PlatformConfig) -> NodeCache:

@@ -54,6 +54,7 @@ class ThreadPeers:
     def __init__(self, shard: Shard, turns: Turns) -> None:
         self._shard = shard
         self._turns = turns
+        self.rows = None
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         total = torch.zeros_like(x)

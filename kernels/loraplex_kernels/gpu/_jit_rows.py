@@ -117,7 +117,7 @@ def silu_mul_lora_kernel(
 
 
 @triton.jit
-def _normed(x_D, weight_D, eps, D: tl.constexpr):
+def normed(x_D, weight_D, eps, D: tl.constexpr):
     return x_D * tl.rsqrt(tl.sum(x_D * x_D, 0) / D + eps) * weight_D
 
 
@@ -129,7 +129,7 @@ def rms_norm_kernel(x_ptr, weight_ptr, out_ptr, eps, D: tl.constexpr, BLOCK_D: t
     present_D = column_D < D
     x_D = tl.load(x_ptr + row + column_D, mask=present_D, other=0.0)
     weight_D = tl.load(weight_ptr + column_D, mask=present_D, other=0.0).to(tl.float32)
-    normed_D = _normed(x_D.to(tl.float32), weight_D, eps, D)
+    normed_D = normed(x_D.to(tl.float32), weight_D, eps, D)
     tl.store(out_ptr + row + column_D, normed_D.to(x_D.dtype), mask=present_D)
 
 
@@ -172,7 +172,7 @@ def add_rms_norm_kernel(
         x_D += tl.sum(lora_1D, 0)
     sum_D = x_D.to(residual_D.dtype)
     tl.store(residual_ptr + row + column_D, sum_D, mask=present_D)
-    normed_D = _normed(sum_D.to(tl.float32), weight_D.to(tl.float32), eps, D)
+    normed_D = normed(sum_D.to(tl.float32), weight_D.to(tl.float32), eps, D)
     tl.store(out_ptr + row + column_D, normed_D.to(residual_D.dtype), mask=present_D)
 
 
@@ -192,5 +192,5 @@ def embed_kernel(
     x_D = tl.load(embedding_ptr + token_id.to(tl.int64) * D + column_D, mask=present_D, other=0.0)
     weight_D = tl.load(weight_ptr + column_D, mask=present_D, other=0.0).to(tl.float32)
     tl.store(residual_ptr + token * D + column_D, x_D, mask=present_D)
-    normed_D = _normed(x_D.to(tl.float32), weight_D, eps, D)
+    normed_D = normed(x_D.to(tl.float32), weight_D, eps, D)
     tl.store(out_ptr + token * D + column_D, normed_D.to(x_D.dtype), mask=present_D)

@@ -4,14 +4,21 @@ answers.
 The exchange itself is ``ranks.exchange``. Legend: T tokens, D hidden, B sampled rows, V vocabulary.
 """
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
+
+if TYPE_CHECKING:
+    from loraplex_kernels.gpu.peers import PeerRows
 
 
 class Peers(Protocol):
     """All ranks of a group call the same methods in the same order, with tensors of the same shapes. On a GPU nothing
     waits but the stream."""
+
+    @property
+    def rows(self) -> "PeerRows | None":
+        """For sums of few rows by a kernel; None: all sums are ``all_reduce``."""
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """The sum of ``x`` over the shards of the stage, the same bits on each; ``x`` may be overwritten."""
@@ -34,6 +41,10 @@ class Peers(Protocol):
 
 class Alone:
     """A group of one rank: it is first and last stage, and holds all columns."""
+
+    @property
+    def rows(self) -> None:
+        return None
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         return x

@@ -26,6 +26,7 @@ from loraplex_kernels.gpu.linear import linear
 from loraplex_kernels.gpu.lora import LoraTable, PendingExpand, Site
 from loraplex_kernels.gpu.lora_project import LoraProjections
 from loraplex_kernels.gpu.norm import add_rms_norm, embed, rms_norm
+from loraplex_kernels.gpu.peers import add_peers_rms_norm
 from loraplex_kernels.gpu.rotary_kv import rotary_write_kv
 
 from loraplex.model_runner.arena import Arena
@@ -133,14 +134,10 @@ class GpuDecoder:
             qkv_TC, lora = self._project(normed_TD, layer.qkv, layer.qkv_bias, index, Site.QKV, step)
             self._rotate(qkv_TC, layer, index, step, lora)
             self._attend(qkv_TC, index, step, attended_TC)
-            delta_TD, lora = self._project(attended_TC, layer.o, None, index, Site.O, step)
-            delta_TD = self._peers.all_reduce(delta_TD)
-            add_rms_norm(residual_TD, delta_TD, layer.post_norm, eps, normed_TD, lora=lora)
+            self._project_and_add(attended_TC, layer.o, index, Site.O, step, residual_TD, layer.post_norm, normed_TD)
             gate_up_TJ, lora = self._project(normed_TD, layer.gate_up, None, index, Site.GATE_UP, step)
             silu_mul(gate_up_TJ, gated_TI, lora=lora)
-            delta_TD, lora = self._project(gated_TI, layer.down, None, index, Site.DOWN, step)
-            delta_TD = self._peers.all_reduce(delta_TD)
-            add_rms_norm(residual_TD, delta_TD, next_norm, eps, normed_TD, lora=lora)
+            self._project_and_add(gated_TI, layer.down, index, Site.DOWN, step, residual_TD, next_norm, normed_TD)
         if weights.lm_head is None:
             return residual_TD
         if step.num_sampled == 0:
@@ -183,11 +180,34 @@ class GpuDecoder:
         layer: int,
         site: Site,
         step: DeviceStep,
+        *,
+        out: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, PendingExpand | torch.Tensor | None]:
         """The GEMM, and the LoRA that the next operation still has to add to its output."""
         if step.lora is None:
-            return self._linear(x, weight, bias), None
-        return self._lora.project(lambda: self._linear(x, weight, bias), x, layer, site, step.lora)
+            return self._linear(x, weight, bias, out=out), None
+        return self._lora.project(lambda: self._linear(x, weight, bias, out=out), x, layer, site, step.lora)
+
+    def _project_and_add(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        layer: int,
+        site: Site,
+        step: DeviceStep,
+        residual_TD: torch.Tensor,
+        norm_D: torch.Tensor,
+        normed_TD: torch.Tensor,
+    ) -> None:
+        """o or down, summed over the shards, onto the residual; and its norm."""
+        eps, rows, num_tokens = self._model.rms_norm_eps, self._peers.rows, x.shape[0]
+        if rows is None or num_tokens > rows.num_rows:
+            delta_TD, lora = self._project(x, weight, None, layer, site, step)
+            add_rms_norm(residual_TD, self._peers.all_reduce(delta_TD), norm_D, eps, normed_TD, lora=lora)
+            return
+        turn = 0 if site is Site.O else 1
+        self._project(x, weight, None, layer, site, step, out=rows.own[turn, :num_tokens])
+        add_peers_rms_norm(residual_TD, norm_D, eps, normed_TD, rows, turn)
 
     def _rotate(
         self,

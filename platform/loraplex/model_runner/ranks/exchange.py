@@ -1,5 +1,5 @@
-"""How the ranks of a group exchange tensors: torch.distributed, NCCL between GPUs and gloo between CPUs; small sums
-over the GPUs' peer memory.
+"""How the ranks of a group exchange tensors: torch.distributed, NCCL between GPUs and gloo between CPUs. Small sums
+between GPUs are a kernel's matter, over ``peer_memory``.
 
 Two sums a layer within a stage, one gather of the logits, the hidden states handed to the next stage, shard to shard,
 and between GPUs the drawn tokens handed back to the first stage. Counts its calls: that is how others see that the rank
@@ -10,6 +10,7 @@ import os
 import socket
 from collections import deque
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
 import psutil
 import torch
@@ -17,8 +18,10 @@ from torch import distributed
 from torch._C._distributed_c10d import TCPStore
 from torch.nn import functional
 
-from loraplex.model_runner.ranks.one_shot import OneShotSum, make_one_shot_sum
 from loraplex.model_runner.shard import Shard
+
+if TYPE_CHECKING:
+    from loraplex_kernels.gpu.peers import PeerRows
 
 _TIMEOUT = timedelta(hours=1)
 """Who waits for a rank that is gone or hangs is ended by the group's executor, long before."""
@@ -49,13 +52,21 @@ class Exchange:
         self._device = device
         self._max_in_flight = max_in_flight
         self._sent: deque[tuple[distributed.Work, torch.Tensor]] = deque()
-        self._small: OneShotSum | None = None
-        if device.type == "cuda" and shape.tp > 1:
-            self._small = make_one_shot_sum(self._stage, store, f"stage {shard.stage}", device=device, dtype=dtype)
         self.progress = 0
         """Calls so far."""
+        self._rows: PeerRows | None = None
         if device.type == "cuda":
             self._connect()
+            if shape.tp > 1:
+                # Triton is there on CUDA machines alone.
+                from loraplex.model_runner.ranks.peer_memory import make_peer_rows
+
+                name, features = f"stage {shard.stage}", shard.model.hidden_size
+                self._rows = make_peer_rows(self._stage, store, name, features=features, device=device, dtype=dtype)
+
+    @property
+    def rows(self) -> "PeerRows | None":
+        return self._rows
 
     def _connect(self) -> None:
         """NCCL connects in its first calls, in which every rank waits for the others: better now than between steps."""
@@ -76,8 +87,6 @@ class Exchange:
         self.progress += 1
         if self._shard.shape.tp == 1:
             return x
-        if self._small is not None and self._small.takes(x):
-            return self._small.sum(x)
         distributed.all_reduce(x, group=self._stage)
         return x
 

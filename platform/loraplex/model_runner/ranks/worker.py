@@ -189,7 +189,8 @@ class _Worker:
             max_in_flight=shape.pp + (device.type != "cpu"),
         )
         weights = load_weights(job.model, shard, dtype=dtype, device=device)
-        self._commands.send_bytes(_encode(Room(plan_num_pages(config, shard.local, dtype=dtype, device=device))))
+        num_pages = plan_num_pages(config, shard.local, dtype=dtype, device=device, stage=shard.stage)
+        self._commands.send_bytes(_encode(Room(num_pages)))
         allocate = _command.decode(self._commands.recv_bytes())
         assert isinstance(allocate, Allocate), "the arena comes first"
         executor = build_rank(

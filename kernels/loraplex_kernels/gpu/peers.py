@@ -1,0 +1,60 @@
+"""The sum over the shards of a stage fused with what follows it: each GPU reads the others' parts of a row over peer
+memory, adds them to the residual stream and takes the RMSNorm.
+
+For steps of few tokens, where a collective and the launch of a norm take longer than the bytes. The parts lie in two
+buffers that are used in turns: a rank writes a part of turn t again only after an exchange of the other turn, which its
+peers take part in when they have read it. Called by model_runner. Legend: T tokens, D features, W ranks.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from loraplex_kernels.gpu import tuning
+from loraplex_kernels.gpu._jit_peers import add_peers_rms_norm_kernel
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PeerRows:
+    """What a rank has of the exchange. All ranks use the same turns for the same numbers of tokens."""
+
+    rank: int
+    own: torch.Tensor
+    """(2, rows, D): this rank's part goes to its turn's buffer."""
+    parts: torch.Tensor
+    """(2, W) int64: addresses of each rank's (rows, D) buffer of a turn, 16-byte aligned."""
+    flags: torch.Tensor
+    """(W,) int64: addresses of each rank's (rows, W) int32 flags, 0 at the start."""
+    counts: torch.Tensor
+    """(rows,) int32: exchanges of each row so far, 0 at the start."""
+    mapped: tuple[object, ...] = ()
+    """What else must live as long as others may reach this rank's memory, its flags above all."""
+
+    @property
+    def num_rows(self) -> int:
+        return self.own.shape[1]
+
+
+def add_peers_rms_norm(
+    residual_TD: torch.Tensor, weight_D: torch.Tensor, eps: float, out_TD: torch.Tensor, rows: PeerRows, turn: int
+) -> None:
+    """``residual += sum of all ranks' rows.own[turn, :T]`` in place, then ``out = rms_norm(residual) * weight``; the
+    same bits on all ranks. All (T, D) dense, T at most ``rows.num_rows``. ``turn``: 0 and 1 alternate."""
+    num_tokens, features = residual_TD.shape
+    assert num_tokens <= rows.num_rows
+    assert residual_TD.is_contiguous()
+    assert out_TD.is_contiguous()
+    add_peers_rms_norm_kernel[(num_tokens,)](
+        residual_TD,
+        weight_D,
+        out_TD,
+        rows.parts[turn],
+        rows.flags,
+        rows.counts,
+        eps,
+        RANK=rows.rank,
+        WORLD=rows.parts.shape[1],
+        D=features,
+        BLOCK_D=tuning.next_power_of_2(features),
+        num_warps=tuning.norm_config(features, lora=False).num_warps,
+    )

@@ -1,0 +1,98 @@
+"""The sum over ranks fused with the norm. All ranks are on one device: on streams of a GPU, or in the interpreter one
+after the other, with the flags of the others up beforehand."""
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from loraplex_kernels.gpu.peers import PeerRows, add_peers_rms_norm
+
+from tests.kernels.gpu.check import assert_close
+
+EPS = 1e-5
+MAX_ROWS = 16
+
+
+class Stage:
+    """Its ranks, which hold equal residuals."""
+
+    def __init__(self, size: int, features: int, dtype: torch.dtype, device: torch.device) -> None:
+        self._device = device
+        buffers = [torch.zeros(2, MAX_ROWS, features, dtype=dtype, device=device) for _ in range(size)]
+        self._flags = [torch.zeros((MAX_ROWS, size), dtype=torch.int32, device=device) for _ in range(size)]
+        parts = torch.tensor([[buffer[turn].data_ptr() for buffer in buffers] for turn in range(2)], device=device)
+        self._ranks = [
+            PeerRows(
+                rank=rank,
+                own=buffers[rank],
+                parts=parts,
+                flags=torch.tensor([flags.data_ptr() for flags in self._flags], device=device),
+                counts=torch.zeros(MAX_ROWS, dtype=torch.int32, device=device),
+            )
+            for rank in range(size)
+        ]
+        self.weight = torch.randn(features).to(device, dtype)
+        self._compile(features)
+        start = torch.randn(MAX_ROWS, features).to(device, dtype)
+        self.residuals = [start.clone() for _ in range(size)]
+        self.normed = [torch.empty_like(start) for _ in range(size)]
+
+    def _compile(self, features: int) -> None:
+        """A GPU may load a kernel only when the others have ended, and theirs would wait for it."""
+        for flags in self._flags:
+            flags.fill_(1000)
+        row = torch.zeros(1, features, dtype=self.weight.dtype, device=self._device)
+        for rank in self._ranks:
+            add_peers_rms_norm(row, self.weight, EPS, torch.empty_like(row), rank, 0)
+        for tensor in (*self._flags, *(rank.counts for rank in self._ranks)):
+            tensor.zero_()
+
+    def exchange(self, parts: Sequence[torch.Tensor], turn: int) -> None:
+        """``parts``: of each rank."""
+        count = parts[0].shape[0]
+        if self._device.type != "cuda":
+            for flags in self._flags:
+                flags.fill_(1000)
+            for rank, part in zip(self._ranks, parts, strict=True):
+                rank.own[turn, :count] = part
+        else:
+            torch.cuda.synchronize()
+        for rank, part, residual, normed in zip(self._ranks, parts, self.residuals, self.normed, strict=True):
+            stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None  # type: ignore[no-untyped-call]
+            with torch.cuda.stream(stream):  # type: ignore[arg-type]
+                rank.own[turn, :count].copy_(part)
+                add_peers_rms_norm(residual[:count], self.weight, EPS, normed[:count], rank, turn)
+        if self._device.type == "cuda":
+            torch.cuda.synchronize()
+
+    @property
+    def announced(self) -> list[torch.Tensor]:
+        return self._flags
+
+
+@pytest.mark.parametrize(("size", "features"), [(2, 72), (4, 64)])
+def test_every_rank_gets_the_sum_and_its_norm(
+    size: int, features: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    stage = Stage(size, features, dtype, device)
+    exchanges = torch.zeros(MAX_ROWS, dtype=torch.int32)
+    # Numbers of tokens change from step to step; each step takes both turns.
+    for num_tokens in (3, 5, 1, 5):
+        for turn in (0, 1):
+            before = stage.residuals[0].double()
+            parts = [torch.randn(num_tokens, features).to(device, dtype) for _ in range(size)]
+            stage.exchange(parts, turn)
+            before[:num_tokens] += sum(part.double() for part in parts)
+            rows = stage.residuals[0][:num_tokens].double()
+            assert_close(stage.residuals[0], before)
+            assert_close(
+                stage.normed[0][:num_tokens],
+                rows * torch.rsqrt(rows.square().mean(-1, keepdim=True) + EPS) * stage.weight.double(),
+            )
+            for residual, normed in zip(stage.residuals, stage.normed, strict=True):
+                assert torch.equal(residual, stage.residuals[0])
+                assert torch.equal(normed[:num_tokens], stage.normed[0][:num_tokens])
+            exchanges[:num_tokens] += 1
+            for rank, flags in enumerate(stage.announced):
+                for peer in set(range(size)) - {rank}:
+                    assert torch.equal(flags[:num_tokens, peer].cpu(), exchanges[:num_tokens])
