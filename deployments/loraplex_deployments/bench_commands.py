@@ -13,9 +13,11 @@ from loraplex.cli.bench_engine import (
     DeviceOption,
     DtypeOption,
     PagesOption,
+    PpOption,
     RunningOption,
     StepTokensOption,
     ThreadsOption,
+    TpOption,
 )
 from loraplex.cli.connection import DEFAULT_KEY_FILE, JsonOption, KeyFileOption, KeyOption, load_targets
 from loraplex.cli.load_output import require_an_answer
@@ -61,6 +63,8 @@ def serve_command(
     device: DeviceOption = "cpu",
     dtype: DtypeOption = "auto",
     threads: ThreadsOption = None,
+    tp: TpOption = 1,
+    pp: PpOption = 1,
     max_running: RunningOption = 256,
     max_step_tokens: StepTokensOption = 2048,
     num_pages: PagesOption = None,
@@ -114,6 +118,8 @@ def serve_command(
             device=device,
             dtype=dtype,
             threads=threads,
+            tp=tp,
+            pp=pp,
             max_running=max_running,
             max_step_tokens=max_step_tokens,
             num_pages=num_pages,

@@ -72,6 +72,8 @@ def platform_config(options: ServeBenchOptions, setup: EngineSetup, folder: Path
             "device": "cuda" if cuda else setup.device,
             "dtype": setup.dtype,
             "num_threads": setup.threads,
+            "tp": setup.tp,
+            "pp": setup.pp,
             "num_pages": setup.num_pages,
             "max_rows": setup.max_running,
             "max_step_tokens": setup.max_step_tokens,
