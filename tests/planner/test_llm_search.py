@@ -143,6 +143,32 @@ def test_the_plan_beats_or_equals_every_baseline_and_stays_under_the_bound(both:
     assert [step.evaluation for step in found.steps] == sorted(step.evaluation for step in found.steps)
 
 
+def test_on_so_few_gpus_that_by_demand_a_base_gets_none_bases_share_them() -> None:
+    quiet = BaseModelId("quiet-8b")
+    known = CostProfile.load("h100-80gb")
+    known = CostProfile.joined([known, known.renamed(B8, quiet)])
+    arrivals = _arrivals({B8: 60.0, quiet: 3.0})
+    keys = [
+        CostKey(gpu="h100-80gb", base_model_id=base, shape=shape)
+        for base in (B8, quiet)
+        for shape in (Shape(), Shape(tp=2))
+    ]
+    problem = Problem(
+        nodes=(Node(name="n0", gpu="h100-80gb", num_gpus=2),),
+        arrivals=arrivals,
+        adapters=tuple(AdapterSize(lora_rank=16) for _ in arrivals.adapters),
+        costs={key: ReplicaCost.of(known, key, EngineConfig()) for key in keys},
+        slo=Slo(ttft_s=0.08, tpot_s=0.03),
+    )
+    found = Search(problem, evaluations=20).run()
+    others = baselines(problem)
+    assert all({placed.base_model_id for placed in group.bases} == {B8, quiet} for group in found.plan.groups)
+    assert all(found.attainment >= other.attainment for other in others)
+    # What one base alone on each GPU attains is tried and is less.
+    apart = next(other for other in others if other.name == "selective replication")
+    assert found.attainment > apart.attainment + 0.05
+
+
 def test_one_sequence_that_time_cuts_off_and_the_count_repeats(both: Problem) -> None:
     looks = iter(range(10_000))
     timed = Search(both, evaluations=10_000, seed=3, out_of_time=lambda: next(looks) > 40).run()

@@ -70,23 +70,26 @@ class Pools:
             and (ranked := [kind for kind in best_kinds(problem, scorer.capacity, base) if kind.gpu == gpu])
         }
 
-    def explore(self) -> None:
-        """Kinds at the share of GPUs that the demand asks for, then the share, coarse to fine; then cuts."""
+    def explore(self) -> bool:
+        """Kinds at the share of GPUs that the demand asks for, then the share, coarse to fine; then cuts. False: so few
+        GPUs that by demand a base gets none."""
         layout = self._by_demand()
         value = self._value(layout, "GPUs by demand")
         if value is None:
-            return
+            self._together()
+            return False
         layout, value = self._best_kinds(layout, value)
         layout, value = self._climbed(layout, value, max(1, max(self._gpus.values()) // 4))
         self._together()
         while not self._is_over():
             cut = max(self._cuts(layout), key=lambda one: one[1], default=None)
             if cut is None or cut[1] < value - _HOPE:
-                return
+                break
             other, worth = self._climbed(*cut, max(1, max(self._gpus.values()) // 16))
             if worth <= value:
-                return
+                break
             layout, value = other, worth
+        return True
 
     def _best_kinds(self, layout: _Layout, value: float) -> tuple[_Layout, float]:
         """Every kind for every pool; afterwards only the likely ones are tried."""

@@ -129,11 +129,11 @@ class Search:
         def attempt(choice: Choice, what: str) -> Scored | None:
             return self._try(scorer, choice, what)
 
-        Pools(scorer, demand, attempt, lambda: bool(self._leaders) and self._over(scorer)).explore()
+        found = Pools(scorer, demand, attempt, lambda: bool(self._leaders) and self._over(scorer)).explore()
         for groups in mixtures(self.problem, scorer.capacity, demand):
-            if self._leaders:
+            if found:
                 break
-            attempt(Choice(groups=groups), "mixture")
+            found = attempt(Choice(groups=groups), "mixture") is not None
 
     def _improve(self, scorer: Scorer, demand: Mapping[BaseModelId, Demand]) -> None:
         moves = Moves(scorer, demand, self.seed)
