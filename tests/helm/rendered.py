@@ -32,10 +32,18 @@ def render(values: dict[str, Any]) -> list[Manifest]:
 
 def templates(values: dict[str, Any]) -> dict[str, str]:
     """Rendered text by template, but for the notes."""
+    return {name: text for name, text in _texts(values).items() if name.endswith(".yaml")}
+
+
+def notes(values: dict[str, Any]) -> str:
+    """What Helm says after it has installed the chart."""
+    return _texts(values)["loraplex/templates/NOTES.txt"]
+
+
+def _texts(values: dict[str, Any]) -> dict[str, str]:
     with helm_python.Chart.load(CHART) as chart:
         chart.validate_schema(values)
-        texts = chart.render(values, name=RELEASE, namespace=NAMESPACE)
-    return {name: text for name, text in texts.items() if name.endswith(".yaml")}
+        return dict(chart.render(values, name=RELEASE, namespace=NAMESPACE))
 
 
 def of_kind(manifests: list[Manifest], kind: str) -> list[Manifest]:

@@ -21,6 +21,7 @@ from tests.helm.rendered import (
     NAME,
     VALUES,
     ci_values,
+    notes,
     of_kind,
     platform_text,
     pod_templates,
@@ -276,6 +277,16 @@ def test_the_state_of_ray_lies_in_the_redis_that_is_named() -> None:
     for wrong in ({"redisPassword": "letmein"}, {"externalStorageNamespace": "shared"}, {"redisAddress": ""}):
         with pytest.raises(helm_python.HelmError, match=next(iter(wrong))):
             options(**wrong)
+
+
+def test_the_notes_name_what_is_there() -> None:
+    manifests = render(ci_values("full"))
+    text = notes(ci_values("full"))
+    for kind, shown in (("RayService", f"get rayservice {NAME}"), ("Service", f"svc/{NAME} 8000:80\n")):
+        assert NAME in {manifest["metadata"]["name"] for manifest in of_kind(manifests, kind)}
+        assert shown in text
+    assert "NO BASE MODEL" not in text
+    assert "NO BASE MODEL" in notes(ci_values("full") | {"platform": {"base_models": []}})
 
 
 def test_dashboards_show_the_release_first() -> None:
