@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import fsspec
 import pyarrow as pa
 import pyarrow.fs as pafs
 import pytest
@@ -289,7 +290,6 @@ def test_kill_9_loses_at_most_the_interval(tmp_path: Path, seed: int) -> None:
 
 def test_memory_filesystem_by_url_scheme(make_row: Callable[..., TraceRow]) -> None:
     """A file system that is not local: the generic path of writing and moving."""
-    fsspec = pytest.importorskip("fsspec")
     filesystem = pafs.PyFileSystem(pafs.FSSpecHandler(fsspec.filesystem("memory")))
     folder = TraceFolder(filesystem, "/loraplex-traces-test")
     writer = TraceWriter(TraceConfig(), "memory", folder=folder)
