@@ -71,7 +71,7 @@ def test_an_entry_point_with_a_dot_belongs_to_that_group(monkeypatch: pytest.Mon
     program, bench = Root(name="loraplex"), Bench(name="bench")
     assert {"walk", "bench"} <= set(program.commands)
     assert not {"fly", "bench.fly"} & set(program.commands)
-    assert set(bench.commands) == {"engine", "sweep", "fly"}
+    assert set(bench.commands) == {"engine", "sweep", "fleet", "fly"}
 
 
 def test_a_function_becomes_a_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ class Bench(LazyGroup):
     members = {  # noqa: RUF012
         "engine": ("loraplex.cli.bench_engine:engine_command", "The engine alone, on CPU or GPU."),
         "sweep": ("loraplex.cli.bench_engine:sweep_command", "All loads of the engine's table with one loaded model."),
+        "fleet": ("loraplex.cli.bench_fleet:app", "A plan's replicas on real devices, without Ray."),
     }
 
 
