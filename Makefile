@@ -38,8 +38,11 @@ check: setup-dev
 	$(BIN)/lint-imports
 
 # The same examples of every property each time, so that a change is judged by what it changed; `test-all` draws new ones.
+# First several at a time, on one thread each, then those that start processes or measure time, one after the other.
+FAST := $(BIN)/python -m pytest --hypothesis-profile=ci -m "not slow and not gpu and not multigpu and
 test: check
-	$(BIN)/python -m pytest --hypothesis-profile=ci -m "not slow and not gpu and not multigpu"
+	OMP_NUM_THREADS=1 $(FAST) beside" -n logical --maxprocesses 4 --dist loadfile
+	$(FAST) not beside"
 
 test-all: check
 	$(BIN)/python -m pytest

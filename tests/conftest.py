@@ -1,6 +1,8 @@
 """Without CUDA devices tests that need them are skipped, and Triton kernels run in Triton's interpreter. Tests of the
-control database run on both kinds of database."""
+control database run on both kinds of database. Tests that neither start processes which others could disturb nor
+measure time are marked ``beside``: `make test` runs several of them at a time."""
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +17,30 @@ if not any(Path("/dev").glob("nvidia[0-9]*")):
     os.environ["TRITON_INTERPRET"] = "1"
 
 
+BESIDE = {
+    *(
+        "config",
+        "core",
+        "cost",
+        "demo",
+        "docs",
+        "engine",
+        "gateway",
+        "helm",
+        "kernels",
+        "model_runner",
+        "object_storage",
+    ),
+    *("pages", "planner", "registry", "simulator", "telemetry", "tenancy", "testing", "traces"),
+}
+"""Folders of such tests. What is in one of them and needs the machine for itself is marked ``alone``."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        folder = item.path.relative_to(Path(__file__).parent).parts[0]
+        if folder in BESIDE and not any(map(item.get_closest_marker, ("alone", "ray", "gpu", "multigpu"))):
+            item.add_marker(pytest.mark.beside)
     marked = [item for item in items if item.get_closest_marker("gpu") or item.get_closest_marker("multigpu")]
     if not marked:
         return
@@ -26,6 +51,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         needed = 2 if item.get_closest_marker("multigpu") else 1
         if devices < needed:
             item.add_marker(pytest.mark.skip(reason=f"needs {needed} CUDA device(s), found {devices}"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def heap_of_its_own() -> Iterator[None]:
+    """Collections of garbage look at what the module made alone: there are millions of objects of the modules before
+    it, and some code under test collects before everything that it times."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")

@@ -26,6 +26,8 @@ from tests.model_runner.parallel_models import (
     write_model,
 )
 
+pytestmark = pytest.mark.alone
+
 DEFAULT = [
     ("llama", Shape(tp=2, pp=1)),
     ("qwen2-2kv", Shape(tp=4, pp=1)),

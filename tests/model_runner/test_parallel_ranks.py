@@ -37,6 +37,8 @@ from tests.model_runner.parallel_models import (
     write_model,
 )
 
+pytestmark = pytest.mark.alone
+
 TIMEOUT_S = 3.0
 """Of tests that wait for it; others must not be ended by a machine that is busy."""
 

@@ -21,6 +21,8 @@ from loraplex.testing.fake_executor import FakeExecutor, expected_tokens
 from tests.model_runner.turn_processes import Member, members, wait_until
 from tests.replica.harness import Harness, make
 
+pytestmark = pytest.mark.alone
+
 
 @pytest.fixture
 def path(tmp_path: Path) -> str:
