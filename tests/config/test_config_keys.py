@@ -20,6 +20,7 @@ def test_every_key_has_a_meaning_and_a_type() -> None:
     assert len(found) > 150
     assert [key.path for key in found if not key.doc] == []
     assert len({key.path for key in found}) == len(found)
+    assert [key.path for key in found if "None" in key.doc] == [], "YAML says null"
 
 
 def test_one_key_with_default_unit_bounds_and_text() -> None:

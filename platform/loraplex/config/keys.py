@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import inspect
 import json
+import re
 import textwrap
 import typing
 from collections.abc import Iterator
@@ -53,8 +54,13 @@ def struct_docs(struct: type[Any]) -> dict[str, str]:
         if not (isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)):
             continue
         if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant) and isinstance(below.value.value, str):
-            docs[field.target.id] = " ".join(below.value.value.split()).replace("``", "`")
+            docs[field.target.id] = _told(below.value.value)
     return docs
+
+
+def _told(text: str) -> str:
+    """On one line, in the words of YAML."""
+    return re.sub(r"\bNone\b", "null", " ".join(text.split()).replace("``", "`"))
 
 
 def structs() -> tuple[type[Any], ...]:
@@ -100,7 +106,7 @@ def _section_doc(hint: Any) -> str:
     if struct is None:
         return ""
     own = struct.__dict__.get("__doc__") or inspect.getdoc(inspect.getmodule(struct)) or ""
-    return " ".join(own.split()).replace("``", "`")
+    return _told(own)
 
 
 def _default(field: types.Field) -> str:

@@ -12,6 +12,8 @@ from loraplex.tenancy.config import TenancyConfig
 
 
 class ControllerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The controller: its database, and how it carries out plans or makes them."""
+
     database: DatabaseConfig = msgspec.field(default_factory=DatabaseConfig)
     fleet: FleetConfig = FleetConfig()
     num_io_threads: int = 2

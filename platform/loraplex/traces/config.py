@@ -7,9 +7,9 @@ from loraplex.object_storage.url import check_url
 
 
 class TraceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A crash (``kill -9``) of gateway and controller together loses the rows of at most ``send_interval_s`` +
-    ``write_interval_s`` and the time of one write; the defaults keep that under five seconds. A clean stop loses
-    nothing."""
+    """Where a row of each request is kept, and how soon. A crash (``kill -9``) of gateway and controller together loses
+    the rows of at most ``send_interval_s`` + ``write_interval_s`` and the time of one write; the defaults keep that
+    under five seconds. A clean stop loses nothing."""
 
     url: str | None = None
     """A local directory or any pyarrow.fs URL (``s3://bucket/prefix``, ``gs://...``, ``file:///...``), with options as
