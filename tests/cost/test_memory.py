@@ -5,7 +5,13 @@ import dataclasses
 import pytest
 from loraplex.core.model import LORA_MODULES, ModelSpec
 from loraplex.core.plan import Shape
-from loraplex.cost.memory import memory_model, weight_elements, whole_adapter_bytes
+from loraplex.cost.memory import (
+    memory_model,
+    shared_arena_bytes,
+    shared_pages,
+    weight_elements,
+    whole_adapter_bytes,
+)
 from loraplex.cost.stages import stage_layers
 
 GIB = 1 << 30
@@ -60,3 +66,15 @@ def test_unknown_module(llama_8b: ModelSpec) -> None:
     with pytest.raises(KeyError):
         memory.adapter_bytes(8, ("lm_head",))
     assert set(memory.adapter_bytes_per_rank) == set(LORA_MODULES)
+
+
+def test_bases_that_share_a_gpu_leave_less_and_divide_it_by_their_shares(llama_8b: ModelSpec) -> None:
+    memory = memory_model(llama_8b, Shape(), gpu_bytes=80 * GIB)
+    left = shared_arena_bytes([memory, memory])
+    assert left == memory.gpu_bytes - 2 * (memory.weight_bytes + memory.activation_bytes)
+    assert shared_pages([memory], [0.3]) == (memory.num_pages,)
+    assert shared_pages([memory, memory], [3.0, 1.0]) == (
+        int(0.75 * left) // memory.page_bytes,
+        int(0.25 * left) // memory.page_bytes,
+    )
+    assert shared_pages([memory] * 5, [1.0] * 5) == (0,) * 5

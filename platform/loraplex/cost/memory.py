@@ -5,7 +5,7 @@ the least arena per byte of a page. Follows ``model_runner.arena``. Called by si
 ``CostProfile.memory``.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import msgspec
 
@@ -40,8 +40,8 @@ class MemoryModel(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def arena_bytes(self) -> int:
-        """For KV and adapters; negative: the base does not fit. Several bases that share a GPU: add up
-        ``weight_bytes``, and take the greatest ``activation_bytes`` (they run by turns)."""
+        """For KV and adapters; negative: the base does not fit. Of several bases that share a GPU:
+        ``shared_arena_bytes``."""
         return self.gpu_bytes - self.weight_bytes - self.activation_bytes
 
     @property
@@ -79,7 +79,31 @@ def memory_model(
 ) -> MemoryModel:
     """``itemsize``: bytes of a weight, KV or adapter element; the rest as in the executor's configuration. BadConfig
     when the model has fewer layers than the shape has stages."""
-    stages = [
+    stages = stage_memories(
+        model,
+        shape,
+        gpu_bytes=gpu_bytes,
+        itemsize=itemsize,
+        memory_fraction=memory_fraction,
+        max_step_tokens=max_step_tokens,
+        max_rows=max_rows,
+    )
+    return min(stages, key=lambda stage: stage.arena_bytes / stage.page_bytes)
+
+
+def stage_memories(
+    model: ModelSpec,
+    shape: Shape,
+    *,
+    gpu_bytes: int,
+    itemsize: int,
+    memory_fraction: float,
+    max_step_tokens: int,
+    max_rows: int,
+    layers: Sequence[int] | None = None,
+) -> tuple[MemoryModel, ...]:
+    """On a GPU of each stage; the rest as in ``memory_model``. ``layers`` of each stage, None: cut as usual."""
+    return tuple(
         _stage_memory(
             model,
             tp=shape.tp,
@@ -91,9 +115,24 @@ def memory_model(
             max_step_tokens=max_step_tokens,
             max_rows=max_rows,
         )
-        for stage, num_layers in enumerate(stage_layers(model, shape.pp))
-    ]
-    return min(stages, key=lambda stage: stage.arena_bytes / stage.page_bytes)
+        for stage, num_layers in enumerate(layers or stage_layers(model, shape.pp))
+    )
+
+
+def shared_arena_bytes(memories: Sequence[MemoryModel]) -> int:
+    """What several bases leave of a GPU that they share; negative: they do not fit together. Each is a process of its
+    own, which keeps the memory of its largest step while the others run."""
+    usable_bytes = min(memory.gpu_bytes for memory in memories)
+    return usable_bytes - sum(memory.weight_bytes + memory.activation_bytes for memory in memories)
+
+
+def shared_pages(memories: Sequence[MemoryModel], arena_shares: Sequence[float]) -> tuple[int, ...]:
+    """Pages of each base's part of a shared GPU, which is its share over the sum of all; 0: there is no room for it."""
+    arena_bytes, whole = max(0, shared_arena_bytes(memories)), sum(arena_shares)
+    return tuple(
+        int(arena_bytes * share / whole) // memory.page_bytes
+        for memory, share in zip(memories, arena_shares, strict=True)
+    )
 
 
 def whole_adapter_bytes(

@@ -48,20 +48,53 @@ class Arena:
         self.pages.index_fill_(0, pages, 0)
 
 
-def plan_num_pages(config: ExecutorConfig, model: ModelSpec, *, dtype: torch.dtype, device: torch.device) -> int:
-    """Pages that fit, with the weights already on ``device``. Raises BadConfig when the options contradict."""
+def plan_num_pages(
+    config: ExecutorConfig, model: ModelSpec, *, dtype: torch.dtype, device: torch.device, stage: int = 0
+) -> int:
+    """Pages that fit, with the weights already on ``device``, which is one of ``stage``. Raises BadConfig when the
+    options contradict, or others leave no room."""
     page_bytes = config.page_size * model.kv_elements_per_token * dtype.itemsize
     if config.num_pages is not None and config.arena_bytes is not None:
         raise BadConfig("give num_pages or arena_bytes, not both", param="num_pages")
     if config.num_pages is not None:
-        return config.num_pages
+        return _part(config, config.num_pages)
     if config.arena_bytes is not None:
-        return config.arena_bytes // page_bytes
+        return _part(config, config.arena_bytes // page_bytes)
     if device.type == "cpu":
-        return max(_DEFAULT_CPU_BYTES // page_bytes, 1)
+        return _part(config, max(_DEFAULT_CPU_BYTES // page_bytes, 1))
     free_bytes, total_bytes = torch.cuda.mem_get_info(device)
-    room_bytes = int(free_bytes - (1 - config.memory_fraction) * total_bytes)
-    return plan_arena(config, model, room_bytes=room_bytes, itemsize=dtype.itemsize).num_pages
+    if not config.reserved_bytes:
+        room_bytes = int(free_bytes - (1 - config.memory_fraction) * total_bytes)
+        return plan_arena(config, model, room_bytes=room_bytes, itemsize=dtype.itemsize).num_pages
+    if len(config.reserved_bytes) != config.pp:
+        raise BadConfig(f"reserved_bytes: {config.pp} stages need as many numbers", param="reserved_bytes")
+    room_bytes = room_beside(
+        config, stage=stage, total_bytes=total_bytes, own_bytes=torch.cuda.memory_allocated(device)
+    )
+    num_pages = plan_arena(config, model, room_bytes=room_bytes, itemsize=dtype.itemsize).num_pages
+    if num_pages < 1:
+        raise BadConfig(
+            f"{model.base_model_id} does not fit beside the group's other bases: of {total_bytes} bytes on {device} "
+            f"they take {config.reserved_bytes[stage]}",
+            param="reserved_bytes",
+        )
+    return num_pages
+
+
+def room_beside(config: ExecutorConfig, *, stage: int, total_bytes: int, own_bytes: int) -> int:
+    """Bytes for step and arenas of all on a device of ``total_bytes`` that others share, with weights of ``own_bytes``.
+    Not of what is free now: the others may still be loading, or be done. Pure."""
+    return int(total_bytes * config.memory_fraction) - config.reserved_bytes[stage] - own_bytes
+
+
+def _part(config: ExecutorConfig, num_pages: int) -> int:
+    """BadConfig when others leave none."""
+    part = int(num_pages * config.arena_share)
+    if part < 1 <= num_pages:
+        raise BadConfig(
+            f"an arena of {num_pages} pages has none for a share of {config.arena_share:g}", param="arena_share"
+        )
+    return part
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,13 +117,14 @@ class ArenaPlan:
 
 
 def plan_arena(config: ExecutorConfig, model: ModelSpec, *, room_bytes: int, itemsize: int) -> ArenaPlan:
-    """As many pages as fit into ``room_bytes``, with all that they bring along. Pure."""
+    """As many pages as fit into our share of ``room_bytes``, with all that they bring along. Pure."""
     page_bytes = config.page_size * model.kv_elements_per_token * itemsize
     # Two int64 entries, of A and of B, for each projection.
     record_bytes = model.num_layers * len(LORA_MODULES) * 16
     page_table_bytes = config.max_rows * -(-model.max_context_tokens // config.page_size) * 4
     step_bytes = _step_bytes(config, model, itemsize)
-    num_pages = (room_bytes - page_table_bytes - step_bytes) // (page_bytes + record_bytes)
+    arena_bytes = int((room_bytes - page_table_bytes - step_bytes) * config.arena_share)
+    num_pages = arena_bytes // (page_bytes + record_bytes)
     return ArenaPlan(
         num_pages=num_pages,
         page_bytes=page_bytes,

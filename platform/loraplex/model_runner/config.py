@@ -31,6 +31,11 @@ class ExecutorConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     ``memory_fraction`` leaves after the weights and the activations of the largest step."""
     memory_fraction: float = 0.9
     """Share of the accelerator's memory that weights, activations and arena may take together."""
+    arena_share: Annotated[float, msgspec.Meta(gt=0, le=1)] = 1.0
+    """Part of the arena, however its size is given, that is this executor's: others share the accelerator."""
+    reserved_bytes: tuple[int, ...] = ()
+    """Of each accelerator of each stage: what weights and largest steps of others take there. With it the size of the
+    arena follows from the whole memory, not from what happens to be free; without, the accelerators are ours alone."""
     max_rows: int = 256
     """Rows of a step, at most."""
     max_step_tokens: int = 8192

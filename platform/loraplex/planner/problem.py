@@ -14,6 +14,7 @@ from loraplex.core.errors import InvalidInput
 from loraplex.core.ids import BaseModelId
 from loraplex.core.plan import Plan, Shape
 from loraplex.cost.loads import Tier
+from loraplex.cost.memory import shared_arena_bytes
 from loraplex.engine import EngineConfig
 from loraplex.router.config import RouterConfig
 from loraplex.simulator.types import AdapterSize, CostKey, IntArray, ReplicaCost, SimulationInput, Slo
@@ -182,12 +183,10 @@ def place(problem_nodes: Sequence[Node], wanted: Sequence[Kind]) -> list[tuple[s
 
 
 def arena_bytes(problem: Problem, kind: Kind) -> int:
-    """What the weights of all bases and the largest activations leave of a GPU."""
-    memories = [
-        problem.costs[CostKey(gpu=kind.gpu, base_model_id=base, shape=kind.shape)].memory for base in kind.bases
-    ]
-    left = min(memory.gpu_bytes for memory in memories) - sum(memory.weight_bytes for memory in memories)
-    return left - max(memory.activation_bytes for memory in memories)
+    """What the bases leave of a GPU."""
+    return shared_arena_bytes(
+        [problem.costs[CostKey(gpu=kind.gpu, base_model_id=base, shape=kind.shape)].memory for base in kind.bases]
+    )
 
 
 def _shapes(problem: Problem, gpu: str, bases: tuple[BaseModelId, ...]) -> Iterator[Shape]:

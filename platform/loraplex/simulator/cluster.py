@@ -12,7 +12,7 @@ import numpy.typing as npt
 from loraplex.core.errors import InvalidInput
 from loraplex.core.ids import BaseModelId, ReplicaId
 from loraplex.core.plan import GroupPlan, Shape
-from loraplex.cost.memory import PAGE_TOKENS, whole_adapter_bytes
+from loraplex.cost.memory import PAGE_TOKENS, shared_arena_bytes, shared_pages, whole_adapter_bytes
 from loraplex.router.prediction import Rates
 from loraplex.simulator.types import CostKey, FloatArray, IntArray, ReplicaCost, SimulationInput, Slo
 from loraplex.simulator.workload import Workload
@@ -144,13 +144,12 @@ def _replicas(
                 param="plan",
             )
         costs.append(cost)
-    arena_bytes = min((cost.memory.gpu_bytes for cost in costs), default=0) - sum(c.memory.weight_bytes for c in costs)
-    arena_bytes -= max((cost.memory.activation_bytes for cost in costs), default=0)
-    shares = sum(placed.arena_share for placed in group.bases)
+    memories = [cost.memory for cost in costs]
+    pages = shared_pages(memories, [placed.arena_share for placed in group.bases]) if memories else ()
     replicas = []
-    for placed, cost in zip(group.bases, costs, strict=True):
-        num_pages = int(arena_bytes * placed.arena_share / shares) // cost.memory.page_bytes
+    for placed, cost, num_pages in zip(group.bases, costs, pages, strict=True):
         if num_pages < 1:
+            arena_bytes = shared_arena_bytes(memories)
             together = " together with the group's other bases" if len(costs) > 1 else ""
             raise InvalidInput(
                 f"group {group.name}: {placed.base_model_id} does not fit{together} "

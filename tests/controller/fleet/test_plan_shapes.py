@@ -53,3 +53,17 @@ def test_a_stage_lies_on_one_node() -> None:
     group = GroupPlan(name="g", shape=Shape(tp=2, pp=2), nodes=nodes, bases=(BasePlacement(base_model_id=B70),))
     with pytest.raises(InvalidInput, match="group g: the 2 ranks of a stage must share a node"):
         check_plan(Plan(version=1, groups=(group,)), NODES, {B70: PACED}, may_grow=False)
+
+
+def test_bases_that_fit_alone_and_not_together() -> None:
+    names = [BaseModelId("one"), BaseModelId("other")]
+    bases = {name: FleetBase(base_model_id=name, model=random_spec("llama3-70b", name)) for name in names}
+    placed = tuple(BasePlacement(base_model_id=name) for name in names)
+
+    def check_on(shape: Shape) -> None:
+        group = GroupPlan(name="g", shape=shape, gpu="h100-80gb", bases=placed)
+        check_plan(Plan(version=1, groups=(group,)), NODES, bases, may_grow=False)
+
+    check_on(Shape(tp=8))
+    with pytest.raises(InvalidInput, match="group g: one, other do not fit together on tp 4 x pp 1 GPUs of type"):
+        check_on(Shape(tp=4))

@@ -10,7 +10,7 @@ from loraplex.core.plan import GroupPlan, Plan
 from loraplex.core.plan_check import check_form, refused
 from loraplex.core.shape_check import check_shape
 from loraplex.cost.ceilings import ceilings_of, known_gpus
-from loraplex.cost.memory import memory_model
+from loraplex.cost.memory import memory_model, shared_pages
 
 
 def check_plan(
@@ -32,28 +32,40 @@ def _check_bases(group: GroupPlan, bases: Mapping[BaseModelId, FleetBase]) -> No
         if placed.base_model_id not in bases:
             raise refused(group, f"this cluster has no base {placed.base_model_id}: is the plan for another fleet?")
         _check_shape(group, bases[placed.base_model_id])
+    _check_memory(group, [bases[placed.base_model_id] for placed in group.bases])
 
 
 def _check_shape(group: GroupPlan, base: FleetBase) -> None:
-    """Each rank has memory for its part of the base, where the type of its GPU is known."""
     if base.model is None:
         return
     try:
         check_shape(base.model, group.shape)
     except BadConfig as error:
         raise refused(group, error.message) from None
-    if not base.gpus_per_rank or group.gpu not in known_gpus():
+
+
+def _check_memory(group: GroupPlan, bases: Sequence[FleetBase]) -> None:
+    """Each rank has memory for its part of the bases, where the type of its GPU is known."""
+    if group.gpu not in known_gpus():
         return
-    memory = memory_model(
-        base.model,
-        group.shape,
-        gpu_bytes=ceilings_of(group.gpu).memory_bytes,
-        itemsize=base.itemsize,
-        memory_fraction=base.memory_fraction,
-    )
-    if not memory.fits:
-        shape = f"tp {group.shape.tp} x pp {group.shape.pp}"
-        raise refused(group, f"{base.base_model_id} does not fit on {shape} GPUs of type {group.gpu}")
+    held = {
+        base.base_model_id: memory_model(
+            base.model,
+            group.shape,
+            gpu_bytes=ceilings_of(group.gpu).memory_bytes,
+            itemsize=base.itemsize,
+            memory_fraction=base.memory_fraction,
+        )
+        for base in bases
+        if base.model is not None and base.gpus_per_rank
+    }
+    where = f"tp {group.shape.tp} x pp {group.shape.pp} GPUs of type {group.gpu}"
+    for base_model_id, memory in held.items():
+        if not memory.fits:
+            raise refused(group, f"{base_model_id} does not fit on {where}")
+    shares = [placed.arena_share for placed in group.bases if placed.base_model_id in held]
+    if held and 0 in shared_pages(tuple(held.values()), shares):
+        raise refused(group, f"{', '.join(held)} do not fit together on {where}")
 
 
 def _check_place(group: GroupPlan, nodes: Sequence[NodeStatus], per_rank: float) -> None:
