@@ -11,7 +11,7 @@ from loraplex_kernels.gpu._jit_rows import normed
 @triton.jit
 def add_peers_rms_norm_kernel(
     residual_ptr, weight_ptr, out_ptr, parts_ptr, flags_ptr, count_ptr, eps,
-    RANK: tl.constexpr, WORLD: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    RANK: tl.constexpr, WORLD: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BUFFERS: tl.constexpr,
 ):  # fmt: skip
     """Grid: (tokens,). Flags hold how many exchanges of the row a rank has announced, and grow until they wrap."""
     token = tl.program_id(0).to(tl.int64)
@@ -33,8 +33,8 @@ def add_peers_rms_norm_kernel(
             while tl.atomic_add(own_ptr + peer, 0, sem="acquire", scope="sys") - count < 0:
                 pass
     x_D = residual_D.to(tl.float32)
-    for peer in tl.static_range(WORLD):
-        part_ptr = tl.load(parts_ptr + peer).to(tl.pointer_type(residual_ptr.dtype.element_ty))
+    for part in tl.static_range(WORLD * BUFFERS):
+        part_ptr = tl.load(parts_ptr + part).to(tl.pointer_type(residual_ptr.dtype.element_ty))
         part_ptr = tl.multiple_of(part_ptr, 16)
         x_D += tl.load(part_ptr + row + column_D, mask=present_D, other=0.0, cache_modifier=".cg").to(tl.float32)
     tl.store(count_ptr + token, count)

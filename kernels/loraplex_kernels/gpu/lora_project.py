@@ -56,9 +56,19 @@ class LoraProjections:
             self._side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def project(
-        self, gemm: Callable[[], torch.Tensor], x_TK: torch.Tensor, layer: int, site: Site, tiles: LoraTiles
+        self,
+        gemm: Callable[[], torch.Tensor],
+        x_TK: torch.Tensor,
+        layer: int,
+        site: Site,
+        tiles: LoraTiles,
+        *,
+        added_TO: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, PendingExpand | torch.Tensor | None]:
-        """``gemm()``, which is (T, O), and what the operation that follows has to add to it: its ``lora`` argument."""
+        """``gemm()``, which is (T, O), and what the operation that follows has to add to it: its ``lora`` argument.
+
+        ``added_TO``: if that is a tensor, let it be this one, also where partial sums would be added at once.
+        """
         if site not in tiles.sites:
             return gemm(), None
         partial = view_partial(self.scratch, x_TK.shape[0], x_TK.shape[1], site, tiles.rank_cap)
@@ -76,7 +86,9 @@ class LoraProjections:
             out_TO = gemm()
             lora_shrink(x_TK, self._table, layer, site, tiles, partial, overlap=True)
             return self._after(out_TO, partial, layer, site, tiles, overlap=True)
-        added_TO = x_TK.new_empty((x_TK.shape[0], sum(self._widths[site])))
+        at_once = added_TO is None and self._is_summed(site)
+        if added_TO is None:
+            added_TO = x_TK.new_empty((x_TK.shape[0], sum(self._widths[site])))
         main = torch.cuda.current_stream()
         self._side.wait_stream(main)
         with torch.cuda.stream(self._side):
@@ -84,7 +96,7 @@ class LoraProjections:
             self._expand(added_TO, partial, layer, site, tiles, add=False, overlap=True)
         out_TO = gemm()
         main.wait_stream(self._side)
-        if self._is_summed(site):
+        if at_once:
             return out_TO.add_(added_TO), None
         return out_TO, added_TO
 

@@ -20,9 +20,9 @@ class PeerRows:
 
     rank: int
     own: torch.Tensor
-    """(2, rows, D): this rank's part goes to its turn's buffer."""
+    """(2, 2, rows, D): this rank's part goes to the first buffer of a turn, what LoRA adds may go to the second."""
     parts: torch.Tensor
-    """(2, W) int64: addresses of each rank's (rows, D) buffer of a turn, 16-byte aligned."""
+    """(2, 2 * W) int64: of a turn, the addresses of all ranks' first buffers, then of the second; 16-byte aligned."""
     flags: torch.Tensor
     """(W,) int64: addresses of each rank's (rows, W) int32 flags, 0 at the start."""
     counts: torch.Tensor
@@ -32,14 +32,22 @@ class PeerRows:
 
     @property
     def num_rows(self) -> int:
-        return self.own.shape[1]
+        return self.own.shape[2]
 
 
 def add_peers_rms_norm(
-    residual_TD: torch.Tensor, weight_D: torch.Tensor, eps: float, out_TD: torch.Tensor, rows: PeerRows, turn: int
+    residual_TD: torch.Tensor,
+    weight_D: torch.Tensor,
+    eps: float,
+    out_TD: torch.Tensor,
+    rows: PeerRows,
+    turn: int,
+    *,
+    added: bool = False,
 ) -> None:
-    """``residual += sum of all ranks' rows.own[turn, :T]`` in place, then ``out = rms_norm(residual) * weight``; the
-    same bits on all ranks. All (T, D) dense, T at most ``rows.num_rows``. ``turn``: 0 and 1 alternate."""
+    """``residual += sum of all ranks' rows.own[turn, 0, :T]`` in place, then ``out = rms_norm(residual) * weight``; the
+    same bits on all ranks. All (T, D) dense, T at most ``rows.num_rows``. ``turn``: 0 and 1 alternate. ``added``: the
+    second buffers, ``rows.own[turn, 1, :T]``, belong to the sum as well, on all ranks or on none."""
     num_tokens, features = residual_TD.shape
     assert num_tokens <= rows.num_rows
     assert residual_TD.is_contiguous()
@@ -53,7 +61,8 @@ def add_peers_rms_norm(
         rows.counts,
         eps,
         RANK=rows.rank,
-        WORLD=rows.parts.shape[1],
+        WORLD=rows.parts.shape[1] // 2,
+        BUFFERS=2 if added else 1,
         D=features,
         BLOCK_D=tuning.next_power_of_2(features),
         num_warps=tuning.norm_config(features, lora=False).num_warps,

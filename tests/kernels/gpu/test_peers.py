@@ -18,9 +18,12 @@ class Stage:
 
     def __init__(self, size: int, features: int, dtype: torch.dtype, device: torch.device) -> None:
         self._device = device
-        buffers = [torch.zeros(2, MAX_ROWS, features, dtype=dtype, device=device) for _ in range(size)]
+        buffers = [torch.zeros(2, 2, MAX_ROWS, features, dtype=dtype, device=device) for _ in range(size)]
         self._flags = [torch.zeros((MAX_ROWS, size), dtype=torch.int32, device=device) for _ in range(size)]
-        parts = torch.tensor([[buffer[turn].data_ptr() for buffer in buffers] for turn in range(2)], device=device)
+        parts = torch.tensor(
+            [[buffer[turn, kind].data_ptr() for kind in range(2) for buffer in buffers] for turn in range(2)],
+            device=device,
+        )
         self._ranks = [
             PeerRows(
                 rank=rank,
@@ -43,25 +46,26 @@ class Stage:
             flags.fill_(1000)
         row = torch.zeros(1, features, dtype=self.weight.dtype, device=self._device)
         for rank in self._ranks:
-            add_peers_rms_norm(row, self.weight, EPS, torch.empty_like(row), rank, 0)
+            for added in (False, True):
+                add_peers_rms_norm(row, self.weight, EPS, torch.empty_like(row), rank, 0, added=added)
         for tensor in (*self._flags, *(rank.counts for rank in self._ranks)):
             tensor.zero_()
 
     def exchange(self, parts: Sequence[torch.Tensor], turn: int) -> None:
-        """``parts``: of each rank."""
-        count = parts[0].shape[0]
+        """``parts``: of each rank, (buffers, T, D)."""
+        buffers, count, _ = parts[0].shape
         if self._device.type != "cuda":
             for flags in self._flags:
                 flags.fill_(1000)
             for rank, part in zip(self._ranks, parts, strict=True):
-                rank.own[turn, :count] = part
+                rank.own[turn, :buffers, :count] = part
         else:
             torch.cuda.synchronize()
         for rank, part, residual, normed in zip(self._ranks, parts, self.residuals, self.normed, strict=True):
             stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None  # type: ignore[no-untyped-call]
             with torch.cuda.stream(stream):  # type: ignore[arg-type]
-                rank.own[turn, :count].copy_(part)
-                add_peers_rms_norm(residual[:count], self.weight, EPS, normed[:count], rank, turn)
+                rank.own[turn, :buffers, :count].copy_(part)
+                add_peers_rms_norm(residual[:count], self.weight, EPS, normed[:count], rank, turn, added=buffers == 2)
         if self._device.type == "cuda":
             torch.cuda.synchronize()
 
@@ -76,13 +80,13 @@ def test_every_rank_gets_the_sum_and_its_norm(
 ) -> None:
     stage = Stage(size, features, dtype, device)
     exchanges = torch.zeros(MAX_ROWS, dtype=torch.int32)
-    # Numbers of tokens change from step to step; each step takes both turns.
-    for num_tokens in (3, 5, 1, 5):
+    # Numbers of tokens and buffers change from step to step; each step takes both turns.
+    for num_tokens, buffers in ((3, 1), (5, 2), (1, 2), (5, 1)):
         for turn in (0, 1):
             before = stage.residuals[0].double()
-            parts = [torch.randn(num_tokens, features).to(device, dtype) for _ in range(size)]
+            parts = [torch.randn(buffers, num_tokens, features).to(device, dtype) for _ in range(size)]
             stage.exchange(parts, turn)
-            before[:num_tokens] += sum(part.double() for part in parts)
+            before[:num_tokens] += sum(part.double().sum(0) for part in parts)
             rows = stage.residuals[0][:num_tokens].double()
             assert_close(stage.residuals[0], before)
             assert_close(

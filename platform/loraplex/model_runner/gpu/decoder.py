@@ -182,11 +182,17 @@ class GpuDecoder:
         step: DeviceStep,
         *,
         out: torch.Tensor | None = None,
+        added: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, PendingExpand | torch.Tensor | None]:
-        """The GEMM, and the LoRA that the next operation still has to add to its output."""
+        """The GEMM, and the LoRA that the next operation still has to add to its output. ``out``, ``added``: where they
+        go, if given."""
         if step.lora is None:
             return self._linear(x, weight, bias, out=out), None
-        return self._lora.project(lambda: self._linear(x, weight, bias, out=out), x, layer, site, step.lora)
+
+        def gemm() -> torch.Tensor:
+            return self._linear(x, weight, bias, out=out)
+
+        return self._lora.project(gemm, x, layer, site, step.lora, added_TO=added)
 
     def _project_and_add(
         self,
@@ -206,8 +212,9 @@ class GpuDecoder:
             add_rms_norm(residual_TD, self._peers.all_reduce(delta_TD), norm_D, eps, normed_TD, lora=lora)
             return
         turn = 0 if site is Site.O else 1
-        self._project(x, weight, None, layer, site, step, out=rows.own[turn, :num_tokens])
-        add_peers_rms_norm(residual_TD, norm_D, eps, normed_TD, rows, turn)
+        own, added = rows.own[turn, :, :num_tokens]
+        _, lora = self._project(x, weight, None, layer, site, step, out=own, added=added)
+        add_peers_rms_norm(residual_TD, norm_D, eps, normed_TD, rows, turn, added=lora is not None)
 
     def _rotate(
         self,

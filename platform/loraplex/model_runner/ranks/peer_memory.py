@@ -48,7 +48,7 @@ def make_peer_rows(
     # Not everywhere where torch is: CUDA builds on Linux.
     from torch.distributed import _symmetric_memory as symmetric_memory
 
-    own = symmetric_memory.empty(2, _MAX_ROWS, features, dtype=dtype, device=device)
+    own = symmetric_memory.empty(2, 2, _MAX_ROWS, features, dtype=dtype, device=device)
     flags = symmetric_memory.empty(_MAX_ROWS, size, dtype=torch.int32, device=device)
     flags.zero_()
     own_of = symmetric_memory.rendezvous(own, group=group.group_name)
@@ -57,7 +57,10 @@ def make_peer_rows(
     rows = PeerRows(
         rank=rank,
         own=own,
-        parts=torch.tensor([[part[turn].data_ptr() for part in parts] for turn in range(2)], device=device),
+        parts=torch.tensor(
+            [[part[turn, buffer].data_ptr() for buffer in range(2) for part in parts] for turn in range(2)],
+            device=device,
+        ),
         flags=torch.tensor(
             [flags_of.get_buffer(other, flags.shape, torch.int32).data_ptr() for other in range(size)], device=device
         ),
