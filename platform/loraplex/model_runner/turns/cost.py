@@ -1,0 +1,156 @@
+"""What taking turns costs: the queue by itself, and tiny models that step alone and two at a time.
+
+Processes and locks are real. Called by ``python -m loraplex.model_runner.turns``.
+"""
+
+import multiprocessing
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from multiprocessing.sharedctypes import Synchronized
+from multiprocessing.synchronize import Barrier
+from pathlib import Path
+
+import msgspec
+
+from loraplex.core.ids import BaseModelId
+from loraplex.core.request import SamplingParams
+from loraplex.core.step import Executor, Row, RowStart, StepPlan
+from loraplex.model_runner.build import build_executor
+from loraplex.model_runner.config import ExecutorConfig
+from loraplex.model_runner.turns.executor import TurnExecutor
+from loraplex.model_runner.turns.queue import TurnQueue
+
+_MODEL = "random:tiny-llama"
+_TURN_S = 1e-3
+"""Of the turns by which handing over is measured: whoever is next waits by then."""
+_WARM = 20
+_PATIENCE_S = 30.0
+
+
+class TurnCost(msgspec.Struct, frozen=True, kw_only=True):
+    """Medians."""
+
+    turns: int
+    alone_us: float
+    """A turn that nobody waits for: taken, looked whether it is wanted, handed over."""
+    hand_over_us: float
+    """From one process that hands over to the other, which waits and has the turn."""
+    hand_over_p99_us: float
+    bare_step_us: float
+    """A decode step of a tiny model on the CPU without turns."""
+    alone_step_us: float
+    """With turns, while there is nobody else."""
+    shared_step_us: float
+    """With turns, while another process does the same: its step, the other's, and two times the turn."""
+
+
+def measure_turn_cost(*, num_turns: int) -> TurnCost:
+    """A few seconds. Two processes are started."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    stamp, start = context.Value("d", 0.0), context.Barrier(2)
+
+    def both(body: Callable[..., None], *more: object) -> list[float]:
+        """Of two processes that run it."""
+        pipes = [context.Pipe(duplex=False) for _ in range(2)]
+        processes = [context.Process(target=body, args=(theirs, path, start, num_turns, *more)) for _, theirs in pipes]
+        for process in processes:
+            process.start()
+        found: list[float] = [value for ours, _ in pipes for value in ours.recv()]
+        for process in processes:
+            process.join()
+        return found
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = str(Path(folder) / "turns")
+        hand_overs = both(_hand_over, stamp)
+        shared = both(_step_together)
+        queue = TurnQueue(path, num_places=2)
+        alone = _turns_alone(queue, num_turns)
+        executor = build_executor(ExecutorConfig(num_threads=1), model=_MODEL, base_model_id=BaseModelId(_MODEL))
+        bare_steps = _steps(executor, num_turns)
+        alone_steps = _steps(TurnExecutor(executor, queue), num_turns, first=num_turns + _WARM + 2)
+        executor.close()
+        queue.close()
+    return TurnCost(
+        turns=num_turns,
+        alone_us=_median_us(alone),
+        hand_over_us=_median_us(hand_overs),
+        hand_over_p99_us=1e6 * statistics.quantiles(hand_overs, n=100)[98],
+        bare_step_us=_median_us(bare_steps),
+        alone_step_us=_median_us(alone_steps),
+        shared_step_us=_median_us(shared),
+    )
+
+
+def _median_us(seconds: list[float]) -> float:
+    return 1e6 * statistics.median(seconds)
+
+
+def _take(queue: TurnQueue) -> None:
+    queue.take(while_waiting=lambda: None, timeout_s=_PATIENCE_S)
+
+
+def _turns_alone(queue: TurnQueue, count: int) -> list[float]:
+    seconds = []
+    for _ in range(count):
+        began_s = time.perf_counter()
+        _take(queue)
+        assert not queue.is_wanted, "nobody else is there"
+        queue.hand_over()
+        seconds.append(time.perf_counter() - began_s)
+    return seconds
+
+
+def _hand_over(answers: Connection, path: str, start: Barrier, count: int, stamp: "Synchronized[float]") -> None:
+    """In a process of its own, as one of two."""
+    queue = TurnQueue(path, num_places=2)
+    start.wait()
+    seconds = []
+    for _ in range(count):
+        _take(queue)
+        now_s = time.monotonic()
+        if stamp.value:
+            seconds.append(now_s - stamp.value)
+        time.sleep(_TURN_S)
+        # Of no use to this process, when it comes next itself.
+        stamp.value = time.monotonic() if queue.is_wanted else 0.0
+        queue.hand_over()
+    queue.close()
+    answers.send(seconds)
+
+
+def _step_together(answers: Connection, path: str, start: Barrier, count: int) -> None:
+    """In a process of its own, as one of two."""
+    executor = build_executor(ExecutorConfig(num_threads=1), model=_MODEL, base_model_id=BaseModelId(_MODEL))
+    turns = TurnExecutor(executor, TurnQueue(path, num_places=2))
+    start.wait()
+    seconds = _steps(turns, count)
+    turns.close()
+    # The other may still be at it: what it does alone does not count.
+    answers.send(seconds[: count // 2])
+
+
+def _steps(executor: Executor, count: int, *, first: int = 1) -> list[float]:
+    """Seconds from one decode step's end to the next one's, of one request."""
+    size = executor.arena.page_size
+    pages = tuple(range(-(-(count + _WARM + 2) // size)))
+    start = RowStart(
+        slot=0,
+        sampling=SamplingParams(max_tokens=count + _WARM + 1, seed=0, temperature=0.0),
+        token_ids=(1,),
+        num_prompt_tokens=1,
+    )
+    token_id, seconds, ended_s = 1, [], time.perf_counter()
+    for position in range(count + _WARM):
+        row = Row(slot=0, token_ids=(token_id,), start=position, pages=pages, adapter=None, samples=True)
+        starts = (start,) if position == 0 else ()
+        releases = (0,) if position == 0 else ()
+        executor.submit(StepPlan(step_id=first + position, releases=releases, starts=starts, rows=(row,)))
+        token_id = executor.collect().tokens[0].token_id
+        began_s, ended_s = ended_s, time.perf_counter()
+        seconds.append(ended_s - began_s)
+    return seconds[_WARM:]
