@@ -25,6 +25,7 @@ from loraplex.core.ids import BaseModelId
 from loraplex.core.plan import Shape
 from loraplex.cost.analytic import analytic_profile
 from loraplex.cost.ceilings import Ceilings
+from loraplex.cost.memory import shared_pages
 from loraplex.model_runner.build import load_model_spec
 
 FIELDS: dict[str, Any] = {
@@ -177,8 +178,7 @@ def test_plans_of_planner_and_baselines_that_are_one_are_measured_once(profile: 
     for cell in prepared.cells:
         for group, pages in zip(cell.plan.groups, cell.pages, strict=True):
             memory = next(cost.memory for key, cost in costs.items() if key.shape == group.shape)
-            room = memory.gpu_bytes - memory.activation_bytes - len(pages) * memory.weight_bytes
-            assert room - len(pages) * memory.page_bytes < sum(pages) * memory.page_bytes <= room
+            assert tuple(pages) == shared_pages([memory] * len(pages), [1.0] * len(pages))
 
 
 def test_one_timeline_is_planned_on_and_then_measured(profile: Path, tmp_path: Path) -> None:

@@ -45,6 +45,7 @@ _PRIME_TOKENS = (32, 2)
 _SETTLE_S = 1.0
 """Between the last of these and the warm-up."""
 _LONE_GAP_S = 10.0
+_LOAD_ROUNDS = 5
 
 Costs = Mapping[CostKey, ReplicaCost]
 
@@ -87,10 +88,11 @@ def _at_load(
     """The load's share of the full rate, in the window that is measured."""
     if not isinstance(load, SyntheticLoad | FunctionsLoad) or load.load is None:
         return traffic
-    wanted = load.load * full_rate(problem_of(experiment, traffic, costs, targets))
     factor = 1.0
-    for _ in range(3):
-        # Whole requests: the rate follows the factor not quite.
+    for _ in range(_LOAD_ROUNDS):
+        # Requests are whole and other ones each time: the rate follows the factor not quite, nor do their lengths stay.
+        problem = problem_of(experiment, traffic, costs, targets)
+        wanted = load.load * full_rate(problem.changed(arrivals=traffic.measured))
         factor *= wanted * experiment.measured_s / len(traffic.measured)
         traffic = make_traffic(experiment, load, factor=factor)
     return traffic
