@@ -12,7 +12,7 @@ import platform
 import statistics
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent import futures
 from contextlib import contextmanager
 from dataclasses import replace
@@ -26,7 +26,7 @@ from loraplex.core.adapter import AdapterManifest
 from loraplex.core.ids import BaseModelId, Digest, ReplicaId, RequestId, TenantName
 from loraplex.core.request import EngineRequest, SamplingParams
 from loraplex.core.step import Executor
-from loraplex.core.wire import ReplicaFrame
+from loraplex.core.wire import LoadReport, ReplicaFrame
 from loraplex.engine import EngineConfig
 from loraplex.model_runner import ExecutorConfig, build_executor
 from loraplex.replica.engine_loop import EngineLoop
@@ -36,6 +36,7 @@ from loraplex.telemetry.tracing import Span, Tracing, open_tracing
 
 _BASE = BaseModelId("base")
 _REPLICA = ReplicaId("replica-0")
+_NUM_SCRAPES = 50
 
 
 class Load(msgspec.Struct, frozen=True, kw_only=True):
@@ -47,6 +48,23 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
     sample_rate: float
     scrape_s: float
     """The metrics are rendered this often."""
+
+
+class Parts(msgspec.Struct, frozen=True, kw_only=True):
+    """CPU time of what telemetry does, each done many times without an engine that runs."""
+
+    us_per_request: float
+    """Counted and, one in 1 / ``sample_rate``, traced."""
+    us_per_step: float
+    """The replica's state taken over, with 256 resident adapters."""
+    us_per_scrape: float
+    """The metrics rendered."""
+
+    def share(self, *, requests_per_s: float, steps_per_s: float, scrapes_per_s: float) -> float:
+        """Of one core, for an engine of that pace."""
+        return 1e-6 * (
+            requests_per_s * self.us_per_request + steps_per_s * self.us_per_step + scrapes_per_s * self.us_per_scrape
+        )
 
 
 class TelemetryCost(msgspec.Struct, frozen=True, kw_only=True):
@@ -64,8 +82,18 @@ class TelemetryCost(msgspec.Struct, frozen=True, kw_only=True):
     cpu_ratios: tuple[float, ...]
     cost_percent: float
     """Of the throughput of an engine that the CPU limits, as this one: 1 - 1 / ``cpu_ratio``."""
+    parts: Parts
+    """What does not depend on what else the machine does, or on the engine."""
     num_spans: int
     """That reached the collector, of all runs."""
+
+
+def _us_each(call: Callable[[], object], *, count: int = 2000) -> float:
+    """CPU time of the process, the thread that sends spans included."""
+    started_s = time.process_time()
+    for _ in range(count):
+        call()
+    return round(1e6 * (time.process_time() - started_s) / count, 2)
 
 
 class _NoAdapters:
@@ -107,6 +135,18 @@ class _Bench:
                 self._metrics.render(per_tenant=True)
         wall_s = time.perf_counter() - started_s
         return self._num_tokens / wall_s, (time.process_time() - cpu_s) / self._num_tokens
+
+    def parts(self) -> Parts:
+        load = LoadReport(num_running=256, resident_adapters=tuple(Digest(f"{index:064x}") for index in range(256)))
+
+        def request() -> None:
+            self._finished(self._admitted(self._request(0)).request_id)
+
+        return Parts(
+            us_per_request=_us_each(request),
+            us_per_step=_us_each(lambda: self._metrics.replicas.replace({_REPLICA: load}, ())),
+            us_per_scrape=_us_each(lambda: self._metrics.render(per_tenant=True), count=_NUM_SCRAPES),
+        )
 
     def close(self) -> None:
         self._loop.stop()
@@ -209,6 +249,7 @@ def measure(load: Load) -> TelemetryCost:
         for number in range(load.pairs):
             order = (False, True) if number % 2 == 0 else (True, False)
             pairs.append({telling: bench.run(telling=telling) for telling in order})
+        parts = bench.parts()
     finally:
         bench.close()
         tracing.close()
@@ -227,6 +268,7 @@ def measure(load: Load) -> TelemetryCost:
         cpu_ratio=cpu_ratio,
         cpu_ratios=cpu_ratios,
         cost_percent=round(100 * (1 - 1 / cpu_ratio), 2),
+        parts=parts,
         num_spans=num_spans,
     )
 
