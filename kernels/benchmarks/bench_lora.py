@@ -16,16 +16,14 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from unittest.mock import patch
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 import triton
 from graph_timing import compile_apart, median_ms, relative_error
+from lora_variants import VARIANTS, Variant, chosen
 from loraplex_kernels import KvLayout
-from loraplex_kernels.gpu import tuning
 from loraplex_kernels.gpu.activation import silu_mul
 from loraplex_kernels.gpu.lora import LoraTable, LoraTiles, PendingExpand, Site, lora_expand_, lora_shrink, view_partial
 from loraplex_kernels.gpu.lora_project import LoraProjections
@@ -33,7 +31,6 @@ from loraplex_kernels.gpu.lora_random import Adapter, LayerShape, device_tiles, 
 from loraplex_kernels.gpu.lora_tiles import decode_tile_rows
 from loraplex_kernels.gpu.norm import add_rms_norm
 from loraplex_kernels.gpu.rotary_kv import rotary_table, rotary_write_kv
-from loraplex_kernels.gpu.tuning import Schedule
 from loraplex_kernels.gpu.twins import activation as activation_twin
 from loraplex_kernels.gpu.twins import lora as lora_twin
 from loraplex_kernels.gpu.twins import norm as norm_twin
@@ -65,68 +62,6 @@ class Case:
 
     def rank_cap(self, tile_rows: int) -> int:
         return next(cap for cap in ((8, 16, 64) if tile_rows == 1 else (16, 64)) if max(self.ranks) <= cap)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Variant:
-    """None: what the kernels choose."""
-
-    tile_rows: int | None = None
-    schedule: Schedule | None = None
-    fuses_norm: bool | None = None
-    configs: dict[str, dict[str, int | bool]] | None = None
-    """Of functions in ``tuning``, the changes to what they return."""
-    overlap: bool = True
-
-
-def of(tile_rows: int, schedule: Schedule, **changes: object) -> Variant:
-    return Variant(tile_rows=tile_rows, schedule=schedule, **changes)
-
-
-VARIANTS = {
-    "default": Variant(),
-    "1-beside": of(1, Schedule.BESIDE),
-    "1-serial": of(1, Schedule.SERIAL),
-    "1-serial-no-overlap": of(1, Schedule.SERIAL, overlap=False),
-    "1-serial-norm-apart": of(1, Schedule.SERIAL, fuses_norm=False),
-    "16-beside": of(16, Schedule.BESIDE),
-    "16-serial": of(16, Schedule.SERIAL),
-    "16-serial-no-overlap": of(16, Schedule.SERIAL, overlap=False),
-    "16-serial-norm-fused": of(16, Schedule.SERIAL, fuses_norm=True),
-    "16-serial-256x4wx1": of(
-        16, Schedule.SERIAL, configs={"expand_config": {"block_n": 256, "num_warps": 4, "blocks": 1}}
-    ),
-    "16-serial-256x4wx2": of(
-        16, Schedule.SERIAL, configs={"expand_config": {"block_n": 256, "num_warps": 4, "blocks": 2}}
-    ),
-    "16-serial-128x4wx2": of(
-        16, Schedule.SERIAL, configs={"expand_config": {"block_n": 128, "num_warps": 4, "blocks": 2}}
-    ),
-    "16-serial-128x4wx4": of(
-        16, Schedule.SERIAL, configs={"expand_config": {"block_n": 128, "num_warps": 4, "blocks": 4}}
-    ),
-}
-
-
-@contextmanager
-def chosen(variant: Variant | None) -> Iterator[None]:
-    """The variant instead of what ``tuning`` says."""
-    changes: dict[str, Callable[..., object]] = {}
-    if variant is not None:
-        if variant.schedule is not None:
-            changes["schedule"] = lambda *_: variant.schedule
-        if variant.fuses_norm is not None:
-            changes["fuses_norm"] = lambda *_: variant.fuses_norm
-        if not variant.overlap:
-            changes["overlaps"] = lambda _: False
-        for name, fields in (variant.configs or {}).items():
-            function = getattr(tuning, name)
-            changes[name] = lambda *args, f=function, fields=fields, **kw: replace(f(*args, **kw), **fields)
-    if not changes:
-        yield
-        return
-    with patch.multiple(tuning, **changes):
-        yield
 
 
 class Step:

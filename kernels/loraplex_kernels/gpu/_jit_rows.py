@@ -176,6 +176,55 @@ def add_rms_norm_kernel(
     tl.store(out_ptr + row + column_D, normed_D.to(residual_D.dtype), mask=present_D)
 
 
+@triton.jit(do_not_specialize=["entry", "num_tokens"])
+def add_rms_norm_tiles_kernel(
+    residual_ptr, delta_ptr, weight_ptr, out_ptr, partial_ptr, arena_ptr, entries_ptr, record_ptr, row_ptr, count_ptr,
+    entry, num_tokens, eps,
+    D: tl.constexpr, RECORD_ENTRIES: tl.constexpr, SPLITS: tl.constexpr, RANK_CAP: tl.constexpr, M: tl.constexpr,
+    BLOCK_N: tl.constexpr, EVICT: tl.constexpr, EXACT: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """Grid: (M tokens of a tile each, tiles). B is read once for M rows, the new residual twice."""
+    record, row, count, live = load_tile(record_ptr, row_ptr, count_ptr, tl.program_id(1))
+    first = tl.program_id(0) * M
+    row += first
+    count -= first
+    if live & (count > 0):
+        b_ptr, rank = load_block(arena_ptr, entries_ptr, record, entry, RECORD_ENTRIES)
+        rank_R = tl.arange(0, RANK_CAP)
+        token_M = tl.arange(0, M)
+        row_M = (row + token_M) * D
+        present_M = token_M < count
+        split_stride = num_tokens * RANK_CAP
+        wait(OVERLAP)
+        h = load_shrunk(partial_ptr + row * RANK_CAP, rank_R, rank, count, split_stride, RANK_CAP, SPLITS, M)
+        squares_M = tl.zeros([M], tl.float32)
+        for start in tl.range(0, D, BLOCK_N):
+            column_N = start + tl.arange(0, BLOCK_N)
+            present_N = column_N < D
+            at_MN = row_M[:, None] + column_N[None, :]
+            present_MN = present_M[:, None] & present_N[None, :]
+            b_RN = load_b(b_ptr, rank_R, rank, D, column_N, present_N, EVICT)
+            residual_MN = tl.load(residual_ptr + at_MN, mask=present_MN, other=0.0)
+            delta_MN = tl.load(delta_ptr + at_MN, mask=present_MN, other=0.0)
+            x_MN = residual_MN.to(tl.float32) + delta_MN.to(tl.float32) + product(h, b_RN, M, EXACT)
+            sum_MN = x_MN.to(residual_MN.dtype)
+            tl.store(residual_ptr + at_MN, sum_MN, mask=present_MN)
+            x_MN = sum_MN.to(tl.float32)
+            squares_M += tl.sum(x_MN * x_MN, 1)
+        scale_M = tl.rsqrt(squares_M / D + eps)
+        tl.debug_barrier()
+        for start in tl.range(0, D, BLOCK_N):
+            column_N = start + tl.arange(0, BLOCK_N)
+            present_N = column_N < D
+            at_MN = row_M[:, None] + column_N[None, :]
+            present_MN = present_M[:, None] & present_N[None, :]
+            weight_N = tl.load(weight_ptr + column_N, mask=present_N, other=0.0).to(tl.float32)
+            sum_MN = tl.load(residual_ptr + at_MN, mask=present_MN, other=0.0)
+            out_MN = sum_MN.to(tl.float32) * scale_M[:, None] * weight_N[None, :]
+            tl.store(out_ptr + at_MN, out_MN.to(sum_MN.dtype), mask=present_MN)
+    wait(OVERLAP)
+
+
 @triton.jit
 def embed_kernel(
     token_id_ptr, token_slot_ptr, last_token_ptr, embedding_ptr, weight_ptr, residual_ptr, out_ptr, eps,

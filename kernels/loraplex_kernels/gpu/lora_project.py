@@ -103,7 +103,7 @@ class LoraProjections:
     def _after(
         self, out_TO: torch.Tensor, partial: torch.Tensor, layer: int, site: Site, tiles: LoraTiles, *, overlap: bool
     ) -> tuple[torch.Tensor, PendingExpand | None]:
-        apart = site.num_modules == 1 and not tuning.fuses_norm(tiles.tile_rows)
+        apart = site.num_modules == 1 and not tuning.fuses_norm(out_TO.shape[0], tiles.tile_rows)
         if apart or self._batch_invariant or self._is_summed(site):
             self._expand(out_TO, partial, layer, site, tiles, overlap=overlap)
             return out_TO, None

@@ -4,9 +4,15 @@ Called by model_runner. Legend: T tokens, D features, V vocabulary, S slots.
 """
 
 import torch
+import triton
 
 from loraplex_kernels.gpu import tuning
-from loraplex_kernels.gpu._jit_rows import add_rms_norm_kernel, embed_kernel, rms_norm_kernel
+from loraplex_kernels.gpu._jit_rows import (
+    add_rms_norm_kernel,
+    add_rms_norm_tiles_kernel,
+    embed_kernel,
+    rms_norm_kernel,
+)
 from loraplex_kernels.gpu.lora import NUM_MODULES, PendingExpand
 
 
@@ -37,11 +43,13 @@ def add_rms_norm(
     *,
     lora: PendingExpand | torch.Tensor | None = None,
     config: tuning.NormConfig | None = None,
+    tile_config: tuning.RowsConfig | None = None,
 ) -> None:
     """``residual += delta`` in place, then ``out = rms_norm(residual) * weight``. All (T, D) dense.
 
     ``lora``: added to ``delta_TD``'s value (which is left as it is): a tensor like it, or what is pending at o or down.
-    Then each token reads its B by itself, which suits adapters of few rows; otherwise call ``lora_expand_`` before.
+    In tiles of up to 16 rows each token reads its B by itself, which suits adapters of few rows; otherwise call
+    ``lora_expand_`` before. Larger tiles read it once for 16 tokens, and must cover all tokens.
     """
     num_tokens, features = residual_TD.shape
     pending = lora if isinstance(lora, PendingExpand) else None
@@ -61,6 +69,10 @@ def add_rms_norm(
         )  # fmt: skip
         return
     assert pending.site.num_modules == 1
+    if pending.tiles.tile_rows > 16:
+        tile_config = tile_config or tuning.norm_tile_config(features)
+        _add_rms_norm_of_tiles(residual_TD, delta_TD, weight_D, eps, out_TD, pending, tile_config)
+        return
     add_rms_norm_kernel[(num_tokens,)](
         *inputs,
         pending.partial,
@@ -81,6 +93,46 @@ def add_rms_norm(
         num_warps=config.num_warps,
         launch_pdl=overlaps and pending.overlap,
         **shapes,
+    )
+
+
+def _add_rms_norm_of_tiles(
+    residual_TD: torch.Tensor,
+    delta_TD: torch.Tensor,
+    weight_D: torch.Tensor,
+    eps: float,
+    out_TD: torch.Tensor,
+    pending: PendingExpand,
+    config: tuning.RowsConfig,
+) -> None:
+    tiles = pending.tiles
+    overlaps = tuning.overlaps(out_TD.device)
+    grid = (triton.cdiv(tiles.tile_rows, config.block_rows), tiles.num_tiles)
+    add_rms_norm_tiles_kernel[grid](
+        residual_TD,
+        delta_TD,
+        weight_D,
+        out_TD,
+        pending.partial,
+        pending.table.arena,
+        pending.table.entries,
+        tiles.record,
+        tiles.row,
+        tiles.count,
+        2 * (pending.layer * NUM_MODULES + pending.site.first_module) + 1,
+        residual_TD.shape[0],
+        eps,
+        D=residual_TD.shape[1],
+        RECORD_ENTRIES=pending.table.record_entries,
+        SPLITS=pending.partial.shape[0],
+        RANK_CAP=tiles.rank_cap,
+        M=config.block_rows,
+        BLOCK_N=config.block_n,
+        EVICT="",
+        EXACT=tuning.exact(out_TD.dtype),
+        OVERLAP=overlaps,
+        num_warps=config.num_warps,
+        launch_pdl=overlaps and pending.overlap,
     )
 
 

@@ -35,7 +35,7 @@ class ExpandConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowsConfig:
-    """Operations without LoRA: rows of a program and its columns."""
+    """Rows of a program, and its columns or those of its blocks."""
 
     block_rows: int
     block_n: int
@@ -69,9 +69,10 @@ def schedule(num_tokens: int, tile_rows: int, num_tiles: int) -> Schedule:
     return Schedule.BESIDE if beside else Schedule.SERIAL
 
 
-def fuses_norm(tile_rows: int) -> bool:
-    """Whether ``add_rms_norm`` expands. It reads B once a row: right where rows have adapters of their own."""
-    return tile_rows == 1
+def fuses_norm(num_tokens: int, tile_rows: int) -> bool:
+    """Whether ``add_rms_norm`` expands. It reads B once a row, right where rows have adapters of their own, or once for
+    16 rows of a large tile, which are then the work of one program: right where there are many."""
+    return tile_rows == 1 or (tile_rows > 16 and num_tokens >= 2048)
 
 
 def next_power_of_2(value: int) -> int:
@@ -145,6 +146,11 @@ def heads_config(heads: int, head_dim: int, tile_rows: int | None) -> ExpandConf
     if tile_rows == 16:
         return ExpandConfig(block_n=min(128, limit), num_warps=4)
     return ExpandConfig(block_n=half, num_warps=4, blocks=8, evict_first=False)
+
+
+def norm_tile_config(features: int) -> RowsConfig:
+    """Of ``add_rms_norm`` over tiles of more than 16 rows."""
+    return RowsConfig(block_rows=16, block_n=min(256, next_power_of_2(features)), num_warps=4)
 
 
 def norm_config(features: int, *, lora: bool) -> NormConfig:
