@@ -1,6 +1,8 @@
 """A plan's replicas as processes of this machine, the router before them, and the simulator's word beside."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -20,7 +22,7 @@ from loraplex.bench.fleet.prepared import PreparedFleet
 from loraplex.bench.fleet.replicas import FleetReplicas
 from loraplex.bench.fleet.results import ALL, FleetTable
 from loraplex.bench.fleet.traffic import make_traffic
-from loraplex.core.errors import BadConfig
+from loraplex.core.errors import BadConfig, LoraplexError
 from loraplex.core.ids import BaseModelId
 from loraplex.core.plan import Shape
 from loraplex.cost.analytic import analytic_profile
@@ -157,12 +159,19 @@ def test_what_is_there_is_not_run_again(measured: tuple[PreparedFleet, Path, lis
             measure(prepared, tmp_path / "new.json", options, say=print)
 
 
-def test_a_replica_that_cannot_start_says_why(measured: tuple[PreparedFleet, Path, list[str]]) -> None:
+def test_a_replica_that_cannot_start_or_ends_is_noticed(measured: tuple[PreparedFleet, Path, list[str]]) -> None:
     prepared, *_ = measured
     apart = prepared.cells[0]
     alone = msgspec.structs.replace(apart, plan=replace(apart.plan, groups=apart.plan.groups[1:]), pages=[[0]])
     with pytest.raises(BadConfig, match="g1/right: the arena has no room"):
         FleetReplicas(prepared.experiment, alone)
+    with FleetReplicas(prepared.experiment, msgspec.structs.replace(alone, pages=[[64]])) as replicas:
+        replicas.check()
+        os.kill(replicas.process_ids[0], signal.SIGKILL)
+        with pytest.raises(LoraplexError, match="g1/right ended: exit code -9"):
+            replicas.stage(alone, prepared.workloads[alone.workload])
+        with pytest.raises(LoraplexError, match="g1/right ended: exit code -9"):
+            replicas.check()
 
 
 def test_plans_of_planner_and_baselines_that_are_one_are_measured_once(profile: Path, tmp_path: Path) -> None:

@@ -4,9 +4,9 @@ Called by ``__main__`` and the command ``bench fleet``.
 """
 
 import asyncio
-import statistics
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import count
@@ -99,6 +99,7 @@ def row_lines(row: FleetRow) -> list[str]:
         f"{row.unanswered} unanswered; sent late by {row.lateness.p99_ms:.1f} ms (p99); beside its step a first token "
         f"takes {', '.join(f'{1e3 * added_s:.1f} ms ({base})' for base, added_s in row.overhead_s.items())}"
     ]
+    lines += [f"  {times} failed: {message}" for message, times in row.errors.items()]
     names = [name for name in row.figures if name != ALL]
     for name in names if len(names) == 1 else [*names, ALL]:
         figures = row.figures[name]
@@ -167,6 +168,7 @@ class _Run:
             samples = await self._send(router, arrivals, self._digests())
         finally:
             await router.close()
+        self._replicas.check()
         outcomes = Outcomes.of_samples(samples)
         counted = outcomes.at_s >= workload.counts_from_s
         late_ms = 1e3 * np.array([max(0.0, sample.sent_s - sample.scheduled_s) for sample in samples])[counted]
@@ -178,6 +180,9 @@ class _Run:
             load=workload.load,
             requests=int(np.count_nonzero(counted)),
             unanswered=int(np.count_nonzero(counted & ~outcomes.served)),
+            errors=Counter(
+                sample.message for sample, counts in zip(samples, counted, strict=True) if counts and sample.error
+            ),
             commit=source_commit(),
             device_name=f"{experiment.gpus} x {self._replicas.device_name}",
             torch_version=self._replicas.torch_version,
@@ -228,7 +233,7 @@ class _Run:
                         prompt_tokens=np.minimum(arrivals.prompt_tokens[rows], most),
                         output_tokens=random.integers(2, _WAVE_OUTPUT + 1, size=len(rows), dtype=np.int32),
                     )
-                    await self._send(router, wave, self._digests())
+                    await self._answered(router, wave, self._digests())
 
     async def _overhead_s(self, router: Router) -> dict[str, float]:
         """By base: the median over lone requests of what the first token takes more than predicted."""
@@ -236,14 +241,20 @@ class _Run:
         bases = tuple(BaseModelId(base) for base in predicted_s)
         prompt, output = LONE_TOKENS
         lone = lone_requests(bases, count=_LONE, gap_s=_LONE_GAP_S, prompt_tokens=prompt, output_tokens=output)
-        samples = await self._send(router, lone, ())
-        found = {}
-        for index, base in enumerate(bases):
-            first_s = [
-                s.first_token_s - s.scheduled_s for s in samples[index :: len(bases)] if s.first_token_s is not None
-            ]
-            found[str(base)] = max(0.0, statistics.median(first_s) - predicted_s[base]) if first_s else 0.0
-        return found
+        first_s = Outcomes.of_samples(await self._answered(router, lone, ())).ttft_s
+        return {
+            str(base): max(0.0, float(np.median(first_s[index :: len(bases)])) - predicted_s[base])
+            for index, base in enumerate(bases)
+        }
+
+    async def _answered(self, router: Router, arrivals: Arrivals, digests: Sequence[Digest]) -> list[Sample]:
+        """LoraplexError when one is not answered."""
+        samples = await self._send(router, arrivals, digests)
+        failed = next((sample for sample in samples if sample.error is not None), None)
+        if failed is not None:
+            self._replicas.check()
+            raise LoraplexError(f"a request of the warm-up failed: {failed.message}")
+        return samples
 
     async def _send(self, router: Router, arrivals: Arrivals, digests: Sequence[Digest]) -> list[Sample]:
         """In the order of ``arrivals``. LoraplexError when the answers do not come."""
@@ -253,6 +264,7 @@ class _Run:
             async with asyncio.timeout(allowed_s):
                 await run_open_loop(client.schedule(), client, self._prompts)
         except TimeoutError:
+            self._replicas.check()
             raise LoraplexError(f"requests had no end after {allowed_s:.0f} s") from None
         return [client.samples[row] for row in range(len(arrivals))]
 

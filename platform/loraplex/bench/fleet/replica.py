@@ -8,6 +8,7 @@ A line of JSON in, a line out: first ``ReplicaStart`` and ``ReplicaReady``, then
 import asyncio
 import os
 import sys
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -130,6 +131,7 @@ async def serve(start: ReplicaStart, lines: BinaryIO, answers: BinaryIO) -> None
         config=config,
     )
     loop.start()
+    threading.Thread(target=_end_with, args=(loop,), daemon=True).start()
     server = ReplicaServer(loop, cluster_secret=start.secret, config=config)
     port = await server.start(HOST)
     answer(ReplicaReady(port=port, device_name=_device_name(start.executor), torch_version=str(torch.__version__)))
@@ -142,6 +144,15 @@ async def serve(start: ReplicaStart, lines: BinaryIO, answers: BinaryIO) -> None
             answer(AdaptersStaged(num_staged=staged))
     await server.stop()
     await asyncio.to_thread(loop.join)
+
+
+def _end_with(loop: EngineLoop) -> None:
+    """An engine that broke ends the process: what waits for input would not notice."""
+    try:
+        loop.join()
+    except BaseException:
+        # The loop has told of it.
+        os._exit(1)
 
 
 def _device_name(config: ExecutorConfig) -> str:

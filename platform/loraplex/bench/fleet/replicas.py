@@ -71,6 +71,10 @@ class FleetReplicas:
         return self._processes[0].ready.device_name
 
     @property
+    def process_ids(self) -> tuple[int, ...]:
+        return tuple(process.process_id for process in self._processes)
+
+    @property
     def torch_version(self) -> str:
         return self._processes[0].ready.torch_version
 
@@ -117,6 +121,11 @@ class FleetReplicas:
             count += staged.num_staged
         return count
 
+    def check(self) -> None:
+        """LoraplexError when one has ended."""
+        for process in self._processes:
+            process.check()
+
     def close(self) -> None:
         for process in self._processes:
             process.end()
@@ -162,6 +171,10 @@ class _Process:
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         self.tell(start)
 
+    @property
+    def process_id(self) -> int:
+        return self._process.pid
+
     def tell(self, message: msgspec.Struct) -> None:
         assert self._process.stdin is not None
         try:
@@ -177,6 +190,10 @@ class _Process:
         if not line:
             raise self._ended()
         return msgspec.json.decode(line, type=type_)
+
+    def check(self) -> None:
+        if self._process.poll() is not None:
+            raise self._ended()
 
     def end(self) -> None:
         assert self._process.stdin is not None

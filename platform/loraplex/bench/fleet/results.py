@@ -49,6 +49,8 @@ class FleetRow(msgspec.Struct, frozen=True, kw_only=True):
     load: str
     requests: int
     unanswered: int
+    errors: dict[str, int]
+    """Why they were not answered, and how often."""
     commit: str | None
     device_name: str
     torch_version: str
