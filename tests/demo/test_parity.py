@@ -3,17 +3,13 @@
 from pathlib import Path
 
 import pytest
-from loraplex.demo.base import prepare_demo_base
 from loraplex.demo.parity import run_parity
 
 
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize(("num_prompts", "max_tokens"), [(2, 24), pytest.param(20, 64, marks=pytest.mark.slow)])
-def test_tokens_and_logits_equal_the_reference(
-    tmp_path_factory: pytest.TempPathFactory, num_prompts: int, max_tokens: int
-) -> None:
-    directory: Path = prepare_demo_base(tmp_path_factory.mktemp("models"), print)
-    agreements = run_parity(directory, num_prompts=num_prompts, max_tokens=max_tokens)
+def test_tokens_and_logits_equal_the_reference(demo_base: Path, num_prompts: int, max_tokens: int) -> None:
+    agreements = run_parity(demo_base, num_prompts=num_prompts, max_tokens=max_tokens)
     assert len(agreements) == 4
     for agreement in agreements:
         assert agreement.equal_alone == agreement.equal_mixed == agreement.prompts == num_prompts, agreement
