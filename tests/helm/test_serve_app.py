@@ -6,8 +6,7 @@ import os
 import secrets
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +16,11 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from tests.deployments.served import free_port
-from tests.helm.rendered import ci_values, platform_text, render, serve_config
+from tests.helm.served_chart import Dashboard, ServedChart, wait
 
 pytestmark = pytest.mark.ray
 
-_TIMEOUT_S = 120.0
 _TOKEN = secrets.token_hex(32)
-_SHOWN = {"authorization": f"Bearer {_TOKEN}"}
 _RAY = """
 import json, sys
 from loraplex.config.platform import parse_platform_config
@@ -52,12 +49,8 @@ proxy.close()
 
 class Cluster:
     def __init__(self, folder: Path) -> None:
-        self.http_port, self.grpc_port = free_port(), free_port()
+        self.chart = ServedChart(folder)
         self.gateway_port = free_port()
-        key = folder / "key"
-        key.write_text("lpx_administrators_key_of_this_test\n")
-        self.admin = {"authorization": f"Bearer {key.read_text().strip()}"}
-        self.folder = folder
         self.config = self.serve_config(max_n=4)
         platform = json.loads(self.config["applications"][0]["args"]["config"])
         platform["ray"] = {"address": "auto", "single_machine": True}
@@ -71,42 +64,12 @@ class Cluster:
             | {"RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(self.gateway_port)}
             | {"RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(self.gateway_port + 50)},
         )
-        self.dashboard = f"http://{self._read()}"
+        self.dashboard = Dashboard(self._read(), _TOKEN)
 
     def serve_config(self, *, max_n: int) -> dict[str, Any]:
-        """The chart's, with this machine's paths and ports."""
-        values = ci_values("cpu")
-        values["platform"] |= {
-            "base_models": [{"id": "tiny", "model": "random:tiny-llama", "executor": {"num_pages": 64}}],
-            "gateway": {"max_n": max_n},
-            "serve": {},
-        }
-        values["secrets"]["databaseUrl"] = {"name": "database", "key": "url"}
-        manifests = render(values)
-        config = serve_config(manifests)
-        platform = json.loads(platform_text(manifests))
-        platform |= {
-            "data_dir": str(self.folder / "data"),
-            "admin_key_file": str(self.folder / "key"),
-            "listen": {"host": "127.0.0.1", "http_port": self.http_port, "grpc_port": self.grpc_port},
-        }
-        (self.folder / "url").write_text(f"sqlite:///{self.folder / 'elsewhere.db'}\n")
-        for application in config["applications"]:
-            assert application["args"]["database_url_file"] == "/etc/loraplex/database/url"
-            application["args"] = {"config": json.dumps(platform), "database_url_file": str(self.folder / "url")}
-        config["http_options"] = {"host": "127.0.0.1", "port": self.http_port}
-        config["grpc_options"]["port"] = self.grpc_port
+        config = self.chart.config({"gateway": {"max_n": max_n}, "serve": {}}, {"executor": {"num_pages": 64}})
         # One proxy: HAProxy's files are one set on this machine.
         return config | {"proxy_location": "HeadOnly"}
-
-    def put(self, config: dict[str, Any]) -> None:
-        """As the operator does."""
-        url = f"{self.dashboard}/api/serve/applications/"
-        httpx.put(url, json=config, headers=_SHOWN, timeout=120).raise_for_status()
-
-    def applications(self) -> dict[str, Any]:
-        url = f"{self.dashboard}/api/serve/applications/"
-        return dict(httpx.get(url, headers=_SHOWN, timeout=60).json()["applications"])
 
     def controller(self, command: str = "") -> str:
         """Ray's id of the actor, or ``none``; ``kill`` ends it for good."""
@@ -115,41 +78,11 @@ class Cluster:
         self.process.stdin.flush()
         return self._read()
 
-    def complete(self, **options: Any) -> httpx.Response:
-        """As the tenant of the chart's config, with a key that the administrator makes."""
-        url = f"http://127.0.0.1:{self.http_port}/v1"
-        made = httpx.post(f"{url}/tenants/acme/keys", json={}, headers=self.admin, timeout=60).raise_for_status()
-        return httpx.post(
-            f"{url}/completions",
-            json={"model": "tiny", "prompt": "Hello", "max_tokens": 4, "ignore_eos": True, **options},
-            headers={"authorization": f"Bearer {made.json()['key']}"},
-            timeout=60,
-        )
-
-    def completes(self, **options: Any) -> bool:
-        try:
-            return self.complete(**options).status_code == 200
-        except httpx.HTTPError:
-            return False
-
-    def serves(self) -> bool:
-        try:
-            return httpx.get(f"http://127.0.0.1:{self.http_port}/ready", timeout=5).status_code == 200
-        except httpx.HTTPError:
-            return False
-
     def _read(self) -> str:
         assert self.process.stdout is not None
         line = self.process.stdout.readline().strip()
         assert line, "the cluster's process has ended"
         return line
-
-
-def wait(condition: Callable[[], bool], state: Callable[[], object]) -> None:
-    deadline_s = time.monotonic() + _TIMEOUT_S
-    while not condition():
-        assert time.monotonic() < deadline_s, json.dumps(state(), default=str)
-        time.sleep(0.2)
 
 
 @pytest.fixture
@@ -163,35 +96,37 @@ def cluster(tmp_path: Path) -> Iterator[Cluster]:
 
 @pytest.mark.timeout(500)
 def test_the_platform_runs_from_the_charts_serve_config(cluster: Cluster) -> None:
-    cluster.put(cluster.config)
-    wait(cluster.serves, cluster.applications)
-    wait(lambda: {a["status"] for a in cluster.applications().values()} == {"RUNNING"}, cluster.applications)
-    assert cluster.complete().json()["usage"]["completion_tokens"] == 4
-    assert cluster.complete(n=8).status_code == 400, "platform.gateway.max_n"
+    chart, dashboard = cluster.chart, cluster.dashboard
+    dashboard.put(cluster.config)
+    wait(chart.serves, dashboard.applications)
+    wait(dashboard.all_run, dashboard.applications)
+    key = chart.make_key()
+    assert chart.complete(key).json()["usage"]["completion_tokens"] == 4
+    assert chart.complete(key, n=8).status_code == 400, "platform.gateway.max_n"
     # The database is where the mounted URL says, and the config that Ray shows names it nowhere.
-    assert (cluster.folder / "elsewhere.db").exists()
-    assert not (cluster.folder / "data" / "control.db").exists()
+    assert (chart.folder / "elsewhere.db").exists()
+    assert not (chart.folder / "data" / "control.db").exists()
     # What the Service's ports, the gateways' readiness and the ServiceMonitor rely on.
-    with grpc.insecure_channel(f"127.0.0.1:{cluster.grpc_port}") as channel:
+    with grpc.insecure_channel(f"127.0.0.1:{chart.grpc_port}") as channel:
         answer = health_pb2_grpc.HealthStub(channel).Check(
             health_pb2.HealthCheckRequest(service="loraplex.v1.Loraplex")
         )
     assert answer.status == health_pb2.HealthCheckResponse.SERVING
-    assert httpx.get(f"http://127.0.0.1:{cluster.http_port}/-/healthz", timeout=30).status_code == 200
+    assert httpx.get(f"http://127.0.0.1:{chart.http_port}/-/healthz", timeout=30).status_code == 200
     # On one node the two applications share the ports; in the chart the gateways have pods of their own.
     scraped = [
-        httpx.get(f"http://127.0.0.1:{cluster.gateway_port + index}/metrics", headers=cluster.admin, timeout=30).text
+        httpx.get(f"http://127.0.0.1:{cluster.gateway_port + index}/metrics", headers=chart.admin, timeout=30).text
         for index in range(2)
     ]
     assert any('loraplex_tenant_tokens_total{kind="output",tenant="acme"}' in text for text in scraped)
 
     # A controller that is gone for good is created anew; replicas go on.
     first = cluster.controller("kill")
-    wait(lambda: cluster.controller() not in ("none", first), cluster.applications)
-    wait(cluster.completes, cluster.applications)
+    wait(lambda: cluster.controller() not in ("none", first), dashboard.applications)
+    wait(chart.completes, dashboard.applications)
 
     # Another config replaces controller and replicas; the tenants and keys of the database stay.
     second = cluster.controller()
-    cluster.put(cluster.serve_config(max_n=16))
-    wait(lambda: cluster.controller() not in ("none", second), cluster.applications)
-    wait(lambda: cluster.completes(n=8), cluster.applications)
+    dashboard.put(cluster.serve_config(max_n=16))
+    wait(lambda: cluster.controller() not in ("none", second), dashboard.applications)
+    wait(lambda: chart.completes(n=8), dashboard.applications)
