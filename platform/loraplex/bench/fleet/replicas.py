@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import TypeVar
 
@@ -46,16 +47,9 @@ class FleetReplicas:
         self.secret = secrets.token_hex(16)
         self._folder = tempfile.TemporaryDirectory(prefix="loraplex-turns-")
         self._processes: list[_Process] = []
-        first = 0
+        """In the order of the plan."""
         try:
-            for index, group in enumerate(cell.plan.groups):
-                for placed, pages in zip(group.bases, cell.pages[index], strict=True):
-                    self._processes.append(_Process(self._start(group, placed, pages, first), group, placed))
-                first += group.shape.num_ranks
-            for process in self._processes:
-                process.ready = process.answer(ReplicaReady)
-                if process.ready.error is not None:
-                    raise BadConfig(f"{process.name}: {process.ready.error}")
+            self._start_all(cell)
         except BaseException:
             self.close()
             raise
@@ -133,6 +127,24 @@ class FleetReplicas:
             process.wait()
         self._folder.cleanup()
 
+    def _start_all(self, cell: Cell) -> None:
+        """At once, but bases that share several devices one after the other: while they capture their graphs, sums of
+        one would wait on one device for what another computes on the next."""
+        groups = cell.plan.groups
+        first = list(accumulate((group.shape.num_ranks for group in groups), initial=0))
+        by_place: dict[tuple[int, int], _Process] = {}
+        for turn in range(max(len(group.bases) for group in groups)):
+            started = [index for index, group in enumerate(groups) if len(group.bases) > turn]
+            for index in started:
+                start = self._start(groups[index], groups[index].bases[turn], cell.pages[index][turn], first[index])
+                by_place[index, turn] = _Process(start)
+                self._processes = [by_place[place] for place in sorted(by_place)]
+            for index in started:
+                if groups[index].shape.num_ranks > 1 and len(groups[index].bases) > turn + 1:
+                    by_place[index, turn].wait_ready()
+        for process in self._processes:
+            process.wait_ready()
+
     def _start(self, group: GroupPlan, placed: BasePlacement, pages: int, first: int) -> ReplicaStart:
         experiment = self._experiment
         base = next(base for base in experiment.bases if base.name == placed.base_model_id)
@@ -164,9 +176,9 @@ def adapter_ranks(workload: Workload, base: str) -> list[int]:
 
 
 class _Process:
-    def __init__(self, start: ReplicaStart, group: GroupPlan, placed: BasePlacement) -> None:
+    def __init__(self, start: ReplicaStart) -> None:
         self.name = start.replica_id
-        self.ready = ReplicaReady(port=0, device_name="", torch_version="")
+        self._ready: ReplicaReady | None = None
         command: Sequence[str] = (sys.executable, "-m", "loraplex.bench.fleet.replica")
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         self.tell(start)
@@ -174,6 +186,18 @@ class _Process:
     @property
     def process_id(self) -> int:
         return self._process.pid
+
+    @property
+    def ready(self) -> ReplicaReady:
+        assert self._ready is not None, "nobody has waited for it"
+        return self._ready
+
+    def wait_ready(self) -> None:
+        """Idempotent. BadConfig when it could not start."""
+        if self._ready is None:
+            self._ready = self.answer(ReplicaReady)
+        if self._ready.error is not None:
+            raise BadConfig(f"{self.name}: {self._ready.error}")
 
     def tell(self, message: msgspec.Struct) -> None:
         assert self._process.stdin is not None
