@@ -36,6 +36,7 @@ from loraplex_deployments.local_cluster import HEAD, LocalCluster
 from loraplex_deployments.replica_handles import find_replica, replica_names
 
 BASE = BaseModelId("bench")
+SECOND_BASE = BaseModelId("bench-second")
 TENANT = TenantName("bench")
 MODEL = "random:tiny-llama"
 _LORA_RANK = 16
@@ -68,6 +69,8 @@ class ClusterSetup(msgspec.Struct, frozen=True, kw_only=True):
     """Of each replica, until a plan says otherwise."""
     paced: PacedSetup | None = None
     """None: the replicas compute, a tiny model with random weights."""
+    second_model: str | None = None
+    """Of ``SECOND_BASE``, which is configured like the first one and has no replica until a plan says so."""
 
     @property
     def executor(self) -> str:
@@ -235,6 +238,8 @@ def platform_config(setup: ClusterSetup, address: str) -> PlatformConfig:
         "controller": {"fleet": {"node_hold_s": 0.0}},
         "base_models": [base],
     }
+    if setup.second_model is not None:
+        settings["base_models"] = [base, base | {"id": SECOND_BASE, "model": setup.second_model, "replicas": 0}]
     return parse_platform_config(json.dumps(settings), source="bench")
 
 

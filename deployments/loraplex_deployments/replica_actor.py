@@ -6,24 +6,18 @@ stream server whose address ``ready`` returns.
 
 import asyncio
 
-import msgspec
 import ray
 from loraplex.config.platform import BaseModelConfig, PlatformConfig
 from loraplex.core.fleet import ReplicaTarget
 from loraplex.core.ids import Digest
-from loraplex.core.plan import Shape
-from loraplex.core.step import Executor
-from loraplex.model_runner.build import build_executor, load_model_spec
-from loraplex.model_runner.config import ExecutorConfig
 from loraplex.replica.engine_loop import EngineLoop
 from loraplex.replica.server import ReplicaServer
 from loraplex.telemetry.logs import configure_logging
 from loraplex.telemetry.tracing import open_tracing
-from ray.util.placement_group import get_current_placement_group
 
-from loraplex_deployments.base_models import model_source
 from loraplex_deployments.epoch_register import superseded
-from loraplex_deployments.rank_actors import RayRankLauncher, node_cache
+from loraplex_deployments.executors import executor_of
+from loraplex_deployments.rank_actors import node_cache
 
 
 @ray.remote(max_restarts=0)
@@ -89,7 +83,7 @@ class ReplicaActor:
     def _build_loop(self) -> EngineLoop:
         loop = EngineLoop(
             replica_id=self._target.replica_id,
-            executor=self._build_executor(),
+            executor=executor_of(self._target, self._base, self._config, num_gpus=self._num_gpus),
             engine_config=self._base.engine,
             source=node_cache(self._config),
             config=self._config.replica,
@@ -103,43 +97,3 @@ class ReplicaActor:
         await self._loaded.wait()
         assert self._loop is not None
         await asyncio.to_thread(self._loop.join)
-
-    def _build_executor(self) -> Executor:
-        base, shape = self._base, self._target.shape
-        model = model_source(self._config, base)
-        if base.paced is not None:
-            return _paced_executor(base, shape, model)
-        launcher = None
-        if shape.num_ranks > 1:
-            group = get_current_placement_group()
-            assert group is not None, "the actuator starts replicas in their group"
-            launcher = RayRankLauncher(group, base, self._config, num_gpus=self._num_gpus)
-        return build_executor(
-            _executor_config(base, shape), model=model, base_model_id=base.base_model_id, launcher=launcher
-        )
-
-
-def _executor_config(base: BaseModelConfig, shape: Shape) -> ExecutorConfig:
-    """The config's, in the shape of the plan. A cut into stages holds for as many stages as it has."""
-    config = base.executor
-    return msgspec.structs.replace(
-        config,
-        # Each rank's bundle reserves the CPUs, so Ray does not tell torch of them.
-        num_threads=config.num_threads or max(1, int(base.num_cpus)),
-        tp=shape.tp,
-        pp=shape.pp,
-        stage_layers=config.stage_layers if config.pp == shape.pp else None,
-    )
-
-
-def _paced_executor(base: BaseModelConfig, shape: Shape, model: str) -> Executor:
-    assert base.paced is not None, "it computes"
-    # Only here: no replica that computes needs the cost model and numba.
-    from loraplex.testing.paced_executor import build_paced_executor
-
-    return build_paced_executor(
-        msgspec.structs.replace(base.paced, tp=shape.tp, pp=shape.pp),
-        model=load_model_spec(model, base.base_model_id),
-        engine=base.engine,
-        num_pages=base.executor.num_pages,
-    )

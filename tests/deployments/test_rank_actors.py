@@ -6,20 +6,24 @@ The times are ``loraplex bench faults --no-paced --shape 2x1 --faults rank,rank-
 
 import asyncio
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
+import ray
+from loraplex.core.ids import BaseModelId
 from loraplex.core.plan import BasePlacement, GroupPlan, Plan, Shape
-from loraplex_deployments.bench_cluster import BASE, ClusterSetup, node_name
+from loraplex_deployments.bench_cluster import BASE, SECOND_BASE, ClusterSetup, node_name
 from loraplex_deployments.bench_faults import Fault, FaultOptions, FaultResult, measure_faults
 from loraplex_deployments.bench_replan import ReplanBenchResult, ReplanOptions, measure_changes, settled
 from loraplex_deployments.bench_streams import StreamWatch, WatchedStream
+from loraplex_deployments.replica_handles import handle_of, replica_names
 
 from tests.deployments.bench_world import BenchWorld, bench_world
 from tests.deployments.own_process import OwnProcess
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
 
-SETUP = ClusterSetup(nodes=2, gpus_per_node=2, replicas=1, adapters=2, proxy="python")
+SETUP = ClusterSetup(nodes=2, gpus_per_node=2, replicas=1, adapters=2, proxy="python", second_model="random:tiny-qwen2")
 OUTPUT_TOKENS = 40
 
 
@@ -34,14 +38,13 @@ def texts_of_one_rank(world: OwnProcess) -> list[str]:
     return world.call(say)
 
 
-def say() -> list[str]:
-    """Base and adapters, drawn at random, all at once."""
-    return asyncio.run(streamed())
+def say(*bases: BaseModelId) -> list[str]:
+    """Bases (the first one alone, if none is named) and adapters, drawn at random, all at once."""
+    return asyncio.run(streamed([*map(str, bases or (BASE,)), *BenchWorld.bench.models]))
 
 
-async def streamed() -> list[str]:
+async def streamed(models: list[str]) -> list[str]:
     watch = StreamWatch(BenchWorld.bench.url, BenchWorld.bench.key, output_tokens=OUTPUT_TOKENS)
-    models = [str(BASE), *BenchWorld.bench.models]
     try:
         watch.begin(
             [
@@ -58,13 +61,32 @@ async def streamed() -> list[str]:
 
 def take_shapes(*shapes: Shape) -> list[int]:
     """A replica of each; how many ranks there are on Ray's actors."""
-    groups = tuple(
-        GroupPlan(name=f"group-{index}", shape=shape, bases=(BasePlacement(base_model_id=BASE),))
-        for index, shape in enumerate(shapes)
-    )
-    record = BenchWorld.bench.platform.call("apply_plan", Plan(version=1, groups=groups), renumber=True)
-    asyncio.run(settled(BenchWorld.bench, record.plan.version))
+    take(*((shape, (BasePlacement(base_model_id=BASE),)) for shape in shapes))
     return ranks()
+
+
+def take(*groups: tuple[Shape, tuple[BasePlacement, ...]]) -> None:
+    planned = tuple(
+        GroupPlan(name=f"group-{index}", shape=shape, bases=bases) for index, (shape, bases) in enumerate(groups)
+    )
+    record = BenchWorld.bench.platform.call("apply_plan", Plan(version=1, groups=planned), renumber=True)
+    asyncio.run(settled(BenchWorld.bench, record.plan.version))
+
+
+def take_both(shape: Shape) -> dict[BaseModelId, tuple[str, int]]:
+    """Both bases on one group: the class of each one's executor, and the pages of its arena."""
+    placed = (BasePlacement(base_model_id=BASE, arena_share=3.0), BasePlacement(base_model_id=SECOND_BASE))
+    take((shape, placed))
+    return {
+        name.base_model_id: ray.get(handle_of(name).__ray_call__.remote(look))  # type: ignore[union-attr]
+        for name in replica_names()
+    }
+
+
+def look(actor: Any) -> tuple[str, int]:
+    """In the replica's process."""
+    loop = actor._loop
+    return type(loop._executor).__name__, loop.info.num_pages
 
 
 def take_two_nodes() -> list[int]:
@@ -91,6 +113,27 @@ def test_two_shards_say_what_one_rank_says(world: OwnProcess, texts_of_one_rank:
 def test_two_stages_on_two_nodes_say_what_one_rank_says(world: OwnProcess, texts_of_one_rank: list[str]) -> None:
     assert world.call(take_two_nodes) == [1, 1]
     assert world.call(say) == texts_of_one_rank
+
+
+BOTH = {BASE: ("TurnExecutor", 384), SECOND_BASE: ("TurnExecutor", 128)}
+
+
+@pytest.fixture(scope="module")
+def texts_of_bases_alone(world: OwnProcess) -> list[str]:
+    world.call(take, *((Shape(), (BasePlacement(base_model_id=base),)) for base in (BASE, SECOND_BASE)))
+    return world.call(say, BASE, SECOND_BASE)
+
+
+def test_two_bases_of_a_group_say_what_each_says_alone(world: OwnProcess, texts_of_bases_alone: list[str]) -> None:
+    assert world.call(take_both, Shape()) == BOTH
+    assert world.call(say, BASE, SECOND_BASE) == texts_of_bases_alone
+
+
+@pytest.mark.slow
+def test_two_bases_of_two_shards_say_what_each_says_alone(world: OwnProcess, texts_of_bases_alone: list[str]) -> None:
+    assert world.call(take_both, Shape(tp=2)) == BOTH
+    assert len(world.call(ranks)) == 4
+    assert world.call(say, BASE, SECOND_BASE) == texts_of_bases_alone
 
 
 def test_a_rank_that_is_killed_costs_a_pause(world: OwnProcess) -> None:

@@ -22,6 +22,7 @@ def write_random_peft(
     (lora_rank,) = {block.lora_rank for block in manifest.blocks}
     config = {
         "peft_type": "LORA",
+        "base_model_name_or_path": model.base_model_id,
         "r": lora_rank,
         "lora_alpha": lora_rank * scale,
         "target_modules": sorted({block.module for block in manifest.blocks}),

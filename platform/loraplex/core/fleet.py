@@ -13,6 +13,15 @@ from loraplex.core.plan import AdapterShare, Shape
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class BaseShare:
+    """A base of a group that several share."""
+
+    base_model_id: BaseModelId
+    arena_share: float = 1.0
+    """Of the arena: its part is this over the sum of the group's shares."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaTarget:
     """One base on one group, as it should run. Never changed while it runs: what differs in more than ``adapters`` is
     another replica, with an id of its own."""
@@ -29,6 +38,9 @@ class ReplicaTarget:
     """Node name of each rank; empty: any nodes."""
     adapters: tuple[AdapterShare, ...] = ()
     """Made resident before it is ready, as far as they fit."""
+    bases: tuple[BaseShare, ...] = ()
+    """All of its group, its own among them, when there are several: it leaves the others their part of the memory, and
+    runs its steps by turns with them. Empty: it is alone there."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from loraplex.controller.fleet.diff import Assign, Decided, Drain, Observed, StartReplicas, Stop, TakeBack, decide
 from loraplex.controller.fleet.placing import Placer
-from loraplex.controller.fleet.state import Kind, Replica, ReplicaState, running_groups
+from loraplex.controller.fleet.state import Kind, Replica, ReplicaState, base_shares, running_groups
 from loraplex.core.control import ReplicaRoute
 from loraplex.core.fleet import NodeStatus, ReplicaTarget
 from loraplex.core.ids import BaseModelId, ReplicaId
@@ -70,6 +70,7 @@ class Machines:
                 gpu=action.plan.gpu,
                 nodes=action.nodes,
                 adapters=placed.adapters,
+                bases=base_shares(action.plan),
             ),
             state=ReplicaState.STARTING,
             since_s=0.0,

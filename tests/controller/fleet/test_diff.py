@@ -1,6 +1,7 @@
 """Decisions alone: whatever runs and whatever is wanted, the actions lead there, within the GPUs, and harm little."""
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -115,6 +116,22 @@ def test_another_adapter_set_is_no_restart_and_never_leaves_an_adapter_nowhere()
     assert adapter_keys(second.adapters) == {("acme", "p")}
     machines.reach(swapped, min_by_id)
     assert machines.count == started
+
+
+def test_another_part_of_the_arena_is_another_group() -> None:
+    machines = Machines(node("n1", 2))
+    both = group("x0", A, B)
+    machines.reach([both], lambda busy: busy[0])
+    before = set(machines.replicas)
+
+    def with_shares(*shares: float) -> list[GroupPlan]:
+        placed = zip(both.bases, shares, strict=True)
+        return [replace(both, bases=tuple(replace(one, arena_share=share) for one, share in placed))]
+
+    assert machines.decide(with_shares(0.5, 0.5)).actions == (), "the same parts in other words"
+    machines.reach(with_shares(3.0, 1.0), lambda busy: busy[0])
+    assert not before & set(machines.replicas)
+    assert {one.arena_share for r in machines.replicas.values() for one in r.target.bases} == {3.0, 1.0}
 
 
 def test_what_drains_is_taken_back_when_it_is_wanted_again() -> None:

@@ -4,9 +4,11 @@ A group that is *outdated* (its replicas were started by another build or config
 is no other, and not taken back when it drains.
 """
 
+import math
 from collections.abc import Collection, Sequence
 
-from loraplex.controller.fleet.state import AdapterKey, ReplicaState, RunningGroup, adapter_keys
+from loraplex.controller.fleet.state import AdapterKey, ReplicaState, RunningGroup, adapter_keys, base_shares
+from loraplex.core.fleet import BaseShare
 from loraplex.core.ids import BaseModelId
 from loraplex.core.plan import GroupPlan
 
@@ -46,6 +48,7 @@ def may_become(group: RunningGroup, plan: GroupPlan) -> bool:
         (group.stays or group.drains)
         and group.shape == plan.shape
         and group.bases == {placed.base_model_id for placed in plan.bases}
+        and _shares_alike(plan, group)
         and (not plan.gpu or not group.gpu or group.gpu == plan.gpu)
         and (_on_its_nodes(plan, group) or sorted(group.first.planned_nodes) == sorted(plan.nodes))
     )
@@ -53,6 +56,17 @@ def may_become(group: RunningGroup, plan: GroupPlan) -> bool:
 
 def _on_its_nodes(plan: GroupPlan, group: RunningGroup) -> bool:
     return not plan.nodes or not group.nodes or sorted(group.nodes) == sorted(plan.nodes)
+
+
+def _shares_alike(plan: GroupPlan, group: RunningGroup) -> bool:
+    """Its bases have the parts of the arena that the plan says, as far as is known."""
+    planned, had = _parts(base_shares(plan)), _parts(group.base_shares)
+    return not had or all(math.isclose(planned[base], part) for base, part in had.items())
+
+
+def _parts(shares: Sequence[BaseShare]) -> dict[BaseModelId, float]:
+    whole = sum(share.arena_share for share in shares)
+    return {share.base_model_id: share.arena_share / whole for share in shares}
 
 
 def _rank(group: RunningGroup) -> int:

@@ -9,7 +9,7 @@ from enum import StrEnum
 from typing import NamedTuple
 
 from loraplex.core.control import ReplicaRoute
-from loraplex.core.fleet import ReplicaTarget
+from loraplex.core.fleet import BaseShare, ReplicaTarget
 from loraplex.core.ids import BaseModelId
 from loraplex.core.model import ModelSpec
 from loraplex.core.plan import AdapterShare, GroupPlan, Shape
@@ -97,6 +97,11 @@ class RunningGroup:
         return frozenset(self.first.group_bases)
 
     @property
+    def base_shares(self) -> tuple[BaseShare, ...]:
+        """Empty: it has one base, or they are not known."""
+        return next((member.target.bases for member in self.members if member.target.bases), ())
+
+    @property
     def shape(self) -> Shape:
         return self.first.target.shape
 
@@ -146,6 +151,13 @@ def outdated_groups(replicas: Iterable[Replica], bases: Mapping[BaseModelId, Fle
         for replica in replicas
         if replica.target.base_model_id in bases and replica.release != bases[replica.target.base_model_id].release
     )
+
+
+def base_shares(group: GroupPlan) -> tuple[BaseShare, ...]:
+    """As its replicas are told; empty for a group of one base."""
+    if len(group.bases) < 2:
+        return ()
+    return tuple(BaseShare(base_model_id=one.base_model_id, arena_share=one.arena_share) for one in group.bases)
 
 
 AdapterKey = tuple[str | None, str]

@@ -11,7 +11,7 @@ from typing import Protocol, TypeVar
 from sqlalchemy.orm import Session
 
 from loraplex.controller.fleet.rows import FleetRows
-from loraplex.controller.fleet.state import Replica, ReplicaState
+from loraplex.controller.fleet.state import Replica, ReplicaState, base_shares
 from loraplex.core.clock import Clock
 from loraplex.core.errors import Conflict
 from loraplex.core.fleet import ReplicaTarget, RunningReplica
@@ -99,6 +99,7 @@ class FleetStore:
                         gpu=plan.gpu,
                         nodes=nodes,
                         adapters=placed.adapters,
+                        bases=base_shares(plan),
                     ),
                     state=ReplicaState.STARTING,
                     since_s=self._clock.wall_s(),
