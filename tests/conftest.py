@@ -32,8 +32,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         folder = file.parts[0]
         if folder in BESIDE and not any(map(item.get_closest_marker, ("alone", "ray", "gpu", "multigpu"))):
             item.add_marker(pytest.mark.beside)
-            if config.pluginmanager.hasplugin("xdist"):
-                item.add_marker(pytest.mark.xdist_group("compiled" if folder in COMPILED else str(file)))
+        if item.get_closest_marker("beside") and config.pluginmanager.hasplugin("xdist"):
+            item.add_marker(pytest.mark.xdist_group("compiled" if folder in COMPILED else str(file)))
     marked = [item for item in items if item.get_closest_marker("gpu") or item.get_closest_marker("multigpu")]
     if not marked:
         return

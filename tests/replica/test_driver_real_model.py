@@ -22,6 +22,8 @@ from loraplex.model_runner.sampler import Sampler
 from loraplex.model_runner.shard import Shard
 from loraplex.replica.driver import StepDriver
 
+pytestmark = pytest.mark.beside
+
 BASE = BaseModelId("tiny")
 MODEL = "random:tiny-llama"
 
