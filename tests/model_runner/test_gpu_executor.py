@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("triton")
 
 from loraplex.core.errors import BadConfig
-from loraplex_kernels.gpu import lora_project
+from loraplex_kernels.gpu import lora_project, tuning
 from loraplex_kernels.gpu.lora import ALL_SITES, ATTENTION_SITES, Site, lora_shrink
 
 ADAPTERS: dict[str, dict[str, Any]] = {
@@ -42,6 +42,33 @@ def test_mixed_batches_equal_transformers(
     names = [None, *(adapter.manifest.digest for adapter in adapters.values())]
     requests = [driver.open(prompt(5 + 7 * index, index), name) for index, name in enumerate(names)]
     driver.run(requests, num_tokens=40 if CUDA else 2, chunk=12)
+    for request in requests:
+        check(base, driver, request)
+
+
+def test_long_steps_fuse_the_lora_of_o_and_down(
+    make_base: Any, add_adapter: Any, make_driver: Any, check: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What steps of thousands of tokens do, on few."""
+    monkeypatch.setattr(tuning, "fuses_norm", lambda _num_tokens, tile_rows: tile_rows != 16)
+    monkeypatch.setattr(tuning, "shrinks_ahead", lambda _num_tokens, tile_rows: tile_rows > 16)
+    stand_alone: list[Site] = []
+
+    def noted(x: Any, table: Any, layer: int, site: Site, *args: Any, **options: Any) -> None:
+        stand_alone.append(site)
+        lora_shrink(x, table, layer, site, *args, **options)
+
+    monkeypatch.setattr(lora_project, "lora_shrink", noted)
+    base = make_base("llama", num_hidden_layers=1, hidden_size=32, intermediate_size=64, num_attention_heads=2)
+    driver = make_driver(base.directory, page_size=16, device=DEVICE, kernels=True, max_rows=4)
+    adapters = [add_adapter(base, name, **ADAPTERS[name]) for name in ("attention", "everything")]
+    for adapter in adapters:
+        driver.load(adapter.manifest, adapter.path)
+    names = [None, *(adapter.manifest.digest for adapter in adapters)]
+    requests = [driver.open(prompt(5 + 7 * index, index), name) for index, name in enumerate(names)]
+    driver.run(requests, num_tokens=1)
+    assert Site.DOWN not in stand_alone
+    assert Site.O in stand_alone
     for request in requests:
         check(base, driver, request)
 

@@ -10,6 +10,7 @@ import triton.language as tl
 
 from loraplex_kernels.gpu._jit import (
     add_further_ranks,
+    dot,
     load_b,
     load_block,
     load_shrunk,
@@ -37,13 +38,15 @@ def _load_pair(
 
 @triton.jit
 def _store_gated(out_ptr, gate_MN, up_MN, column_N, present_N, count, WIDTH: tl.constexpr, M: tl.constexpr):
+    """Returns what it stores, 0 where it does not."""
     token_M = tl.arange(0, M)
-    gated_MN = gate_MN * tl.sigmoid(gate_MN) * up_MN
+    gated_MN = (gate_MN * tl.sigmoid(gate_MN) * up_MN).to(out_ptr.dtype.element_ty)
     tl.store(
         out_ptr + token_M[:, None] * WIDTH + column_N[None, :],
-        gated_MN.to(out_ptr.dtype.element_ty),
+        gated_MN,
         mask=(token_M < count)[:, None] & present_N[None, :],
     )
+    return gated_MN
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -64,12 +67,14 @@ def silu_mul_kernel(
 
 @triton.jit(do_not_specialize=["entry", "num_tokens"])
 def silu_mul_lora_kernel(
-    gate_up_ptr, out_ptr, partial_ptr, arena_ptr, entries_ptr, record_ptr, row_ptr, count_ptr, entry, num_tokens,
+    gate_up_ptr, out_ptr, partial_ptr, shrunk_ptr, arena_ptr, entries_ptr, record_ptr, row_ptr, count_ptr, entry,
+    num_tokens,
     WIDTH: tl.constexpr, RECORD_ENTRIES: tl.constexpr, SPLITS: tl.constexpr, RANK_CAP: tl.constexpr,
-    RANK_BLOCK: tl.constexpr, M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCKS: tl.constexpr, EVICT: tl.constexpr,
-    EXACT: tl.constexpr, OVERLAP: tl.constexpr,
+    RANK_BLOCK: tl.constexpr, M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCKS: tl.constexpr, SHRINK: tl.constexpr,
+    EVICT: tl.constexpr, EXACT: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (BLOCKS blocks of columns each, tiles)."""
+    """Grid: (BLOCKS blocks of columns each, tiles). ``entry``: B of gate. SHRINK: a program's columns are a split of
+    down's shrink, which goes to ``shrunk_ptr``."""
     TOKEN_STRIDE: tl.constexpr = 2 * RANK_CAP
     tile = tl.program_id(1)
     record, row, count, live = load_tile(record_ptr, row_ptr, count_ptr, tile)
@@ -83,7 +88,7 @@ def silu_mul_lora_kernel(
         out_ptr += row * WIDTH
         rank_R = tl.arange(0, RANK_BLOCK)
         column_N = tl.program_id(0) * (BLOCK_N * BLOCKS) + tl.arange(0, BLOCK_N)
-        if BLOCKS == 1:
+        if BLOCKS == 1 and not SHRINK:
             present_N = column_N < WIDTH
             gate_b_RN = load_b(gate_b_ptr, rank_R, gate_rank, WIDTH, column_N, present_N, EVICT)
             up_b_RN = load_b(up_b_ptr, rank_R, up_rank, WIDTH, column_N, present_N, EVICT)
@@ -104,6 +109,9 @@ def silu_mul_lora_kernel(
             wait(OVERLAP)
             gate_h = load_shrunk(partial_ptr, rank_R, gate_rank, count, split_stride, TOKEN_STRIDE, SPLITS, M)
             up_h = load_shrunk(up_partial_ptr, rank_R, up_rank, count, split_stride, TOKEN_STRIDE, SPLITS, M)
+            if SHRINK:
+                a_ptr, down_rank = load_block(arena_ptr, entries_ptr, record, entry + 3, RECORD_ENTRIES)
+                shrunk_MR = tl.zeros([M, RANK_CAP], tl.float32)
             for block in tl.range(0, BLOCKS, num_stages=1):
                 block_N = column_N + block * BLOCK_N
                 present_N = block_N < WIDTH
@@ -112,7 +120,19 @@ def silu_mul_lora_kernel(
                 gate_MN, up_MN = _load_pair(gate_up_ptr, gate_up_ptr, block_N, present_N, count, WIDTH, False, M)
                 gate_MN += product(gate_h, gate_b_RN, M, EXACT)
                 up_MN += product(up_h, up_b_RN, M, EXACT)
-                _store_gated(out_ptr, gate_MN, up_MN, block_N, present_N, count, WIDTH, M)
+                gated_MN = _store_gated(out_ptr, gate_MN, up_MN, block_N, present_N, count, WIDTH, M)
+                if SHRINK:
+                    # A is (rank, width) row-major, as every B.
+                    a_RN = load_b(a_ptr, rank_R, down_rank, WIDTH, block_N, present_N, EVICT)
+                    shrunk_MR = dot(gated_MN, tl.trans(a_RN), shrunk_MR, EXACT)
+            if SHRINK:
+                token_M = tl.arange(0, M)
+                first = (tl.program_id(0).to(tl.int64) * num_tokens + row) * RANK_CAP
+                tl.store(
+                    shrunk_ptr + first + token_M[:, None] * RANK_CAP + rank_R[None, :],
+                    shrunk_MR,
+                    mask=(token_M < count)[:, None] & (rank_R < down_rank)[None, :],
+                )
     wait(OVERLAP)
 
 

@@ -1,7 +1,10 @@
-"""SiLU-mul on the GPU, the gate of the feed-forward block, with the expand of gate and up on its way.
+"""SiLU-mul on the GPU, the gate of the feed-forward block, with the expand of gate and up and the shrink of down on its
+way.
 
 Called by model_runner. Legend: T tokens, I intermediate features, J = 2 * I.
 """
+
+from dataclasses import replace
 
 import torch
 import triton
@@ -16,19 +19,22 @@ def silu_mul(
     out_TI: torch.Tensor,
     *,
     lora: PendingExpand | torch.Tensor | None = None,
+    shrink: PendingExpand | None = None,
     config: tuning.ExpandConfig | tuning.RowsConfig | None = None,
 ) -> None:
     """``out = silu(gate) * up``, gate and up with their LoRA where one is pending.
 
     ``gate_up_TJ``: (T, 2I) dense, gate columns first, left as it is. ``out_TI``: (T, I) dense. ``lora``: a tensor like
     ``gate_up_TJ`` to add to it, or what is still to be expanded; then tokens that no tile covers are not written.
-    ``config``: an ExpandConfig with a pending expand, a RowsConfig without.
+    ``shrink``: of down, where ``lora`` is pending in tiles of more than 16 rows: its ``partial`` is filled with what
+    ``lora_shrink`` would make of ``out_TI``. ``config``: an ExpandConfig with a pending expand, a RowsConfig without.
     """
     num_tokens, width = out_TI.shape
     assert gate_up_TJ.shape == (num_tokens, 2 * width)
     assert gate_up_TJ.is_contiguous()
     assert out_TI.is_contiguous()
     if not isinstance(lora, PendingExpand):
+        assert shrink is None
         rows = config if isinstance(config, tuning.RowsConfig) else tuning.rows_config(num_tokens, width)
         overlaps = tuning.overlaps(out_TI.device)
         silu_mul_kernel[(triton.cdiv(width, rows.block_n), triton.cdiv(num_tokens, rows.block_rows))](
@@ -49,10 +55,15 @@ def silu_mul(
     tiles = lora.tiles
     if not isinstance(config, tuning.ExpandConfig):
         config = tuning.expand_config(tiles.num_tiles, tiles.tile_rows, tiles.rank_cap, width, pairs=True)
+    if shrink is not None:
+        assert shrink.site is Site.DOWN
+        assert tiles.tile_rows > 16
+        config = replace(config, blocks=tuning.split_features(width, 1) // config.block_n)
     silu_mul_lora_kernel[(triton.cdiv(width, config.block_n * config.blocks), tiles.num_tiles)](
         gate_up_TJ,
         out_TI,
         lora.partial,
+        None if shrink is None else shrink.partial,
         lora.table.arena,
         lora.table.entries,
         tiles.record,
@@ -62,5 +73,6 @@ def silu_mul(
         num_tokens,
         WIDTH=width,
         BLOCK_N=config.block_n,
+        SHRINK=shrink is not None,
         **expand_constants(lora.table, lora.partial, tiles, config, out_TI, lora.overlap),
     )

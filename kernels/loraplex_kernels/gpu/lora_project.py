@@ -51,9 +51,23 @@ class LoraProjections:
             dtype=torch.float32,
             device=device,
         )
+        features = in_features[Site.DOWN]
+        self._shrunk_ahead = torch.empty(
+            partial_elements(max_tokens, features, Site.DOWN, MAX_RANK), dtype=torch.float32, device=device
+        )
+        self._down_features = features
         self._side: torch.cuda.Stream | None = None
         if device.type == "cuda":
             self._side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    def ahead(self, num_tokens: int, layer: int, tiles: LoraTiles) -> PendingExpand | None:
+        """Where the operation before down is to leave its shrink, for ``project``; None: nowhere."""
+        if self._batch_invariant or tiles.max_planes > 1 or Site.DOWN not in tiles.sites:
+            return None
+        if not tuning.shrinks_ahead(num_tokens, tiles.tile_rows):
+            return None
+        partial = view_partial(self._shrunk_ahead, num_tokens, self._down_features, Site.DOWN, tiles.rank_cap)
+        return PendingExpand(table=self._table, tiles=tiles, layer=layer, site=Site.DOWN, partial=partial, overlap=True)
 
     def project(
         self,
@@ -64,13 +78,17 @@ class LoraProjections:
         tiles: LoraTiles,
         *,
         added_TO: torch.Tensor | None = None,
+        shrunk: PendingExpand | None = None,
     ) -> tuple[torch.Tensor, PendingExpand | torch.Tensor | None]:
         """``gemm()``, which is (T, O), and what the operation that follows has to add to it: its ``lora`` argument.
 
         ``added_TO``: if that is a tensor, let it be this one, also where partial sums would be added at once.
+        ``shrunk``: of ``ahead``, filled.
         """
         if site not in tiles.sites:
             return gemm(), None
+        if shrunk is not None:
+            return self._after(gemm(), shrunk.partial, layer, site, tiles, overlap=True)
         partial = view_partial(self.scratch, x_TK.shape[0], x_TK.shape[1], site, tiles.rank_cap)
         if tiles.max_planes > 1:
             out_TO = gemm()

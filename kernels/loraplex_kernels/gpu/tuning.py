@@ -148,6 +148,11 @@ def heads_config(heads: int, head_dim: int, tile_rows: int | None) -> ExpandConf
     return ExpandConfig(block_n=half, num_warps=4, blocks=8, evict_first=False)
 
 
+def shrinks_ahead(num_tokens: int, tile_rows: int) -> bool:
+    """Whether ``silu_mul`` shrinks for down: its programs are large then, right where there are many tiles."""
+    return tile_rows > 16 and num_tokens >= 2048
+
+
 def norm_tile_config(features: int) -> RowsConfig:
     """Of ``add_rms_norm`` over tiles of more than 16 rows."""
     return RowsConfig(block_rows=16, block_n=min(256, next_power_of_2(features)), num_warps=4)

@@ -1,5 +1,7 @@
 """The operations between GEMMs, with and without a pending expand, against plain torch in fp64 or their twins."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from loraplex_kernels.gpu.lora_random import Adapter, LayerShape, device_tiles, 
 from loraplex_kernels.gpu.norm import add_rms_norm, embed, rms_norm
 from loraplex_kernels.gpu.rotary_kv import rotary_table, rotary_write_kv
 from loraplex_kernels.gpu.twins import activation as activation_twin
+from loraplex_kernels.gpu.twins import lora as lora_twin
 from loraplex_kernels.gpu.twins import norm as norm_twin
 from loraplex_kernels.gpu.twins import rotary_kv as rotary_twin
 from loraplex_kernels.kv import KvLayout
@@ -77,10 +80,21 @@ def check_silu_mul(name: str, shape: LayerShape, dtype: torch.dtype, device: tor
     out, expected = poison(2, NUM_TOKENS, shape.intermediate, dtype=dtype, device=device)
     lora = pending(name, Site.GATE_UP, shape, dtype, device)
     before = gate_up.clone()
-    silu_mul(gate_up, out, lora=lora)
+    shrunk = None
+    if isinstance(lora, PendingExpand) and lora.tiles.tile_rows > 16:
+        size = partial_elements(NUM_TOKENS, shape.intermediate, Site.DOWN, lora.tiles.rank_cap)
+        view = view_partial(
+            torch.zeros(size, device=device), NUM_TOKENS, shape.intermediate, Site.DOWN, lora.tiles.rank_cap
+        )
+        shrunk = replace(lora, site=Site.DOWN, partial=view)
+    silu_mul(gate_up, out, lora=lora, shrink=shrunk)
     activation_twin.silu_mul(gate_up, expected, lora=lora)
     assert_close(out, expected)
     assert torch.equal(gate_up, before)
+    if shrunk is not None:
+        expected_shrunk = torch.zeros_like(shrunk.partial)
+        lora_twin.lora_shrink(out, shrunk.table, LAYER, Site.DOWN, shrunk.tiles, expected_shrunk)
+        assert_close(shrunk.partial.sum(0), expected_shrunk.sum(0))
 
 
 def check_add_rms_norm(name: str, site: Site, shape: LayerShape, dtype: torch.dtype, device: torch.device) -> None:

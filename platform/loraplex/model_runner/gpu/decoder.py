@@ -136,8 +136,11 @@ class GpuDecoder:
             self._attend(qkv_TC, index, step, attended_TC)
             self._project_and_add(attended_TC, layer.o, index, Site.O, step, residual_TD, layer.post_norm, normed_TD)
             gate_up_TJ, lora = self._project(normed_TD, layer.gate_up, None, index, Site.GATE_UP, step)
-            silu_mul(gate_up_TJ, gated_TI, lora=lora)
-            self._project_and_add(gated_TI, layer.down, index, Site.DOWN, step, residual_TD, next_norm, normed_TD)
+            shrunk = None if step.lora is None else self._lora.ahead(num_tokens, index, step.lora)
+            silu_mul(gate_up_TJ, gated_TI, lora=lora, shrink=shrunk)
+            self._project_and_add(
+                gated_TI, layer.down, index, Site.DOWN, step, residual_TD, next_norm, normed_TD, shrunk=shrunk
+            )
         if weights.lm_head is None:
             return residual_TD
         if step.num_sampled == 0:
@@ -183,16 +186,17 @@ class GpuDecoder:
         *,
         out: torch.Tensor | None = None,
         added: torch.Tensor | None = None,
+        shrunk: PendingExpand | None = None,
     ) -> tuple[torch.Tensor, PendingExpand | torch.Tensor | None]:
         """The GEMM, and the LoRA that the next operation still has to add to its output. ``out``, ``added``: where they
-        go, if given."""
+        go, if given. ``shrunk``: what has been done of it."""
         if step.lora is None:
             return self._linear(x, weight, bias, out=out), None
 
         def gemm() -> torch.Tensor:
             return self._linear(x, weight, bias, out=out)
 
-        return self._lora.project(gemm, x, layer, site, step.lora, added_TO=added)
+        return self._lora.project(gemm, x, layer, site, step.lora, added_TO=added, shrunk=shrunk)
 
     def _project_and_add(
         self,
@@ -204,11 +208,13 @@ class GpuDecoder:
         residual_TD: torch.Tensor,
         norm_D: torch.Tensor,
         normed_TD: torch.Tensor,
+        *,
+        shrunk: PendingExpand | None = None,
     ) -> None:
         """o or down, summed over the shards, onto the residual; and its norm."""
         eps, rows, num_tokens = self._model.rms_norm_eps, self._peers.rows, x.shape[0]
         if rows is None or num_tokens > rows.num_rows:
-            delta_TD, lora = self._project(x, weight, None, layer, site, step)
+            delta_TD, lora = self._project(x, weight, None, layer, site, step, shrunk=shrunk)
             add_rms_norm(residual_TD, self._peers.all_reduce(delta_TD), norm_D, eps, normed_TD, lora=lora)
             return
         turn = 0 if site is Site.O else 1
