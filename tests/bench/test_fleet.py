@@ -19,8 +19,9 @@ from loraplex.bench.fleet.measure import MeasureOptions, measure, row_lines
 from loraplex.bench.fleet.options import Experiment, read_experiment
 from loraplex.bench.fleet.prepare import prepare
 from loraplex.bench.fleet.prepared import PreparedFleet
+from loraplex.bench.fleet.ranking import ranked, ranking_lines
 from loraplex.bench.fleet.replicas import FleetReplicas
-from loraplex.bench.fleet.results import ALL, FleetTable
+from loraplex.bench.fleet.results import ALL, FleetRow, FleetTable
 from loraplex.bench.fleet.traffic import make_traffic
 from loraplex.core.errors import BadConfig, LoraplexError
 from loraplex.core.ids import BaseModelId
@@ -133,6 +134,30 @@ def test_every_request_is_measured_beside_its_prediction(measured: tuple[Prepare
     # One layout serves both of its workloads, and is started once.
     assert sum(line.endswith("starting") for line in said) == 2
     assert table.rows[2].groups == "left+right tp2 pp1"
+
+
+def test_plans_are_ranked_by_the_requests_that_they_share(measured: tuple[PreparedFleet, Path, list[str]]) -> None:
+    _, out, _ = measured
+    row = FleetTable.load(out).rows[0]
+    assert row.good == "1" * row.requests
+
+    def of(name: str, good: str) -> FleetRow:
+        return msgspec.structs.replace(row, placements=(name,), good=good)
+
+    # The same requests fail under both, and one in ten more under the second.
+    worse = of("worse", "0000011111" * 20)
+    best, second = ranked([worse, of("better", "0000111111" * 20)])
+    assert (best.row.placements, best.behind, best.interval) == (("better",), 0.0, (0.0, 0.0))
+    assert second.behind == pytest.approx(0.1)
+    low, high = second.interval
+    assert 0.05 < low < 0.1 < high < 0.15
+    # Unpaired the spread would be thrice as wide; here half of the requests change sides.
+    _, mixed = ranked([worse, of("other", "1111100000" * 19 + "1111110000")])
+    assert mixed.behind < 0.01
+    assert mixed.interval[0] < -0.1
+    lines = ranking_lines([worse, msgspec.structs.replace(row, workload="other")])
+    assert [line for line in lines if line.endswith(":")] == [f"{worse.workload}:", "other:"]
+    assert "worse (left tp1 pp1, right tp1 pp1): 0.500, 0.0 points behind (0.0 to 0.0); predicted 1.000" in lines[1]
 
 
 def test_what_is_there_is_not_run_again(measured: tuple[PreparedFleet, Path, list[str]], tmp_path: Path) -> None:

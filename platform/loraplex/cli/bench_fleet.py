@@ -47,9 +47,11 @@ def measure_command(
 
 @app.command("show")
 def show_command(results: ResultsArgument) -> None:
-    """Prints the rows of a results file, measured / predicted."""
+    """Prints the rows of a results file, measured / predicted, and for each load its plans, the best first."""
     from loraplex.bench.fleet.measure import row_lines
+    from loraplex.bench.fleet.ranking import ranking_lines
     from loraplex.bench.fleet.results import FleetTable
 
-    for row in FleetTable.load(results).rows:
-        typer.echo("\n".join(row_lines(row)))
+    rows = FleetTable.load(results).rows
+    for line in (*(line for row in rows for line in row_lines(row)), *ranking_lines(rows)):
+        typer.echo(line)

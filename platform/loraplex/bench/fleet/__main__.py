@@ -13,6 +13,7 @@ import msgspec
 from loraplex.bench.fleet.measure import MeasureOptions, measure, row_lines
 from loraplex.bench.fleet.options import read_experiment
 from loraplex.bench.fleet.prepared import PreparedFleet
+from loraplex.bench.fleet.ranking import ranking_lines
 from loraplex.bench.fleet.results import FleetTable
 from loraplex.core.errors import BadConfig, LoraplexError
 
@@ -36,8 +37,9 @@ def _run(arguments: list[str]) -> None:
             if table.left:
                 _say(f"left for want of time: {'; '.join(table.left)}")
         case ["show", results]:
-            for row in FleetTable.load(Path(results)).rows:
-                print("\n".join(row_lines(row)))
+            rows = FleetTable.load(Path(results)).rows
+            for line in (*(line for row in rows for line in row_lines(row)), *ranking_lines(rows)):
+                _say(line)
         case _:
             sys.exit(__doc__)
 

@@ -20,7 +20,16 @@ from loraplex.bench.commit import source_commit
 from loraplex.bench.fleet.client import RouterClient
 from loraplex.bench.fleet.prepared import LONE_TOKENS, Cell, PreparedFleet, Workload, groups_line, lone_requests
 from loraplex.bench.fleet.replicas import FleetReplicas, adapter_ranks, layout_of
-from loraplex.bench.fleet.results import ALL, Figure, FleetRow, FleetTable, Lateness, figures_of, seconds_of
+from loraplex.bench.fleet.results import (
+    ALL,
+    Figure,
+    FleetRow,
+    FleetTable,
+    Lateness,
+    figures_of,
+    good_requests,
+    seconds_of,
+)
 from loraplex.bench.random_adapters import random_manifests
 from loraplex.core.errors import BadConfig, LoraplexError
 from loraplex.core.ids import BaseModelId, Digest, GatewayId
@@ -195,6 +204,7 @@ class _Run:
             figures=figures_of(self._prepared, cell, outcomes, overhead_s),
             ttft_s=seconds_of(outcomes.ttft_s, counted),
             tpot_s=seconds_of(outcomes.tpot_s, counted),
+            good="".join("01"[met] for met in good_requests(self._prepared, cell, outcomes)[counted].astype(int)),
         )
 
     async def _router(self) -> Router:

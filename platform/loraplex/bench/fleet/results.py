@@ -62,6 +62,8 @@ class FleetRow(msgspec.Struct, frozen=True, kw_only=True):
     ttft_s: Seconds
     """Of each request, in the order of the workload, for paired comparisons."""
     tpot_s: Seconds
+    good: str
+    """``1`` for each request that met all targets of its base, ``0`` for the others."""
 
 
 class FleetTable(msgspec.Struct, kw_only=True):
@@ -111,22 +113,17 @@ def figures_of(
     workload = prepared.workloads[cell.workload]
     predicted = predicted_outcomes(workload, cell, measured, overhead_s)
     counted = measured.at_s >= workload.counts_from_s
-    base_of = np.array(workload.base)
-    slos = {base: Slo(ttft_s=given.ttft_s, tpot_s=given.tpot_s) for base, given in prepared.targets.items()}
     found: dict[str, dict[str, Figure]] = {}
-    good: dict[str, list[float]] = {"measured": [], "predicted": []}
     for index, base in enumerate(workload.bases):
-        rows = counted & (base_of == index)
-        if not rows.any():
-            continue
-        sides = [side.of_rows(rows) for side in (measured, predicted)]
-        found[base] = _named(compare(sides[0], sides[1], slos[base]), *sides)
-        for side, outcomes in zip(good, sides, strict=True):
-            good[side] += outcomes.good(slos[base]).tolist()
+        rows = counted & (np.array(workload.base) == index)
+        if rows.any():
+            sides = [side.of_rows(rows) for side in (measured, predicted)]
+            found[base] = _named(compare(sides[0], sides[1], _slo(prepared, base)), *sides)
     sides = [side.of_rows(counted) for side in (measured, predicted)]
-    # Each by the targets of its base.
     shares = Compared(
-        name="attainment", measured=float(np.mean(good["measured"])), predicted=float(np.mean(good["predicted"]))
+        name="attainment",
+        measured=float(np.mean(good_requests(prepared, cell, measured)[counted])),
+        predicted=float(np.mean(good_requests(prepared, cell, predicted)[counted])),
     )
     found[ALL] = _named((shares, *compare(sides[0], sides[1], None)), *sides)
     return found
@@ -141,6 +138,22 @@ def predicted_outcomes(workload: Workload, cell: Cell, measured: Outcomes, overh
         ttft_s=_array(cell.predicted.ttft_s) + added,
         tpot_s=_array(cell.predicted.tpot_s),
     )
+
+
+def good_requests(prepared: PreparedFleet, cell: Cell, outcomes: Outcomes) -> Mask:
+    """Of all requests of the cell's workload: each by the targets of its base."""
+    workload = prepared.workloads[cell.workload]
+    good = np.zeros(len(outcomes), dtype=np.bool_)
+    for index, base in enumerate(workload.bases):
+        own = np.array(workload.base) == index
+        if own.any():
+            good |= own & outcomes.good(_slo(prepared, base))
+    return good
+
+
+def _slo(prepared: PreparedFleet, base: str) -> Slo:
+    given = prepared.targets[base]
+    return Slo(ttft_s=given.ttft_s, tpot_s=given.tpot_s)
 
 
 def seconds_of(values: FloatArray, rows: Mask) -> Seconds:
