@@ -18,22 +18,24 @@ if not any(Path("/dev").glob("nvidia[0-9]*")):
 
 
 BESIDE = {
-    *("config", "core", "cost", "demo", "docs", "engine", "gateway", "helm", "kernels", "model_runner"),
-    *("object_storage", "pages", "planner", "registry", "simulator", "telemetry", "tenancy", "testing", "traces"),
+    *("cli", "config", "controller", "core", "cost", "database", "demo", "docs", "engine"),
+    *("gateway", "helm", "kernels", "model_runner", "object_storage", "pages", "planner"),
+    *("registry", "simulator", "telemetry", "tenancy", "testing", "traces"),
 }
 """Folders of such tests. What is in one of them and needs the machine for itself is marked ``alone``."""
-COMPILED = {"planner", "simulator"}
+COMPILED = ("cli/test_commands", "planner/", "simulator/")
 """Of these, those that compile the simulator, which is kept: together, so that it is compiled once."""
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
-        file = item.path.relative_to(Path(__file__).parent)
-        folder = file.parts[0]
-        if folder in BESIDE and not any(map(item.get_closest_marker, ("alone", "ray", "gpu", "multigpu"))):
+        file = item.path.relative_to(Path(__file__).parent).as_posix()
+        if file.partition("/")[0] in BESIDE and not any(
+            map(item.get_closest_marker, ("alone", "ray", "gpu", "multigpu"))
+        ):
             item.add_marker(pytest.mark.beside)
         if item.get_closest_marker("beside") and config.pluginmanager.hasplugin("xdist"):
-            item.add_marker(pytest.mark.xdist_group("compiled" if folder in COMPILED else str(file)))
+            item.add_marker(pytest.mark.xdist_group("compiled" if file.startswith(COMPILED) else file))
     marked = [item for item in items if item.get_closest_marker("gpu") or item.get_closest_marker("multigpu")]
     if not marked:
         return

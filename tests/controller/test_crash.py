@@ -85,6 +85,7 @@ def _run_and_kill(options: ControllerOptions, first: int, delay_s: float) -> lis
     return [line.split() for line in said.split("\n")[:-1]]
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(
     ("new_database", "seed"), [("sqlite", 1), ("sqlite", 2), ("postgresql", 1)], indirect=["new_database"]
 )

@@ -19,7 +19,7 @@ from loraplex.core.tenant import TenantLimits, UsageRow
 from tests.controller.calls import ACME, newest, with_database
 from tests.database.postgres import PostgresServer
 
-pytestmark = pytest.mark.parametrize("new_database", ["postgresql"], indirect=True)
+pytestmark = [pytest.mark.alone, pytest.mark.parametrize("new_database", ["postgresql"], indirect=True)]
 
 
 def _stored(url: str) -> set[str]:

@@ -18,7 +18,7 @@ from tests.controller.calls import ACME, GATEWAY, newest, with_database
 from tests.database.postgres import PostgresServer
 from tests.database.relay import Relay
 
-pytestmark = pytest.mark.parametrize("new_database", ["postgresql"], indirect=True)
+pytestmark = [pytest.mark.alone, pytest.mark.parametrize("new_database", ["postgresql"], indirect=True)]
 LIMITED = TenantLimits(requests_per_minute=60)
 USAGE = (UsageRow(tenant=ACME, requests=1, prompt_tokens=2, output_tokens=3),)
 _FULL = """

@@ -17,7 +17,7 @@ from tests.database.lock import locked
 from tests.database.postgres import PostgresServer
 from tests.database.relay import Relay
 
-pytestmark = pytest.mark.parametrize("new_database", ["postgresql"], indirect=True)
+pytestmark = [pytest.mark.alone, pytest.mark.parametrize("new_database", ["postgresql"], indirect=True)]
 AT_ONCE_S = 0.1
 
 

@@ -1,7 +1,7 @@
 """One platform on one local Ray for the whole folder: the demo base, its tenants and adapters, on free ports.
 
 It runs in this process behind Serve's Python proxies. ``behind_haproxy`` is a ``loraplex serve`` behind the default,
-HAProxy, so that both paths are tested; it stays up to the end, and ``test_serve_command.py`` starts another beside it.
+HAProxy, so that both paths are tested; ``test_serve_command.py`` kills it, starts it again and ends it.
 """
 
 import json
