@@ -43,6 +43,10 @@ class Device:
     def step_done(self) -> None:
         self._running = None
 
+    def wanted_beside(self, replica: "VirtualReplica") -> bool:
+        """Another one has a step planned, or under way."""
+        return any(other.is_busy for other in self.replicas if other is not replica)
+
 
 class VirtualReplica:
     def __init__(
@@ -118,8 +122,8 @@ class VirtualReplica:
         return self.engine.adapter_staged(digest, self._pages(digest), now_s)
 
     def plan(self, now_s: float) -> None:
-        """As many steps as may be in flight."""
-        while self.engine.num_in_flight < self._max_in_flight:
+        """As many steps as may be in flight: as long as the group's other replicas want the device, one."""
+        while self.engine.num_in_flight < (1 if self._device.wanted_beside(self) else self._max_in_flight):
             instructions = self.engine.schedule(now_s)
             for load in instructions.loads:
                 self._load(load, now_s)
@@ -129,6 +133,10 @@ class VirtualReplica:
             adapters = {row.adapter for row in plan.rows if row.adapter is not None}
             ready_s = max((self._loaded_s[digest] for digest in adapters), default=0.0)
             self._planned.append((plan, ready_s, self._seconds(plan, adapters)))
+
+    @property
+    def is_busy(self) -> bool:
+        return bool(self._planned)
 
     def start_step(self, now_s: float) -> float | None:
         """Begins the oldest planned step; when it will be done. None: none is planned."""

@@ -21,7 +21,7 @@ REPLICA = np.dtype(
         ("step", np.int64),  # The last that is done.
         ("slot", np.int64),  # Of the plan of the step that runs.
         ("running", np.bool_),
-        ("blocked", np.bool_),  # No step is planned ahead since pages lack.
+        ("blocked", np.bool_),  # No step is planned ahead: pages lack, or it is not alone on its group.
         ("fetch_free_s", np.float64),
         # A run of ``run_count`` steps of one composition, after step ``step``, begins at ``run_start_s``; the first
         # takes ``run_step_s``, each later one ``run_slope_s`` more than the one before.

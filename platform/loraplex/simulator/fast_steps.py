@@ -82,8 +82,10 @@ def _begin(state: State, knobs: Knobs, p: int, now_s: float) -> None:
     if not knobs.ahead or nothing_planned or replica.blocked:
         plan_step(state, knobs, p, slot, now_s, admitting)
     if knobs.ahead:
-        # While a step is under way nobody is preempted: without pages for the next one nothing is planned.
-        replica.blocked = pages_to_grow(state, p, replica.paged_step + 1, replica.step + 2) > num_available(state, p)
+        # While a step is under way nobody is preempted: without pages for the next one nothing is planned. Nor while
+        # another base of the group wants the device.
+        lacking = pages_to_grow(state, p, replica.paged_step + 1, replica.step + 2) > num_available(state, p)
+        replica.blocked = lacking or _wanted_beside(state, p)
         if not replica.blocked:
             grow_until(state, p, replica.step + 2)
             plan_step(state, knobs, p, 1 - slot, now_s, True)
@@ -91,6 +93,16 @@ def _begin(state: State, knobs: Knobs, p: int, now_s: float) -> None:
         state.wake_s[p] = _next_fetched_s(state, knobs, p, now_s)
         return
     _start_run(state, knobs, p, slot, now_s)
+
+
+@inlined
+def _wanted_beside(state: State, p: int) -> bool:
+    """Another replica of the group has steps under way, or waits for its turn."""
+    replica = state.replicas[p]
+    for other in range(replica.first_of_group, replica.end_of_group):
+        if other != p and state.replicas[other].running:
+            return True
+    return False
 
 
 @inlined
