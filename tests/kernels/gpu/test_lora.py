@@ -261,11 +261,9 @@ def test_projections_leave_their_lora_to_what_follows(how: str, tile_rows: int, 
     case = Case((Adapter(rank=16), Adapter(rank=8)), ((-1, 1), (0, 1), (0, 1), (1, 1)), 16, tile_rows)
     table, tiles, used = make(case, SMALL, torch.float32, device)
     schedule = Schedule.BESIDE if how == "beside" else Schedule.SERIAL
-    for site in Site:
-        widths = SMALL.outputs(site)
-        projections = LoraProjections(
-            table, {site: SMALL.inputs(site)}, {site: widths}, len(used), batch_invariant=how == "batch_invariant"
-        )
+    inputs, outputs = {site: SMALL.inputs(site) for site in Site}, {site: SMALL.outputs(site) for site in Site}
+    for site, widths in outputs.items():
+        projections = LoraProjections(table, inputs, outputs, len(used), batch_invariant=how == "batch_invariant")
         x_TK = torch.randn(len(used), SMALL.inputs(site)).to(device)
         gemm_TO = torch.randn(len(used), sum(widths)).to(device)
         with patch.object(tuning, "schedule", lambda *_, schedule=schedule: schedule):
