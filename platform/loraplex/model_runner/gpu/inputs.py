@@ -5,7 +5,7 @@ them, or as they are where the step is too large for a graph. Owns the page tabl
 by the executor. Legend: T tokens, B rows, S slots.
 """
 
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,7 +40,6 @@ from loraplex.model_runner.gpu.upload import FixedSections, upload_sections
 
 _RANK_CAPS = (16, MAX_RANK)
 _SINGLE_ROW_RANK_CAPS = (8, *_RANK_CAPS)
-_WARM_RANKS = (8, 16)
 _WARM_MIXED_TOKENS = 512
 
 
@@ -192,18 +191,20 @@ class StepInputs:
         )
 
     def idle_steps(self) -> Iterator[DeviceStep]:
-        """Steps of padding alone, one for each graph that is to exist before it is needed."""
+        """Steps of padding alone, one for each graph that is to exist before it is needed: adapters of up to 16 ranks
+        on any projection; in tiles of one row also less, which saves most there."""
         none = AdapterRuns((), self._adapters)
-        some = [
+        most, *less = (
             AdapterRuns((), self._adapters, at_least=sites, max_rank=max_rank)
-            for sites in (ATTENTION_SITES, ALL_SITES)
-            for max_rank in _WARM_RANKS
-        ]
+            for sites, max_rank in ((ALL_SITES, 16), (ALL_SITES, 8), (ATTENTION_SITES, 16), (ATTENTION_SITES, 8))
+        )
         self._decode.send([np.full(self._max_rows, value, dtype=np.int32) for value in (0, -1)])
         for num_rows in self._row_buckets:
             yield self._decode_step(num_rows, 0, none)
             for num_tiles in self._decode_tile_buckets(num_rows):
-                yield from _by_key(self._decode_step(num_rows, num_tiles, runs) for runs in some)
+                yield self._decode_step(num_rows, num_tiles, most)
+            if not self._batch_invariant:
+                yield from (self._decode_step(num_rows, num_rows, runs) for runs in less)
         empty = MixedArrays.of((), self._prefill_block)
         for num_tokens in self._token_buckets:
             if num_tokens > _WARM_MIXED_TOKENS:
@@ -212,8 +213,7 @@ class StepInputs:
                 bucket = MixedBucket(num_tokens, num_singles)
                 self._mixed.send(empty.padded_sections(bucket))
                 yield self._mixed_step(bucket, 0, none)
-                num_tiles = self._tile_buckets(bucket)[0]
-                yield from _by_key(self._mixed_step(bucket, num_tiles, runs) for runs in some)
+                yield self._mixed_step(bucket, self._tile_buckets(bucket)[0], most)
 
     def _decode_step(self, num_rows: int, num_tiles: int, runs: AdapterRuns) -> DeviceStep:
         ids, slots, positions, lengths, *tile_views = self._decode.views
@@ -270,11 +270,6 @@ class StepInputs:
             max_planes=runs.max_planes,
             sites=runs.sites,
         )
-
-
-def _by_key(steps: Iterable[DeviceStep]) -> Iterator[DeviceStep]:
-    """One step of each key."""
-    return iter({step.key: step for step in steps}.values())
 
 
 def _lora_key(lora: LoraTiles | None) -> tuple[Hashable, ...]:
