@@ -234,6 +234,8 @@ def test_streams_of_other_nodes_outlive_the_head(cluster: Cluster, tmp_path: Pat
     lost_s = time.monotonic()
     cluster.head.lose()
     assert chart.complete(key, at=url).status_code == 200, "without a head"
+    change = httpx.post(f"{url}/v1/tenants/acme/keys", json={}, headers=chart.admin, timeout=60)
+    assert (change.status_code, change.json()["error"]["code"]) == (503, "unavailable")
     before = [stream.num_pieces for stream in streams]
     time.sleep(5)
     assert all(stream.num_pieces > count for stream, count in zip(streams, before, strict=True))
