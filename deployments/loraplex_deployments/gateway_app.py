@@ -29,6 +29,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from loraplex_deployments.control_client import RayControlPlane, controller_handle
 from loraplex_deployments.gateway_header import GATEWAY_HEADER
+from loraplex_deployments.switching import switch_often
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +66,7 @@ def behind_serve(app: ASGIApp, gateway_id: GatewayId) -> ASGIApp:
 @serve.ingress()
 class GatewayDeployment:
     async def __init__(self, config: PlatformConfig) -> None:  # type: ignore[misc]  # Serve awaits it
+        switch_often()
         configure_logging(config.telemetry.logs)
         gateway_id = self._gateway_id = GatewayId(f"gateway-{uuid.uuid4().hex[:8]}")
         control = RayControlPlane(controller_handle())

@@ -18,6 +18,7 @@ from loraplex.telemetry.tracing import open_tracing
 from loraplex_deployments.epoch_register import superseded
 from loraplex_deployments.executors import executor_of
 from loraplex_deployments.rank_actors import node_cache
+from loraplex_deployments.switching import switch_often
 
 
 @ray.remote(max_restarts=0)
@@ -35,6 +36,7 @@ class ReplicaActor:
         num_gpus: float,
     ) -> None:
         """``num_gpus``: what it takes of its bundle's GPU, and each of its ranks of theirs."""
+        switch_often()
         configure_logging(config.telemetry.logs)
         self._target = target
         self._epoch = epoch
