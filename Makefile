@@ -101,7 +101,7 @@ figures-cluster: setup-dev
 GPU := --model random:llama3-8b --device cuda
 GPU_NARROW := base,base-lora-32-idle,lora-1,lora-32,lora-256,cold-32,cold-256,1-base,1-lora-1,32-base,32-lora-1,32-lora-32
 GPU_WIDE := 64-base,64-lora-32,rank-8,rank-16,rank-32,rank-64,rank-mixed,many-5,many-5-capped,many-2000,many-2000-capped
-GPU_SERVE := --max-step-tokens 8192 --streams 256 --requests 256 --input 256 --output 128 --clients 4 --rounds 5 --single-ttft 15 --json
+GPU_SERVE := --max-step-tokens 8192 --streams 256 --requests 1024 --input 256 --output 128 --clients 4 --gateways 4 --rounds 5 --single-ttft 15 --json
 DEMO_BASE := $(BIN)/python -c "import sys; from pathlib import Path; from loraplex.demo.base import prepare_demo_base; \
   print(prepare_demo_base(Path('.loraplex/models'), sys.stderr.write))"
 AGAINST := $(BIN)/python -m loraplex.bench.against_transformers
