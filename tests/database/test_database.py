@@ -87,10 +87,13 @@ def test_two_controllers_never_both_write(config: DatabaseConfig) -> None:
         session.execute(text("CREATE TABLE log (number INTEGER PRIMARY KEY, epoch INTEGER)"))
     setting_up.close()
     ends: list[str] = []
+    all_began = threading.Barrier(3)
 
     def control() -> None:
-        for _ in range(4):
+        for turn in range(4):
             database = Database(patient, directory=Path())
+            if turn == 0:  # whoever took the lease last has it, the other two have lost it
+                all_began.wait(60)
             try:
                 for _ in range(15):
                     with database.write() as session:
