@@ -6,6 +6,7 @@ IP address; each may have a home directory of its own, and sees none of the othe
 
 import contextlib
 import os
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,9 @@ class LocalCluster:
         """``homes``: holds the home directory of each node, by its name; None: all have that of this process."""
         # Ray gives its workers nice 15: beside other work on this machine they would hardly run.
         os.environ.setdefault("RAY_worker_niceness", "0")
+        if homes is not None and not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
+            # Where Ray asks for a token, it looks for it in the home directory, of which each node has its own.
+            os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
         self._homes = homes
         self.own_files = homes is not None
         """No node but the head sees another one's home; False also where this process may not bring that about."""
