@@ -219,7 +219,7 @@ class GpuDecoder:
             return
         turn = 0 if site is Site.O else 1
         own, added = rows.own[turn, :, :num_tokens]
-        _, lora = self._project(x, weight, None, layer, site, step, out=own, added=added)
+        _, lora = self._project(x, weight, None, layer, site, step, out=own, added=added, shrunk=shrunk)
         add_peers_rms_norm(residual_TD, norm_D, eps, normed_TD, rows, turn, added=lora is not None)
 
     def _rotate(
