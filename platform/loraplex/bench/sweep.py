@@ -5,7 +5,6 @@ compared by the median of their ratios within a round. Called by ``loraplex benc
 loraplex.bench sweep``.
 """
 
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from loraplex.bench.plot import bar_chart
 from loraplex.bench.results import LoadResult, SweepRow, SweepSummary, SweepTable
 from loraplex.bench.session import BenchSession
 from loraplex.bench.single_ttft import measure_single_ttft
+from loraplex.bench.whole_file import write_whole
 from loraplex.core.errors import BadConfig
 
 _TTFT_REPEATS = 15
@@ -136,8 +136,5 @@ def _write(out: Path, table: SweepTable, cases: list[str]) -> None:
     bars = [(item.case, item.output_tokens_per_s, f"eta {item.eta:.2f}") for item in table.summary]
     name = "" if table.machine is None else table.machine.device_name
     plot = bar_chart(f"{table.setup.model} on {name}", "output tokens/s", bars).encode()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    for path, content in ((out, encoded), (out.with_suffix(".svg"), plot)):
-        part = path.with_name(path.name + ".part")
-        part.write_bytes(content)
-        os.replace(part, path)
+    write_whole(out, encoded)
+    write_whole(out.with_suffix(".svg"), plot)

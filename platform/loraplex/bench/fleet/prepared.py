@@ -11,6 +11,7 @@ import msgspec
 import numpy as np
 
 from loraplex.bench.fleet.options import Experiment, Target
+from loraplex.bench.whole_file import write_whole
 from loraplex.core.errors import BadConfig
 from loraplex.core.ids import BaseModelId
 from loraplex.core.plan import Plan
@@ -126,8 +127,7 @@ class PreparedFleet(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
             raise BadConfig(f"{path}: not a prepared experiment: {error}", param="prepared") from error
 
     def write(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(msgspec.json.encode(self) + b"\n")
+        write_whole(path, msgspec.json.encode(self) + b"\n")
 
     @property
     def digest(self) -> str:

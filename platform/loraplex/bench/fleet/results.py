@@ -3,7 +3,6 @@
 Owns the file's format. Called by ``measure``.
 """
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Self
@@ -13,6 +12,7 @@ import numpy as np
 
 from loraplex.bench.fleet.options import Experiment, Target
 from loraplex.bench.fleet.prepared import Cell, PreparedFleet, Seconds, Workload
+from loraplex.bench.whole_file import write_whole
 from loraplex.core.errors import BadConfig
 from loraplex.core.ids import BaseModelId
 from loraplex.loadgen.comparison import Compared, compare
@@ -100,10 +100,7 @@ class FleetTable(msgspec.Struct, kw_only=True):
 
     def write(self, path: Path) -> None:
         """Whole at any time."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(path.name + ".part")
-        part.write_bytes(msgspec.json.encode(self) + b"\n")
-        os.replace(part, path)
+        write_whole(path, msgspec.json.encode(self) + b"\n")
 
 
 def figures_of(
