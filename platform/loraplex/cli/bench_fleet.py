@@ -30,6 +30,8 @@ def measure_command(
     workloads: Annotated[str, typer.Option(help="Names, by commas; default: all.")] = "",
     placements: Annotated[str, typer.Option(help="Names, by commas; default: all.")] = "",
     budget: Annotated[float | None, typer.Option(help="Seconds within which cells must end.")] = None,
+    largest_wave: Annotated[int, typer.Option(min=1, help="Requests at once, per replica, of the warm-up.")] = 64,
+    waves: Annotated[int, typer.Option(min=1, help="Of each size in the warm-up.")] = 3,
 ) -> None:
     """Runs what the results do not hold yet, plan by plan; prints measured / predicted."""
     from loraplex.bench.fleet.measure import MeasureOptions, measure
@@ -39,6 +41,8 @@ def measure_command(
         workloads=tuple(filter(None, workloads.split(","))),
         placements=tuple(filter(None, placements.split(","))),
         budget_s=budget,
+        largest_wave=largest_wave,
+        waves=waves,
     )
     table = measure(PreparedFleet.load(prepared), results, options, say=typer.echo)
     if table.left:

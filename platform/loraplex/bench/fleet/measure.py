@@ -49,9 +49,7 @@ _SLACK_S = 120.0
 _LONE = 8
 _LONE_GAP_S = 0.15
 _WAVES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
-"""Requests at once, per replica, that a fresh layout answers before anything counts: each thrice, so that kernels are
-compiled and graphs captured."""
-_WAVE_REPEATS = 3
+"""Requests at once, per replica, that a fresh layout answers before anything counts."""
 _WHOLE_PROMPTS = 8
 """Requests of smaller waves have the workload's prompts, those of others no more than ``_SHORT_PROMPT`` tokens."""
 _SHORT_PROMPT = 128
@@ -69,6 +67,8 @@ class MeasureOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """No cell starts that would not end within this after the start."""
     largest_wave: Annotated[int, msgspec.Meta(ge=1)] = 64
     """Requests at once, per replica, that a fresh layout warms up with."""
+    waves: Annotated[int, msgspec.Meta(ge=1)] = 3
+    """Of each size: kernels are compiled, and graphs captured when their sizes come a second time."""
 
 
 def measure(prepared: PreparedFleet, out: Path, options: MeasureOptions, *, say: Say) -> FleetTable:
@@ -153,6 +153,7 @@ class _Run:
         self._prompts = RandomTokens(
             min(model.vocab_size for model in self._models.values()), seed=prepared.experiment.seed
         )
+        self._digests = self._digests_of_adapters()
 
     async def row(self, *, fresh: bool) -> FleetRow:
         """``fresh``: the replicas have served nothing yet."""
@@ -174,7 +175,7 @@ class _Run:
         # One that has learned nothing, as the simulated one.
         router = await self._router()
         try:
-            samples = await self._send(router, arrivals, self._digests())
+            samples = await self._send(router, arrivals, self._digests)
         finally:
             await router.close()
         self._replicas.check()
@@ -223,27 +224,32 @@ class _Run:
         return router
 
     async def _warm_up(self, router: Router, arrivals: Arrivals) -> None:
-        """Waves of the workload's own requests, shortened, for each base."""
-        random = np.random.default_rng(0)
-        for index, base in enumerate(arrivals.base_models):
-            own = np.flatnonzero(arrivals.base_model == index)
-            hosts = sum(placed.base_model_id == base for group in self._cell.plan.groups for placed in group.bases)
-            if not len(own) or not hosts:
-                continue
-            for size in (size for size in _WAVES if size <= self._options.largest_wave):
-                for _ in range(_WAVE_REPEATS):
-                    rows = random.choice(own, size=size * hosts)
-                    most = int(arrivals.prompt_tokens.max()) if size <= _WHOLE_PROMPTS else _SHORT_PROMPT
-                    wave = replace(
-                        arrivals,
-                        arrival_s=np.zeros(len(rows)),
-                        adapter=arrivals.adapter[rows],
-                        base_model=arrivals.base_model[rows],
-                        tenant=arrivals.tenant[rows],
-                        prompt_tokens=np.minimum(arrivals.prompt_tokens[rows], most),
-                        output_tokens=random.integers(2, _WAVE_OUTPUT + 1, size=len(rows), dtype=np.int32),
-                    )
-                    await self._answered(router, wave, self._digests())
+        """Waves of the workload's own requests, shortened; all bases at once."""
+        await asyncio.gather(
+            *(self._warm_up_base(router, arrivals, index) for index in range(len(arrivals.base_models)))
+        )
+
+    async def _warm_up_base(self, router: Router, arrivals: Arrivals, index: int) -> None:
+        random = np.random.default_rng(index)
+        base = arrivals.base_models[index]
+        own = np.flatnonzero(arrivals.base_model == index)
+        hosts = sum(placed.base_model_id == base for group in self._cell.plan.groups for placed in group.bases)
+        if not len(own) or not hosts:
+            return
+        for size in (size for size in _WAVES if size <= self._options.largest_wave):
+            for _ in range(self._options.waves):
+                rows = random.choice(own, size=size * hosts)
+                most = int(arrivals.prompt_tokens.max()) if size <= _WHOLE_PROMPTS else _SHORT_PROMPT
+                wave = replace(
+                    arrivals,
+                    arrival_s=np.zeros(len(rows)),
+                    adapter=arrivals.adapter[rows],
+                    base_model=arrivals.base_model[rows],
+                    tenant=arrivals.tenant[rows],
+                    prompt_tokens=np.minimum(arrivals.prompt_tokens[rows], most),
+                    output_tokens=random.integers(2, _WAVE_OUTPUT + 1, size=len(rows), dtype=np.int32),
+                )
+                await self._answered(router, wave, self._digests)
 
     async def _overhead_s(self, router: Router) -> dict[str, float]:
         """By base: the median over lone requests of what the first token takes more than predicted."""
@@ -278,7 +284,7 @@ class _Run:
             raise LoraplexError(f"requests had no end after {allowed_s:.0f} s") from None
         return [client.samples[row] for row in range(len(arrivals))]
 
-    def _digests(self) -> list[Digest]:
+    def _digests_of_adapters(self) -> list[Digest]:
         """Of the workload's adapters, as the replicas have them."""
         workload = self._workload
         by_base = {}

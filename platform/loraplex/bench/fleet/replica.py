@@ -166,8 +166,8 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     lines = sys.stdin.buffer
-    start = msgspec.json.decode(lines.readline(), type=ReplicaStart)
-    asyncio.run(serve(start, lines, answers))
+    if line := lines.readline():
+        asyncio.run(serve(msgspec.json.decode(line, type=ReplicaStart), lines, answers))
 
 
 if __name__ == "__main__":

@@ -128,20 +128,21 @@ class FleetReplicas:
         self._folder.cleanup()
 
     def _start_all(self, cell: Cell) -> None:
-        """At once, but bases that share several devices one after the other: while they capture their graphs, sums of
-        one would wait on one device for what another computes on the next."""
+        """All processes at once; bases that share several devices load one after the other: while they capture their
+        graphs, sums of one would wait on one device for what another computes on the next."""
         groups = cell.plan.groups
         first = list(accumulate((group.shape.num_ranks for group in groups), initial=0))
+        places = [(index, turn) for index, group in enumerate(groups) for turn in range(len(group.bases))]
         by_place: dict[tuple[int, int], _Process] = {}
-        for turn in range(max(len(group.bases) for group in groups)):
-            started = [index for index, group in enumerate(groups) if len(group.bases) > turn]
-            for index in started:
-                start = self._start(groups[index], groups[index].bases[turn], cell.pages[index][turn], first[index])
-                by_place[index, turn] = _Process(start)
-                self._processes = [by_place[place] for place in sorted(by_place)]
-            for index in started:
-                if groups[index].shape.num_ranks > 1 and len(groups[index].bases) > turn + 1:
-                    by_place[index, turn].wait_ready()
+        for index, turn in places:
+            by_place[index, turn] = _Process(f"{groups[index].name}/{groups[index].bases[turn].base_model_id}")
+            self._processes.append(by_place[index, turn])
+        for index, turn in sorted(places, key=lambda place: place[1]):
+            group = groups[index]
+            if group.shape.num_ranks > 1 and turn > 0:
+                by_place[index, turn - 1].wait_ready()
+            start = self._start(group, group.bases[turn], cell.pages[index][turn], first[index])
+            by_place[index, turn].tell(start)
         for process in self._processes:
             process.wait_ready()
 
@@ -176,12 +177,13 @@ def adapter_ranks(workload: Workload, base: str) -> list[int]:
 
 
 class _Process:
-    def __init__(self, start: ReplicaStart) -> None:
-        self.name = start.replica_id
+    """It imports what it needs, and waits to be told what to load."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
         self._ready: ReplicaReady | None = None
         command: Sequence[str] = (sys.executable, "-m", "loraplex.bench.fleet.replica")
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        self.tell(start)
 
     @property
     def process_id(self) -> int:
