@@ -9,6 +9,7 @@ gets on. Legend: T tokens, D hidden, B sampled rows, V vocabulary.
 import os
 import socket
 from collections import deque
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
@@ -41,13 +42,20 @@ class Exchange:
             _start_nccl(store, shard, device)
         else:
             _start_gloo(store, shard, host)
-        # Every rank must take part in the making of every group.
-        groups = [
-            distributed.new_group(list(range(stage * shape.tp, (stage + 1) * shape.tp))) for stage in range(shape.pp)
-        ]
-        self._stage = groups[shard.stage]
-        # Apart from the hidden states, which go the other way: each waits for the other otherwise.
-        self._ends = distributed.new_group() if device.type == "cuda" and shape.pp > 1 else None
+        # A communicator carries one thing at a time: a stage that sent by the one from which it receives would wait for
+        # the stage before it whenever it has something for the next one. So each link has its own.
+        width, last = shape.tp, shape.pp - 1
+        own = _own_group([range(stage * width, (stage + 1) * width) for stage in range(shape.pp)], shard.rank)
+        assert own is not None, "every rank is of a stage"
+        self._stage = own
+        hidden = {
+            stage: _own_group([(rank, rank + width) for rank in range(stage * width, (stage + 1) * width)], shard.rank)
+            for stage in range(last)
+        }
+        self._from_before, self._to_next = hidden.get(shard.stage - 1), hidden.get(shard.stage)
+        self._ends = None
+        if device.type == "cuda" and last > 0:
+            self._ends = _own_group([(rank, last * width + rank) for rank in range(width)], shard.rank)
         self._shard = shard
         self._device = device
         self._max_in_flight = max_in_flight
@@ -105,11 +113,11 @@ class Exchange:
         return logits_BV if out_BV is None or out_BV is logits_BV else out_BV.copy_(logits_BV)
 
     def receive_hidden(self, out_TD: torch.Tensor) -> None:
-        distributed.recv(out_TD, self._shard.rank - self._shard.shape.tp)
+        distributed.recv(out_TD, self._shard.rank - self._shard.shape.tp, group=self._from_before)
         self.progress += 1
 
     def send_hidden(self, residual_TD: torch.Tensor) -> None:
-        self._send(residual_TD, self._shard.rank + self._shard.shape.tp, None)
+        self._send(residual_TD, self._shard.rank + self._shard.shape.tp, self._to_next)
 
     def send_tokens(self, tokens_B: torch.Tensor) -> None:
         self._send(tokens_B, self._shard.tp_rank, self._ends)
@@ -127,6 +135,13 @@ class Exchange:
         assert work is not None, "the rank is not in its own group"
         self._sent.append((work, tensor))
         self.progress += 1
+
+
+def _own_group(all_ranks: Sequence[Sequence[int]], rank: int) -> distributed.ProcessGroup | None:
+    """The one that holds this rank, of groups that share none; None: none does. Every rank must take part in the making
+    of every group."""
+    groups = [distributed.new_group(list(ranks)) for ranks in all_ranks]
+    return next((group for group, ranks in zip(groups, all_ranks, strict=True) if rank in ranks), None)
 
 
 def _start_nccl(store: TCPStore, shard: Shard, device: torch.device) -> None:
