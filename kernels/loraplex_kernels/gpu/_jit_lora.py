@@ -194,8 +194,8 @@ def lora_expand_kernel(
     out_ptr, partial_ptr, arena_ptr, entries_ptr, record_ptr, row_ptr, count_ptr, planes_ptr, entry, plane, num_tokens,
     WIDTH_0: tl.constexpr, WIDTH_1: tl.constexpr, WIDTH_2: tl.constexpr, SPLITS: tl.constexpr, MODULES: tl.constexpr,
     RECORD_ENTRIES: tl.constexpr, RANK_CAP: tl.constexpr, RANK_BLOCK: tl.constexpr, M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCKS: tl.constexpr, ADD: tl.constexpr, EVICT: tl.constexpr, EXACT: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCKS: tl.constexpr, STAGES: tl.constexpr, ADD: tl.constexpr, EVICT: tl.constexpr,
+    EXACT: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Grid: (BLOCKS blocks each of all modules' columns, tiles). ``entry``: B of the site's first module.
 
@@ -237,7 +237,7 @@ def lora_expand_kernel(
             else:
                 wait(OVERLAP)
                 h = load_shrunk(partial_ptr, rank_R, rank, count, split_stride, TOKEN_STRIDE, SPLITS, M)
-                for block in tl.range(0, BLOCKS, num_stages=1):
+                for block in tl.range(0, BLOCKS, num_stages=STAGES):
                     block_N = column_N + block * BLOCK_N
                     present_N = block_N < width
                     b_RN = load_b(b_ptr, rank_R, rank, width, block_N, present_N, EVICT)

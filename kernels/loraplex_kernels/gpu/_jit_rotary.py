@@ -29,14 +29,11 @@ def _columns(
 
 @triton.jit
 def _load_heads(
-    qkv_ptr, added_ptr, token_slot_ptr, fused_N, present_N, count,
-    COLUMNS: tl.constexpr, HALF: tl.constexpr, ADDED: tl.constexpr, M: tl.constexpr,
+    qkv_ptr, added_ptr, fused_N, live_MN, COLUMNS: tl.constexpr, HALF: tl.constexpr, ADDED: tl.constexpr,
+    M: tl.constexpr,
 ):  # fmt: skip
-    """Low and high halves of tokens that are not padding, (M, N) fp32 each."""
-    token_M = tl.arange(0, M)
-    slot_M = tl.load(token_slot_ptr + token_M, mask=token_M < count, other=-1)
-    live_MN = (slot_M >= 0)[:, None] & present_N[None, :]
-    low_MN = token_M[:, None] * COLUMNS + fused_N[None, :]
+    """Low and high halves, (M, N) fp32 each."""
+    low_MN = tl.arange(0, M)[:, None] * COLUMNS + fused_N[None, :]
     low = tl.load(qkv_ptr + low_MN, mask=live_MN, other=0.0).to(tl.float32)
     high = tl.load(qkv_ptr + low_MN + HALF, mask=live_MN, other=0.0).to(tl.float32)
     if ADDED:
@@ -46,18 +43,34 @@ def _load_heads(
 
 
 @triton.jit
-def _rotate_store(
-    qkv_ptr, position_ptr, token_slot_ptr, page_table_ptr, cos_sin_ptr, q_norm_ptr, k_norm_ptr, pages_ptr,
-    low_MN, high_MN, head_N, feature_N, fused_N, present_N, count, module, layer, max_pages, eps,
-    KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, LAYERS: tl.constexpr,
-    COLUMNS: tl.constexpr, BLOCK_HEADS: tl.constexpr, HAS_NORM: tl.constexpr, M: tl.constexpr,
+def _load_places(
+    position_ptr, token_slot_ptr, page_table_ptr, cos_sin_ptr, feature_N, count, module, layer, max_pages,
+    KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, LAYERS: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
-    HALF: tl.constexpr = HEAD_DIM // 2
+    """What the tokens have for all heads of a module: which are not padding; cosines and sines, (M, N) fp32, 1 and 0
+    for values, which are not rotated; where head 0 lies in the tokens' pages, for keys and values."""
     token_M = tl.arange(0, M)
     slot_M = tl.load(token_slot_ptr + token_M, mask=token_M < count, other=-1)
     live_M = slot_M >= 0
     position_M = tl.load(position_ptr + token_M, mask=live_M, other=0)
-    live_MN = live_M[:, None] & present_N[None, :]
+    rotated_M1 = (live_M & (token_M < tl.where(module < 2, count, 0)))[:, None]
+    angle_ptr_MN = cos_sin_ptr + position_M[:, None] * HEAD_DIM + feature_N[None, :]
+    cos_MN = tl.load(angle_ptr_MN, mask=rotated_M1, other=1.0).to(tl.float32)
+    sin_MN = tl.load(angle_ptr_MN + HEAD_DIM // 2, mask=rotated_M1, other=0.0).to(tl.float32)
+    page_ptr_M = page_table_ptr + slot_M.to(tl.int64) * max_pages + position_M // PAGE_SIZE
+    page_M = tl.load(page_ptr_M, mask=live_M & (token_M < tl.where(module > 0, count, 0)), other=0).to(tl.int64)
+    tile_M = ((page_M * LAYERS + layer) * 2 + (module - 1)) * KV_HEADS
+    return live_M, cos_MN, sin_MN, (tile_M * PAGE_SIZE + position_M % PAGE_SIZE) * HEAD_DIM
+
+
+@triton.jit
+def _rotate_store(
+    qkv_ptr, q_norm_ptr, k_norm_ptr, pages_ptr, low_MN, high_MN, cos_MN, sin_MN, place_M, head_N, feature_N, fused_N,
+    live_MN, module, eps,
+    HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_HEADS: tl.constexpr,
+    HAS_NORM: tl.constexpr, M: tl.constexpr,
+):  # fmt: skip
+    HALF: tl.constexpr = HEAD_DIM // 2
     if HAS_NORM:  # noqa: SIM102  (one is known at compile time)
         if module < 2:
             square_MN = low_MN * low_MN + high_MN * high_MN
@@ -70,29 +83,14 @@ def _rotate_store(
                 norm_ptr = k_norm_ptr
             low_MN = low_MN * scale_MN * tl.load(norm_ptr + feature_N).to(tl.float32)[None, :]
             high_MN = high_MN * scale_MN * tl.load(norm_ptr + HALF + feature_N).to(tl.float32)[None, :]
-    if module < 2:
-        angle_ptrs = cos_sin_ptr + position_M[:, None] * HEAD_DIM + feature_N[None, :]
-        cos_MN = tl.load(angle_ptrs, mask=live_M[:, None], other=0.0).to(tl.float32)
-        sin_MN = tl.load(angle_ptrs + HALF, mask=live_M[:, None], other=0.0).to(tl.float32)
-        rotated_MN = low_MN * cos_MN - high_MN * sin_MN
-        high_MN = high_MN * cos_MN + low_MN * sin_MN
-        low_MN = rotated_MN
-    low_out_MN = low_MN.to(qkv_ptr.dtype.element_ty)
-    high_out_MN = high_MN.to(qkv_ptr.dtype.element_ty)
+    low_out_MN = (low_MN * cos_MN - high_MN * sin_MN).to(qkv_ptr.dtype.element_ty)
+    high_out_MN = (high_MN * cos_MN + low_MN * sin_MN).to(qkv_ptr.dtype.element_ty)
     if module == 0:
-        qkv_ptrs = qkv_ptr + token_M[:, None] * COLUMNS + fused_N[None, :]
-        tl.store(qkv_ptrs, low_out_MN, mask=live_MN)
-        tl.store(qkv_ptrs + HALF, high_out_MN, mask=live_MN)
+        out_ptr_MN = qkv_ptr + (tl.arange(0, M)[:, None] * COLUMNS + fused_N[None, :])
     else:
-        page_ptrs = page_table_ptr + slot_M.to(tl.int64) * max_pages + position_M // PAGE_SIZE
-        page_M = tl.load(page_ptrs, mask=live_M, other=0).to(tl.int64)
-        tile_M = ((page_M * LAYERS + layer) * 2 + (module - 1)) * KV_HEADS
-        in_tile_M = (position_M % PAGE_SIZE) * HEAD_DIM
-        kv_MN = tile_M[:, None] * (PAGE_SIZE * HEAD_DIM) + (
-            head_N[None, :] * (PAGE_SIZE * HEAD_DIM) + in_tile_M[:, None] + feature_N[None, :]
-        )
-        tl.store(pages_ptr + kv_MN, low_out_MN, mask=live_MN)
-        tl.store(pages_ptr + kv_MN + HALF, high_out_MN, mask=live_MN)
+        out_ptr_MN = pages_ptr + place_M[:, None] + (head_N * (PAGE_SIZE * HEAD_DIM) + feature_N)[None, :]
+    tl.store(out_ptr_MN, low_out_MN, mask=live_MN)
+    tl.store(out_ptr_MN + HALF, high_out_MN, mask=live_MN)
 
 
 @triton.jit
@@ -121,14 +119,17 @@ def rotary_write_kv_kernel(
         module, index * BLOCK_HEADS, HEADS, KV_HEADS, HEAD_DIM, BLOCK_HEADS
     )
     qkv_ptr += row * COLUMNS
-    low_MN, high_MN = _load_heads(
-        qkv_ptr, added_ptr + row * COLUMNS, token_slot_ptr + row, fused_N, present_N, 1,
-        COLUMNS, HEAD_DIM // 2, ADDED, 1,
+    live_M, cos_MN, sin_MN, place_M = _load_places(
+        position_ptr + row, token_slot_ptr + row, page_table_ptr, cos_sin_ptr, feature_N, 1, module, layer, max_pages,
+        KV_HEADS, HEAD_DIM, PAGE_SIZE, LAYERS, 1,
     )  # fmt: skip
+    live_MN = live_M[:, None] & present_N[None, :]
+    low_MN, high_MN = _load_heads(
+        qkv_ptr, added_ptr + row * COLUMNS, fused_N, live_MN, COLUMNS, HEAD_DIM // 2, ADDED, 1
+    )
     _rotate_store(
-        qkv_ptr, position_ptr + row, token_slot_ptr + row, page_table_ptr, cos_sin_ptr, q_norm_ptr, k_norm_ptr,
-        pages_ptr, low_MN, high_MN, head_N, feature_N, fused_N, present_N, 1, module, layer, max_pages, eps,
-        KV_HEADS, HEAD_DIM, PAGE_SIZE, LAYERS, COLUMNS, BLOCK_HEADS, HAS_NORM, 1,
+        qkv_ptr, q_norm_ptr, k_norm_ptr, pages_ptr, low_MN, high_MN, cos_MN, sin_MN, place_M, head_N, feature_N,
+        fused_N, live_MN, module, eps, HEAD_DIM, PAGE_SIZE, COLUMNS, BLOCK_HEADS, HAS_NORM, 1,
     )  # fmt: skip
 
 
@@ -137,7 +138,7 @@ def rotary_write_kv_lora_kernel(
     qkv_ptr, position_ptr, token_slot_ptr, page_table_ptr, cos_sin_ptr, q_norm_ptr, k_norm_ptr, pages_ptr,
     partial_ptr, arena_ptr, entries_ptr, record_ptr, row_ptr, count_ptr, layer, entry, num_tokens, max_pages, eps,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr,
-    LAYERS: tl.constexpr, BLOCK_HEADS: tl.constexpr, BLOCKS: tl.constexpr, HAS_NORM: tl.constexpr,
+    LAYERS: tl.constexpr, BLOCK_HEADS: tl.constexpr, BLOCKS: tl.constexpr, STAGES: tl.constexpr, HAS_NORM: tl.constexpr,
     RECORD_ENTRIES: tl.constexpr, SPLITS: tl.constexpr, RANK_CAP: tl.constexpr, RANK_BLOCK: tl.constexpr,
     M: tl.constexpr, EVICT: tl.constexpr, EXACT: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
@@ -166,9 +167,12 @@ def rotary_write_kv_lora_kernel(
             low_b_RN = load_b(b_ptr, rank_R, rank, width, low_N, present_N, EVICT)
             high_b_RN = load_b(b_ptr, rank_R, rank, width, low_N + HALF, present_N, EVICT)
             wait(OVERLAP)
-            low_MN, high_MN = _load_heads(
-                qkv_ptr, qkv_ptr, token_slot_ptr, fused_N, present_N, count, COLUMNS, HALF, False, M
-            )
+            live_M, cos_MN, sin_MN, place_M = _load_places(
+                position_ptr, token_slot_ptr, page_table_ptr, cos_sin_ptr, feature_N, count, module, layer, max_pages,
+                KV_HEADS, HEAD_DIM, PAGE_SIZE, LAYERS, M,
+            )  # fmt: skip
+            live_MN = live_M[:, None] & present_N[None, :]
+            low_MN, high_MN = _load_heads(qkv_ptr, qkv_ptr, fused_N, live_MN, COLUMNS, HALF, False, M)
             h = load_shrunk(partial_ptr, rank_R, rank, count, split_stride, TOKEN_STRIDE, SPLITS, M)
             low_MN = add_further_ranks(
                 low_MN + product(h, low_b_RN, M, EXACT), partial_ptr, b_ptr, rank, width, low_N, present_N, count,
@@ -179,27 +183,29 @@ def rotary_write_kv_lora_kernel(
                 count, split_stride, TOKEN_STRIDE, SPLITS, RANK_CAP, RANK_BLOCK, M, EVICT, EXACT,
             )  # fmt: skip
             _rotate_store(
-                qkv_ptr, position_ptr, token_slot_ptr, page_table_ptr, cos_sin_ptr, q_norm_ptr, k_norm_ptr, pages_ptr,
-                low_MN, high_MN, head_N, feature_N, fused_N, present_N, count, module, layer, max_pages, eps,
-                KV_HEADS, HEAD_DIM, PAGE_SIZE, LAYERS, COLUMNS, BLOCK_HEADS, HAS_NORM, M,
+                qkv_ptr, q_norm_ptr, k_norm_ptr, pages_ptr, low_MN, high_MN, cos_MN, sin_MN, place_M, head_N,
+                feature_N, fused_N, live_MN, module, eps, HEAD_DIM, PAGE_SIZE, COLUMNS, BLOCK_HEADS, HAS_NORM, M,
             )  # fmt: skip
         else:
             wait(OVERLAP)
+            feature_N = tl.arange(0, BLOCK_HEADS * HALF) % HALF
+            live_M, cos_MN, sin_MN, place_M = _load_places(
+                position_ptr, token_slot_ptr, page_table_ptr, cos_sin_ptr, feature_N, count, module, layer, max_pages,
+                KV_HEADS, HEAD_DIM, PAGE_SIZE, LAYERS, M,
+            )  # fmt: skip
             h = load_shrunk(partial_ptr, rank_R, rank, count, split_stride, TOKEN_STRIDE, SPLITS, M)
-            for block in tl.range(0, BLOCKS, num_stages=1):
-                head_N, feature_N, low_N, fused_N, present_N = _columns(
+            for block in tl.range(0, BLOCKS, num_stages=STAGES):
+                head_N, _, low_N, fused_N, present_N = _columns(
                     module, (index * BLOCKS + block) * BLOCK_HEADS, HEADS, KV_HEADS, HEAD_DIM, BLOCK_HEADS
                 )
+                live_MN = live_M[:, None] & present_N[None, :]
                 low_b_RN = load_b(b_ptr, rank_R, rank, width, low_N, present_N, EVICT)
                 high_b_RN = load_b(b_ptr, rank_R, rank, width, low_N + HALF, present_N, EVICT)
-                low_MN, high_MN = _load_heads(
-                    qkv_ptr, qkv_ptr, token_slot_ptr, fused_N, present_N, count, COLUMNS, HALF, False, M
-                )
+                low_MN, high_MN = _load_heads(qkv_ptr, qkv_ptr, fused_N, live_MN, COLUMNS, HALF, False, M)
                 low_MN += product(h, low_b_RN, M, EXACT)
                 high_MN += product(h, high_b_RN, M, EXACT)
                 _rotate_store(
-                    qkv_ptr, position_ptr, token_slot_ptr, page_table_ptr, cos_sin_ptr, q_norm_ptr, k_norm_ptr,
-                    pages_ptr, low_MN, high_MN, head_N, feature_N, fused_N, present_N, count, module, layer, max_pages,
-                    eps, KV_HEADS, HEAD_DIM, PAGE_SIZE, LAYERS, COLUMNS, BLOCK_HEADS, HAS_NORM, M,
+                    qkv_ptr, q_norm_ptr, k_norm_ptr, pages_ptr, low_MN, high_MN, cos_MN, sin_MN, place_M, head_N,
+                    feature_N, fused_N, live_MN, module, eps, HEAD_DIM, PAGE_SIZE, COLUMNS, BLOCK_HEADS, HAS_NORM, M,
                 )  # fmt: skip
     wait(OVERLAP)

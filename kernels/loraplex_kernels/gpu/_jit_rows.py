@@ -37,10 +37,17 @@ def _load_pair(
 
 
 @triton.jit
+def _sigmoid(x):
+    """In half the instructions of ``tl.sigmoid``, whose exponential and quotient take care of subnormal numbers."""
+    root = tl.rsqrt(1.0 + tl.exp2(x * -1.4426950408889634))
+    return root * root
+
+
+@triton.jit
 def _store_gated(out_ptr, gate_MN, up_MN, column_N, present_N, count, WIDTH: tl.constexpr, M: tl.constexpr):
     """Returns what it stores, 0 where it does not."""
     token_M = tl.arange(0, M)
-    gated_MN = (gate_MN * tl.sigmoid(gate_MN) * up_MN).to(out_ptr.dtype.element_ty)
+    gated_MN = (gate_MN * _sigmoid(gate_MN) * up_MN).to(out_ptr.dtype.element_ty)
     tl.store(
         out_ptr + token_M[:, None] * WIDTH + column_N[None, :],
         gated_MN,
@@ -70,8 +77,8 @@ def silu_mul_lora_kernel(
     gate_up_ptr, out_ptr, partial_ptr, shrunk_ptr, arena_ptr, entries_ptr, record_ptr, row_ptr, count_ptr, entry,
     num_tokens,
     WIDTH: tl.constexpr, RECORD_ENTRIES: tl.constexpr, SPLITS: tl.constexpr, RANK_CAP: tl.constexpr,
-    RANK_BLOCK: tl.constexpr, M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCKS: tl.constexpr, SHRINK: tl.constexpr,
-    EVICT: tl.constexpr, EXACT: tl.constexpr, OVERLAP: tl.constexpr,
+    RANK_BLOCK: tl.constexpr, M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCKS: tl.constexpr, STAGES: tl.constexpr,
+    SHRINK: tl.constexpr, EVICT: tl.constexpr, EXACT: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Grid: (BLOCKS blocks of columns each, tiles). ``entry``: B of gate. SHRINK: a program's columns are a split of
     down's shrink, which goes to ``shrunk_ptr``."""
@@ -112,7 +119,7 @@ def silu_mul_lora_kernel(
             if SHRINK:
                 a_ptr, down_rank = load_block(arena_ptr, entries_ptr, record, entry + 3, RECORD_ENTRIES)
                 shrunk_MR = tl.zeros([M, RANK_CAP], tl.float32)
-            for block in tl.range(0, BLOCKS, num_stages=1):
+            for block in tl.range(0, BLOCKS, num_stages=STAGES):
                 block_N = column_N + block * BLOCK_N
                 present_N = block_N < WIDTH
                 gate_b_RN = load_b(gate_b_ptr, rank_R, gate_rank, WIDTH, block_N, present_N, EVICT)
@@ -196,12 +203,26 @@ def add_rms_norm_kernel(
     tl.store(out_ptr + row + column_D, normed_D.to(residual_D.dtype), mask=present_D)
 
 
+@triton.jit
+def _block_of_rows(start, count, D: tl.constexpr, M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Of a block of M rows: its columns, the elements' offsets from the first row, and what of both is there."""
+    token_M = tl.arange(0, M)
+    column_N = start + tl.arange(0, BLOCK_N)
+    present_N = column_N < D
+    present_MN = (token_M < count)[:, None]
+    if D % BLOCK_N:
+        present_MN = present_MN & present_N[None, :]
+    else:
+        present_N = tl.full([BLOCK_N], True, tl.int1)
+    return column_N, token_M[:, None] * D + column_N[None, :], present_N, present_MN
+
+
 @triton.jit(do_not_specialize=["entry", "num_tokens"])
 def add_rms_norm_tiles_kernel(
     residual_ptr, delta_ptr, weight_ptr, out_ptr, partial_ptr, arena_ptr, entries_ptr, record_ptr, row_ptr, count_ptr,
     entry, num_tokens, eps,
     D: tl.constexpr, RECORD_ENTRIES: tl.constexpr, SPLITS: tl.constexpr, RANK_CAP: tl.constexpr, M: tl.constexpr,
-    BLOCK_N: tl.constexpr, EVICT: tl.constexpr, EXACT: tl.constexpr, OVERLAP: tl.constexpr,
+    BLOCK_N: tl.constexpr, STAGES: tl.constexpr, EVICT: tl.constexpr, EXACT: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Grid: (M tokens of a tile each, tiles). B is read once for M rows, the new residual twice."""
     record, row, count, live = load_tile(record_ptr, row_ptr, count_ptr, tl.program_id(1))
@@ -211,18 +232,15 @@ def add_rms_norm_tiles_kernel(
     if live & (count > 0):
         b_ptr, rank = load_block(arena_ptr, entries_ptr, record, entry, RECORD_ENTRIES)
         rank_R = tl.arange(0, RANK_CAP)
-        token_M = tl.arange(0, M)
-        row_M = (row + token_M) * D
-        present_M = token_M < count
+        residual_ptr += row * D
+        delta_ptr += row * D
+        out_ptr += row * D
         split_stride = num_tokens * RANK_CAP
         wait(OVERLAP)
         h = load_shrunk(partial_ptr + row * RANK_CAP, rank_R, rank, count, split_stride, RANK_CAP, SPLITS, M)
         squares_M = tl.zeros([M], tl.float32)
-        for start in tl.range(0, D, BLOCK_N):
-            column_N = start + tl.arange(0, BLOCK_N)
-            present_N = column_N < D
-            at_MN = row_M[:, None] + column_N[None, :]
-            present_MN = present_M[:, None] & present_N[None, :]
+        for start in tl.range(0, D, BLOCK_N, num_stages=STAGES):
+            column_N, at_MN, present_N, present_MN = _block_of_rows(start, count, D, M, BLOCK_N)
             b_RN = load_b(b_ptr, rank_R, rank, D, column_N, present_N, EVICT)
             residual_MN = tl.load(residual_ptr + at_MN, mask=present_MN, other=0.0)
             delta_MN = tl.load(delta_ptr + at_MN, mask=present_MN, other=0.0)
@@ -233,11 +251,8 @@ def add_rms_norm_tiles_kernel(
             squares_M += tl.sum(x_MN * x_MN, 1)
         scale_M = tl.rsqrt(squares_M / D + eps)
         tl.debug_barrier()
-        for start in tl.range(0, D, BLOCK_N):
-            column_N = start + tl.arange(0, BLOCK_N)
-            present_N = column_N < D
-            at_MN = row_M[:, None] + column_N[None, :]
-            present_MN = present_M[:, None] & present_N[None, :]
+        for start in tl.range(0, D, BLOCK_N, num_stages=STAGES):
+            column_N, at_MN, present_N, present_MN = _block_of_rows(start, count, D, M, BLOCK_N)
             weight_N = tl.load(weight_ptr + column_N, mask=present_N, other=0.0).to(tl.float32)
             sum_MN = tl.load(residual_ptr + at_MN, mask=present_MN, other=0.0)
             out_MN = sum_MN.to(tl.float32) * scale_M[:, None] * weight_N[None, :]

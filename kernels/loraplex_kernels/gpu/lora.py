@@ -169,9 +169,11 @@ def expand_constants(
         "RANK_BLOCK": tuning.rank_block(tiles.tile_rows, tiles.rank_cap),
         "M": tiles.tile_rows,
         "BLOCKS": config.blocks,
+        "STAGES": config.num_stages,
         "EVICT": tuning.eviction(config.evict_first),
         "EXACT": tuning.exact(out.dtype),
         "OVERLAP": overlaps,
         "num_warps": config.num_warps,
+        "maxnreg": config.max_registers,
         "launch_pdl": overlap and overlaps,
     }

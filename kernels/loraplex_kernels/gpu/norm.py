@@ -128,6 +128,7 @@ def _add_rms_norm_of_tiles(
         RANK_CAP=tiles.rank_cap,
         M=config.block_rows,
         BLOCK_N=config.block_n,
+        STAGES=config.num_stages,
         EVICT="",
         EXACT=tuning.exact(out_TD.dtype),
         OVERLAP=overlaps,

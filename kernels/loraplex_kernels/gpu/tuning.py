@@ -30,6 +30,10 @@ class ExpandConfig:
     num_warps: int
     blocks: int = 1
     """Blocks of a program one after another, which read the shrunk activations once. 1 in tiles of one row."""
+    num_stages: int = 1
+    """Of the loop over them: blocks that are on their way at a time."""
+    max_registers: int | None = None
+    """Of a thread; None: what the compiler takes."""
     evict_first: bool = True
 
 
@@ -40,6 +44,8 @@ class RowsConfig:
     block_rows: int
     block_n: int
     num_warps: int
+    num_stages: int = 3
+    """Of loops over the blocks of a row."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,6 +130,11 @@ def expand_config(num_tiles: int, tile_rows: int, rank_cap: int, widest: int, *,
         if num_tiles < 16:
             return ExpandConfig(block_n=min(256 if rank_cap <= 16 else 128, limit), num_warps=4)
         return ExpandConfig(block_n=min(128, limit), num_warps=4, blocks=2)
+    if pairs and rank_cap <= 16:
+        # Four programs share an SM, which a few registers more would make three.
+        return ExpandConfig(
+            block_n=min(64, limit), num_warps=4, blocks=8, num_stages=2, max_registers=128, evict_first=False
+        )
     if pairs:
         return ExpandConfig(block_n=min(64, limit), num_warps=4, blocks=8, evict_first=False)
     return ExpandConfig(block_n=min(128, limit), num_warps=8, blocks=4, evict_first=False)
@@ -145,7 +156,7 @@ def heads_config(heads: int, head_dim: int, tile_rows: int | None) -> ExpandConf
         return ExpandConfig(block_n=min(128, limit), num_warps=1)
     if tile_rows == 16:
         return ExpandConfig(block_n=min(128, limit), num_warps=4)
-    return ExpandConfig(block_n=half, num_warps=4, blocks=8, evict_first=False)
+    return ExpandConfig(block_n=half, num_warps=8, blocks=8, num_stages=3, evict_first=False)
 
 
 def shrinks_ahead(num_tokens: int, tile_rows: int) -> bool:
