@@ -9,11 +9,10 @@ import time
 
 import msgspec
 from loraplex.core.errors import Unavailable
-from loraplex.core.rollout import DecisionRecord
 from loraplex.loadgen.completion import Sample
 from loraplex.loadgen.outcomes import Outcomes, attainment
 
-from loraplex_deployments.replan_platform import EXECUTOR, RATES, SLO, ReplanPlatform, make_trace
+from loraplex_deployments.replan_platform import RATES, SLO, ReplanPlatform, decision_line, demo_setup, make_trace
 
 _DURATION_S = 40.0
 _PLAN_TIMEOUT_S = 180.0
@@ -37,7 +36,7 @@ class ReplanDemoResult(msgspec.Struct, frozen=True, kw_only=True):
 
 def run_replan_demo() -> ReplanDemoResult:
     """Unavailable when the controller finds no better plan in time."""
-    demo = ReplanPlatform.start(_say, mode="auto", planning_interval_s=_DURATION_S + 20)
+    demo = ReplanPlatform.start(_say, mode="auto", setup=demo_setup(_DURATION_S + 20))
     with contextlib.closing(demo):
         trace = make_trace(_DURATION_S)
         _say(f"replaying {len(trace)} requests over {_DURATION_S:.0f} s: {RATES}")
@@ -48,9 +47,8 @@ def run_replan_demo() -> ReplanDemoResult:
         groups_after = demo.groups
         _say(f"plan {version} is in force: {', '.join(groups_after)}; replaying again")
         after = asyncio.run(demo.replay(trace, seed=2))
-        decisions: tuple[DecisionRecord, ...] = demo.platform.call("decisions", 20)
         return ReplanDemoResult(
-            executor=EXECUTOR,
+            executor=demo.setup.executor,
             requests=len(trace),
             attainment_before=_attainment(before),
             attainment_after=_attainment(after),
@@ -58,11 +56,7 @@ def run_replan_demo() -> ReplanDemoResult:
             failed_after=sum(sample.error is not None for sample in after),
             groups_before=groups_before,
             groups_after=groups_after,
-            decisions=tuple(
-                f"{one.kind}, plan {one.plan_version}: {one.reason}"
-                + ("" if one.predicted_gain is None else f" (predicted gain {one.predicted_gain:.3f})")
-                for one in reversed(decisions)
-            ),
+            decisions=tuple(map(decision_line, demo.decisions())),
         )
 
 

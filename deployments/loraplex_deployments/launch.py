@@ -24,7 +24,7 @@ from loraplex.core.errors import BadConfig, Conflict, Unavailable
 from loraplex_deployments.actuator import remove_all_replicas
 from loraplex_deployments.cluster_nodes import HEAD, TOUCH
 from loraplex_deployments.control_actor import ControllerActor
-from loraplex_deployments.control_client import CONTROLLER_NAME, NAMESPACE
+from loraplex_deployments.control_client import CONTROLLER_NAME, NAMESPACE, controller_handle
 from loraplex_deployments.proxy import ServeProxy
 from loraplex_deployments.signals import kept_handlers
 
@@ -80,6 +80,11 @@ class RunningPlatform:
                 raise Unavailable(f"replica {replica_id} cannot start: {reason}")
             time.sleep(0.1)
         raise Unavailable(f"not ready after {timeout_s:.0f} s")
+
+    def change_config(self, config: PlatformConfig) -> None:
+        """Another controller takes the place of this one; gateways and replicas go on. Raises what its start raises."""
+        self._controller = replace_controller(self._controller, config)
+        self._config = config
 
     def stop(self) -> None:
         """Gateways first (they send their last trace rows), with Serve if we started it, then the controller with its
@@ -138,7 +143,7 @@ def _start_ray(config: PlatformConfig, progress: Progress) -> None:
 
 def _start_controller(config: PlatformConfig, started: contextlib.ExitStack) -> Any:
     controller = create_controller(config)
-    started.callback(stop_controller, controller)
+    started.callback(_stop_present_controller)
     try:
         ray.get(controller.start.remote())
     except ray.exceptions.RayTaskError as error:
@@ -155,6 +160,14 @@ def create_controller(config: PlatformConfig) -> Any:
         ).remote(config)
     except ValueError:
         raise Conflict("a loraplex controller already runs on this Ray cluster") from None
+
+
+def _stop_present_controller() -> None:
+    """The one that is there: another may have taken the place of the first."""
+    try:
+        stop_controller(controller_handle())
+    except Unavailable:
+        remove_all_replicas()
 
 
 def stop_controller(controller: Any) -> None:

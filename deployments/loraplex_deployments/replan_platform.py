@@ -1,9 +1,8 @@
-"""A small platform that needs another plan: two bases on four logical GPUs of two Ray nodes on this machine, three
-replicas of the base that few ask for.
+"""A small platform that may need another plan: bases on logical GPUs of Ray nodes on this machine, or on its GPUs.
 
-Gateway, router, engine, controller and planner are the real ones; the replicas take the time of a slowed H100 and
-compute nothing. Starts it, sends it traffic and says what it recorded; ends what it started. Called by ``demo_replan``
-and by a notebook.
+Gateway, router, engine, controller and planner are the real ones; paced replicas take the time of a slowed H100 and
+compute nothing. Starts it, sends it traffic and says what it recorded; ends what it started. Called by ``demo_replan``,
+``bench_drift`` and a notebook.
 """
 
 import contextlib
@@ -13,21 +12,22 @@ import random
 import shutil
 import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
+import msgspec
 from loraplex.bench.peft_files import write_random_peft
 from loraplex.bench.random_adapters import random_manifests
-from loraplex.config.platform import PlatformConfig, parse_platform_config
-from loraplex.controller.fleet.config import Mode
+from loraplex.config.platform import PlatformConfig
+from loraplex.controller.fleet.config import Mode, PlanningConfig
 from loraplex.controller.fleet.replan import Task, problem_for, recent_arrivals, simulated
 from loraplex.core.errors import NotFound, Unavailable
-from loraplex.core.fleet import NodeStatus
-from loraplex.core.ids import BaseModelId, TenantName
-from loraplex.core.rollout import FleetStatus
+from loraplex.core.ids import BaseModelId
+from loraplex.core.plan import Plan
+from loraplex.core.rollout import DecisionRecord, FleetStatus
 from loraplex.core.tenant import Role, TenantLimits
-from loraplex.cost.profile import CostProfile
 from loraplex.loadgen.completion import CompletionClient, Sample
 from loraplex.loadgen.config import ReplayConfig, RequestConfig
 from loraplex.loadgen.http_client import HttpClient
@@ -46,19 +46,35 @@ from loraplex_deployments.bench_platform import free_ports
 from loraplex_deployments.bootstrap import ensure_admin_key
 from loraplex_deployments.launch import Progress, RunningPlatform, start_platform
 from loraplex_deployments.local_cluster import LocalCluster
+from loraplex_deployments.replan_setup import TENANT, ReplanBase, ReplanSetup, platform_config
 
-_MODEL = "random:tiny-llama"
-_PROFILE, _PROFILE_BASE, _FACTOR = "h100-80gb", "llama3-8b", 12.0
-EXECUTOR = f"paced: {_PROFILE_BASE} on {_PROFILE}, {_FACTOR:g} times slower"
-_NODES, _GPUS_PER_NODE = ("node-0", "node-1"), 2
-_TENANT = TenantName("acme")
-_REPLICAS = {"chat": 3, "code": 1}
-RATES = {"chat": 1.0, "code": 5.0}
-"""Requests per second: not what the replicas were bought for."""
-_ADAPTERS_PER_BASE, _LORA_RANK = 3, 16
-_PROMPT_TOKENS, _OUTPUT_TOKENS = (600, 1400), 24
 _RECORDED_TIMEOUT_S = 60.0
+_SETTLE_TIMEOUT_S = 300.0
+_DECISIONS = 1000
+_PROMPT_TOKENS, _OUTPUT_TOKENS = (600, 1400), 24
+RATES = {"chat": 1.0, "code": 5.0}
+"""Requests per second of the demo: not what its replicas were bought for."""
 SLO = Slo(ttft_s=3.0, tpot_s=1.0)
+"""The demo's."""
+
+
+def demo_setup(planning_interval_s: float = 300.0) -> ReplanSetup:
+    """Two bases on four GPUs, three replicas of the one that few ask for."""
+    return ReplanSetup(
+        bases=(ReplanBase(name="chat", replicas=3), ReplanBase(name="code", replicas=1)),
+        planning=PlanningConfig(
+            profiles=("h100-80gb",),
+            interval_s=planning_interval_s,
+            window_s=2 * planning_interval_s,
+            min_requests=100,
+            ttft_s=SLO.ttft_s,
+            tpot_s=SLO.tpot_s,
+            max_evaluations=60,
+            max_search_s=60.0,
+            reassign_interval_s=0,
+        ),
+        first_token_deadline_s=3 * SLO.ttft_s,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +91,7 @@ class ReplanPlatform:
 
     def __init__(
         self,
+        setup: ReplanSetup,
         platform: RunningPlatform,
         config: PlatformConfig,
         targets: tuple[Target, ...],
@@ -82,6 +99,7 @@ class ReplanPlatform:
         started: contextlib.ExitStack,
     ) -> None:
         """``started`` ends, last first, what was started."""
+        self.setup = setup
         self.platform = platform
         self.targets = targets
         self.admin_key = admin_key
@@ -90,29 +108,38 @@ class ReplanPlatform:
         self._since_s = time.time()
 
     @classmethod
-    def start(cls, say: Progress, *, mode: Mode, planning_interval_s: float = 300.0) -> Self:
-        """``mode``: who makes plans, as ``controller.fleet.mode``. Raises what ``start_platform`` raises."""
+    def start(
+        cls, say: Progress, *, mode: Mode, setup: ReplanSetup | None = None, plan: Callable[[], Plan] | None = None
+    ) -> Self:
+        """``mode``: who makes plans, as ``controller.fleet.mode``; ``setup``: None for the demo's; ``plan``: called
+        once the adapters are there, for a plan that is then applied. Raises what ``start_platform`` raises."""
+        setup = setup or demo_setup()
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         with contextlib.ExitStack() as stack:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="loraplex-demo-")))
-            say(f"starting {len(_NODES)} Ray nodes with {_GPUS_PER_NODE} logical GPUs each")
-            cluster = LocalCluster(head_cpus=2)
-            stack.callback(cluster.close)
-            for name in _NODES:
-                cluster.add_node(name, num_cpus=2, num_gpus=_GPUS_PER_NODE, accelerator="H100")
-            config = _config(folder, cluster.address, mode, planning_interval_s)
+            address = "local"
+            if setup.paced:
+                say(f"starting {setup.nodes} Ray nodes with {setup.gpus_per_node} logical GPUs each")
+                cluster = LocalCluster(head_cpus=2)
+                stack.callback(cluster.close)
+                for name in setup.node_names:
+                    cluster.add_node(name, num_cpus=2, num_gpus=setup.gpus_per_node, accelerator=setup.accelerator)
+                address = cluster.address
+            http_port, grpc_port = free_ports(2)
+            config = platform_config(setup, folder, address=address, ports=(http_port, grpc_port), mode=mode)
             platform = start_platform(config, say)
             stack.callback(platform.stop)
             key = new_key()
-            platform.call("ensure_tenant", str(_TENANT), TenantLimits())
-            platform.call("ensure_key", _TENANT, Role.MEMBER, key)
-            names = _register_adapters(platform, folder)
+            platform.call("ensure_tenant", str(TENANT), TenantLimits())
+            platform.call("ensure_key", TENANT, Role.MEMBER, key)
+            names = _register_adapters(platform, setup, folder)
+            targets = tuple(Target(tenant=str(TENANT), model=name, key=key) for name in names)
+            if plan is not None:
+                platform.call("apply_plan", plan(), renumber=True)
             say("waiting for the replicas")
             platform.wait_ready()
-            while not platform.call("fleet_status").settled:
-                time.sleep(0.2)
-            targets = tuple(Target(tenant=str(_TENANT), model=name, key=key) for name in names)
-            return cls(platform, config, targets, ensure_admin_key(platform, config), stack.pop_all())
+            _wait_settled(platform)
+            return cls(setup, platform, config, targets, ensure_admin_key(platform, config), stack.pop_all())
 
     def close(self) -> None:
         """Idempotent."""
@@ -136,31 +163,41 @@ class ReplanPlatform:
             )
         )
 
+    def set_mode(self, mode: Mode) -> None:
+        """Another controller takes over, which makes plans so; replicas and gateways go on."""
+        controller = self._config.controller
+        fleet = msgspec.structs.replace(controller.fleet, mode=mode)
+        self._config = msgspec.structs.replace(
+            self._config, controller=msgspec.structs.replace(controller, fleet=fleet)
+        )
+        self.platform.change_config(self._config)
+        _wait_settled(self.platform)
+
     async def replay(self, trace: list[TraceRequest], *, seed: int) -> list[Sample]:
         """Sends each request at its time. What is recorded from now on is what ``recorded`` reads."""
         self._since_s = time.time()
         http = HttpClient(self.url, connect_timeout_s=10)
         try:
             schedule = plan_replay(trace, assign_targets(trace, self.targets), ReplayConfig())
-            prompts = RandomTokens(load_model_spec(_MODEL, BaseModelId("demo")).vocab_size, seed=seed)
-            return await run_open_loop(schedule, CompletionClient(http, RequestConfig(timeout_s=120)), prompts)
+            models = [load_model_spec(base.model, BaseModelId(base.name)) for base in self.setup.bases]
+            prompts = RandomTokens(min(model.vocab_size for model in models), seed=seed)
+            return await run_open_loop(schedule, CompletionClient(http, RequestConfig(timeout_s=300)), prompts)
         finally:
             http.close()
+
+    def decisions(self, since_s: float = 0.0) -> tuple[DecisionRecord, ...]:
+        """Of the controller, in order, the last thousand from ``since_s`` (Unix seconds) on."""
+        found: tuple[DecisionRecord, ...] = self.platform.call("decisions", _DECISIONS)
+        return tuple(one for one in reversed(found) if one.at_s >= since_s)
 
     def recorded(self, num_requests: int) -> Recorded:
         """What was recorded since the last replay began, once it is ``num_requests``. Unavailable when it does not get
         there."""
-        fleet = self._config.controller.fleet
         active = self.status.active.plan
-        task = Task(
-            trace_url=self._config.trace_url,
-            since_s=self._since_s,
-            nodes=tuple(NodeStatus(name=name, gpu=_PROFILE, num_gpus=_GPUS_PER_NODE) for name in _NODES),
-            current=active,
-            config=fleet.planning,
-            bases=tuple(_REPLICAS),
-            lora_ranks={f"{target.tenant}/{target.model}": _LORA_RANK for target in self.targets},
+        task = planner_task(
+            self.setup, self._config.controller.fleet.planning, trace_url=self._config.trace_url, since_s=self._since_s
         )
+        task = replace(task, current=active)
         problem = problem_for(task, _wait_recorded(task, num_requests))
         plan, attainment = simulated(task.current, problem)
         setting = f"plan {active.version}"
@@ -170,6 +207,24 @@ class ReplanPlatform:
                 name="in force", plan=plan, attainment=attainment, setting=setting, tried=1, is_alpaserve=False
             ),
         )
+
+
+def planner_task(setup: ReplanSetup, planning: PlanningConfig, *, trace_url: str = "", since_s: float = 0.0) -> Task:
+    """As the controller asks its planner."""
+    return Task(
+        trace_url=trace_url,
+        since_s=since_s,
+        nodes=setup.node_status,
+        current=Plan(version=0, groups=()),
+        config=planning,
+        bases=tuple(base.name for base in setup.bases),
+        lora_ranks=setup.lora_rank_of,
+    )
+
+
+def decision_line(one: DecisionRecord) -> str:
+    gain = "" if one.predicted_gain is None else f" (predicted gain {one.predicted_gain:.3f})"
+    return f"{one.kind}, plan {one.plan_version}: {one.reason}{gain}"
 
 
 def make_trace(duration_s: float) -> list[TraceRequest]:
@@ -182,9 +237,9 @@ def make_trace(duration_s: float) -> list[TraceRequest]:
             requests.append(
                 TraceRequest(
                     arrival_s=at_s,
-                    tenant=str(_TENANT),
+                    tenant=str(TENANT),
                     base_model=base,
-                    adapter=f"{base}-{numbers.randrange(_ADAPTERS_PER_BASE)}",
+                    adapter=f"{base}-{numbers.randrange(demo_setup().adapters_per_base)}",
                     prompt_tokens=numbers.randint(*_PROMPT_TOKENS),
                     output_tokens=_OUTPUT_TOKENS,
                 )
@@ -193,60 +248,17 @@ def make_trace(duration_s: float) -> list[TraceRequest]:
     return sorted(requests, key=lambda request: request.arrival_s)
 
 
-def _config(folder: Path, address: str, mode: Mode, planning_interval_s: float) -> PlatformConfig:
-    profile = folder / "slow.json"
-    profile.write_bytes(CostProfile.load(_PROFILE).slowed(_FACTOR).to_json())
-    http_port, grpc_port = free_ports(2)
-    settings = {
-        "data_dir": str(folder),
-        "listen": {"http_port": http_port, "grpc_port": grpc_port},
-        "ray": {"address": address, "single_machine": True},
-        "serve": {"gateway_resources": {"node:__internal_head__": 0.001}},
-        "gateway": {"first_token_deadline_s": 3 * SLO.ttft_s},
-        "traces": {"send_interval_s": 0.5, "write_interval_s": 1.0},
-        "controller": {
-            "fleet": {
-                "mode": mode,
-                "planning": {
-                    "profiles": [str(profile)],
-                    "profile_bases": dict.fromkeys(_REPLICAS, _PROFILE_BASE),
-                    "interval_s": planning_interval_s,
-                    "window_s": 2 * planning_interval_s,
-                    "min_requests": 100,
-                    "ttft_s": SLO.ttft_s,
-                    "tpot_s": SLO.tpot_s,
-                    "max_evaluations": 60,
-                    "max_search_s": 60.0,
-                    "reassign_interval_s": 0,
-                },
-            }
-        },
-        "base_models": [
-            {
-                "id": base,
-                "model": _MODEL,
-                "num_cpus": 0.5,
-                "num_gpus": 1,
-                "replicas": replicas,
-                "paced": {"profile": str(profile), "base": _PROFILE_BASE},
-            }
-            for base, replicas in _REPLICAS.items()
-        ],
-    }
-    return parse_platform_config(json.dumps(settings), source="demo")
-
-
-def _register_adapters(platform: RunningPlatform, folder: Path) -> list[str]:
+def _register_adapters(platform: RunningPlatform, setup: ReplanSetup, folder: Path) -> list[str]:
     names: list[str] = []
-    for base in _REPLICAS:
-        spec = load_model_spec(_MODEL, BaseModelId(base))
-        manifests = random_manifests(spec, count=_ADAPTERS_PER_BASE, lora_ranks=(_LORA_RANK,))
-        for index, manifest in enumerate(manifests):
+    for base in setup.bases:
+        spec = load_model_spec(base.model, BaseModelId(base.name))
+        manifests = random_manifests(spec, count=setup.adapters_per_base, lora_ranks=setup.lora_ranks)
+        for name, manifest in zip(setup.adapter_names[base.name], manifests, strict=True):
             directory = folder / "new-adapter"
             write_random_peft(directory, manifest, spec, seed=len(names))
-            _name_base(directory, base)
-            names.append(f"{base}-{index}")
-            platform.call("ensure_adapter", _TENANT, names[-1], str(directory))
+            _name_base(directory, base.name)
+            names.append(name)
+            platform.call("ensure_adapter", TENANT, name, str(directory))
             shutil.rmtree(directory)
     return names
 
@@ -256,6 +268,17 @@ def _name_base(directory: Path, base: str) -> None:
     file = directory / "adapter_config.json"
     config = json.loads(file.read_text(encoding="utf-8"))
     file.write_text(json.dumps(config | {"base_model_name_or_path": base}), encoding="utf-8")
+
+
+def _wait_settled(platform: RunningPlatform) -> None:
+    """Until the machines are as the plan in force says. Unavailable when they do not get there."""
+    deadline_s = time.monotonic() + _SETTLE_TIMEOUT_S
+    while time.monotonic() < deadline_s:
+        status: FleetStatus = platform.call("fleet_status")
+        if status.settled:
+            return
+        time.sleep(0.2)
+    raise Unavailable(f"not settled after {_SETTLE_TIMEOUT_S:.0f} s: {status}")
 
 
 def _wait_recorded(task: Task, num_requests: int) -> Arrivals:

@@ -215,6 +215,29 @@ def test_plans_of_planner_and_baselines_that_are_one_are_measured_once(profile: 
             assert tuple(pages) == shared_pages([memory] * len(pages), [1.0] * len(pages))
 
 
+def test_as_few_devices_as_suffice_and_one_less(profile: Path, tmp_path: Path) -> None:
+    def names(rate: float) -> dict[str, int]:
+        loads = {"plain": _load(plain=True, recipe={**RECIPE, "rate": rate})}
+        one = _experiment(
+            profile,
+            tmp_path,
+            bases=FIELDS["bases"][:1],
+            targets={"left": {"ttft_s": 0.05, "tpot_s": 0.05}},
+            loads=loads,
+            placements=["fewest for 90%"],
+            evaluations=4,
+        )
+        prepared = prepare(one, say=lambda line: None)
+        return {
+            name: sum(group.shape.num_ranks for group in cell.plan.groups)
+            for cell in prepared.cells
+            for name in cell.placements
+        }
+
+    assert names(10) == {"planner on 1 of 2": 1}
+    assert names(2000) == {"planner on 1 of 2": 1, "planner on 2 of 2": 2}
+
+
 def test_one_timeline_is_planned_on_and_then_measured(profile: Path, tmp_path: Path) -> None:
     crowd = {"at_s": 5.5, "duration_s": 1, "factor": 8, "first": 0, "count": 1}
     experiment = _experiment(profile, tmp_path, loads={"crowd": _load(recipe={**RECIPE, "flash_crowds": [crowd]})})
@@ -271,6 +294,7 @@ def test_wrong_experiments_are_one_clear_line(profile: Path, tmp_path: Path) -> 
     refused("has no GPU 'h100'", gpu="h100")
     refused("recipe: Object contains unknown field `ratio`", loads={"mixed": _load(recipe={**RECIPE, "ratio": 1})})
     refused("placement 'best plan'", placements=["best plan"])
+    refused("no plan for 2 devices attains 1.01 .*1.000 by planner on 2 of 2", placements=["fewest for 101%"])
     refused("'4x1' needs more than 2 devices", placements=["4x1"])
     refused("'2x1 apart' needs more than 2 devices", placements=["2x1 apart"])
     refused("plan.yaml: not a plan", placements=[str(tmp_path / "plan.yaml")])

@@ -222,6 +222,11 @@ def load_requests(
     return requests
 
 
+def requests_of(arrivals: Arrivals) -> list[TraceRequest]:
+    """One object per request, at the times of ``arrivals``."""
+    return [_request(arrivals, row, float(at_s)) for row, at_s in enumerate(arrivals.arrival_s)]
+
+
 def _request(chunk: Arrivals, row: int, at_s: float) -> TraceRequest:
     tenant, base, adapter = int(chunk.tenant[row]), int(chunk.base_model[row]), int(chunk.adapter[row])
     prompt, output = int(chunk.prompt_tokens[row]), int(chunk.output_tokens[row])

@@ -84,8 +84,9 @@ class Experiment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """Shipped names or files; where two say the same thing, the later one holds."""
     loads: dict[str, Load]
     placements: Annotated[tuple[str, ...], msgspec.Meta(min_length=1)]
-    """``planner``; a baseline's name; ``best N baselines`` by the exact simulator, of those not named; a plan's file
-    (.json, .yaml); ``2x1`` (tp 2, pp 1): groups of this shape, all bases in each; ``1x1 apart``: bases in turn."""
+    """``planner``; a baseline's name; ``best N baselines`` by the exact simulator, of those not named; ``fewest for
+    99%``: the planner's on as few devices as suffice by the exact simulator, and on one less; a plan's file (.json,
+    .yaml); ``2x1`` (tp 2, pp 1): groups of this shape, all bases in each; ``1x1 apart``: bases in turn."""
     device: str = "cuda"
     """``cuda`` or ``cpu``."""
     dtype: str = "auto"

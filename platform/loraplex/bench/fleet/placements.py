@@ -24,6 +24,7 @@ from loraplex.planner.search import Search
 PLANNER = "planner"
 _SHAPE = re.compile(r"(\d+)x(\d+)( apart)?")
 _BEST = re.compile(r"best (\d+) baselines?")
+_FEWEST = re.compile(r"fewest for (\d+(?:\.\d+)?)%")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,8 +51,9 @@ def placements(experiment: Experiment, problem: Problem, *, attained: Callable[[
 
     for name in experiment.placements:
         if name == PLANNER:
-            plan = Search(problem, evaluations=experiment.evaluations, seed=experiment.seed).run().plan
-            found.append(Placement(name=name, setting=groups_line(plan), plan=plan))
+            found.append(_planned(experiment, problem, name))
+        elif fewest := _FEWEST.fullmatch(name):
+            found += _fewest(experiment, problem, float(fewest[1]) / 100, attained)
         elif shape := _SHAPE.fullmatch(name):
             found.append(Placement(name=name, setting="", plan=_of_shape(experiment, shape)))
         elif Path(name).suffix in (".json", ".yaml", ".yml"):
@@ -65,13 +67,39 @@ def placements(experiment: Experiment, problem: Problem, *, attained: Callable[[
     return tuple(found)
 
 
+def _planned(experiment: Experiment, problem: Problem, name: str) -> Placement:
+    plan = Search(problem, evaluations=experiment.evaluations, seed=experiment.seed).run().plan
+    return Placement(name=name, setting=groups_line(plan), plan=plan)
+
+
+def _fewest(
+    experiment: Experiment, problem: Problem, wanted: float, attained: Callable[[Plan], float]
+) -> list[Placement]:
+    """The planner's plans for one device, two, ..., up to the first that attains ``wanted``: this one, and the one
+    before it. BadConfig when not even all devices do; InvalidInput when the planner finds no plan at all."""
+    (node,) = problem.nodes
+    last: list[Placement] = []
+    for count in range(1, experiment.gpus + 1):
+        fewer = problem.changed(nodes=(dataclasses.replace(node, num_gpus=count),))
+        try:
+            last.append(_planned(experiment, fewer, f"planner on {count} of {experiment.gpus}"))
+        except InvalidInput:
+            if count == experiment.gpus:
+                raise
+            continue  # a base fits on so few in no shape
+        if attained(last[-1].plan) >= wanted:
+            return last[-2:]
+    shares = ", ".join(f"{attained(one.plan):.3f} by {one.name}" for one in last)
+    raise BadConfig(f"no plan for {experiment.gpus} devices attains {wanted:g} ({shares})", param="placements")
+
+
 def _named(name: str, known: Sequence[Baseline]) -> list[Baseline]:
     found = [one for one in known if one.name == name]
     if not found:
         names = ", ".join(one.name for one in known)
         raise BadConfig(
-            f"placement {name!r}: not {PLANNER!r}, a shape such as '2x1' or '1x1 apart', 'best N baselines', a plan's "
-            f"file, or a baseline that has a layout here ({names})",
+            f"placement {name!r}: not {PLANNER!r}, a shape such as '2x1' or '1x1 apart', 'best N baselines', "
+            f"'fewest for 99%', a plan's file, or a baseline that has a layout here ({names})",
             param="placements",
         )
     return found

@@ -29,20 +29,22 @@ def ranked(rows: list[FleetRow], *, seed: int = 0) -> tuple[Ranked, ...]:
     good = {index: _good(row) for index, row in enumerate(rows)}
     order = sorted(good, key=lambda index: -float(good[index].mean()))
     best = good[order[0]]
-    drawn = np.random.default_rng(seed).integers(0, len(best), size=(_DRAWS, len(best)))
-    found = []
-    for index in order:
-        lost = best - good[index]
-        low, high = np.percentile(lost[drawn].mean(axis=1), _INTERVAL)
-        found.append(
-            Ranked(
-                row=rows[index],
-                attainment=float(good[index].mean()),
-                behind=float(lost.mean()),
-                interval=(float(low), float(high)),
-            )
+    return tuple(
+        Ranked(
+            row=rows[index],
+            attainment=float(good[index].mean()),
+            behind=float((best - good[index]).mean()),
+            interval=paired_interval(best, good[index], seed=seed),
         )
-    return tuple(found)
+        for index in order
+    )
+
+
+def paired_interval(first: FloatArray, second: FloatArray, *, seed: int = 0) -> tuple[float, float]:
+    """95 % of the bootstrap's draws of how much larger the mean of ``first`` is. Both (R,), of the same R requests."""
+    drawn = np.random.default_rng(seed).integers(0, len(first), size=(_DRAWS, len(first)))
+    low, high = np.percentile((first - second)[drawn].mean(axis=1), _INTERVAL)
+    return float(low), float(high)
 
 
 def ranking_lines(rows: list[FleetRow]) -> list[str]:

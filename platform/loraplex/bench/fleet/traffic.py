@@ -5,13 +5,10 @@ Called by ``prepare``.
 
 import dataclasses
 import math
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 
 import msgspec
 import numpy as np
-import pyarrow.parquet as pq
 
 from loraplex.bench.fleet.options import Experiment, FunctionsLoad, Load, SyntheticLoad, TraceLoad
 from loraplex.core.errors import BadConfig
@@ -21,7 +18,7 @@ from loraplex.planner.study.hours import BaseTraffic, Functions, build
 from loraplex.planner.study.hours import Recipe as HoursRecipe
 from loraplex.simulator.types import AdapterSize
 from loraplex.traces.arrivals import AdapterName, Arrivals, Window, read_arrivals
-from loraplex.traces.synth.generate import generate
+from loraplex.traces.synth.arrivals import synthetic_arrivals
 from loraplex.traces.synth.recipe import Recipe
 
 _MINUTE_S = 60.0
@@ -93,15 +90,7 @@ def _synthetic(experiment: Experiment, load: SyntheticLoad, factor: float, durat
     except msgspec.ValidationError as error:
         raise BadConfig(f"recipe: {error}", param="recipe") from error
     recipe = msgspec.structs.replace(recipe, rate=factor * recipe.rate)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "trace.parquet"
-        tables = list(generate(recipe))
-        if not tables:
-            raise BadConfig("the recipe makes no request", param="recipe")
-        with pq.ParquetWriter(path, tables[0].schema) as writer:
-            for table in tables:
-                writer.write_table(table)
-        arrivals = read_arrivals(path)
+    arrivals = synthetic_arrivals(recipe)
     if not load.plain:
         return arrivals
     return dataclasses.replace(arrivals, adapter=np.full(len(arrivals), -1, dtype=np.int32), adapters=())
