@@ -7,7 +7,7 @@ import pytest
 from loraplex.core.errors import BadAdapter, Conflict, ContextTooLong, LoraplexError, NotFound, StorageFull, Unavailable
 from loraplex.core.ids import Digest, RequestId
 from loraplex.core.request import FinishReason
-from loraplex.core.step import Row
+from loraplex.core.step import Row, StepPlan, StepResult
 from loraplex.engine import EngineConfig
 from loraplex.testing.fake_executor import FakeExecutor, expected_tokens
 
@@ -234,3 +234,28 @@ def test_a_bug_in_the_loop_ends_it_and_is_told() -> None:
     with pytest.raises(ZeroDivisionError):
         harness.loop.join()
     assert harness.executor.closed
+
+
+def test_what_comes_while_a_step_is_started_is_in_the_next_one() -> None:
+    class Coming(FakeExecutor):
+        """Another request comes while the first step waits for its turn."""
+
+        def submit(self, plan: StepPlan) -> None:
+            if not calls:
+                harness.loop.submit(1, (make("b", prompt=3),))
+            super().submit(plan)
+            calls.append([len(row.token_ids) for row in plan.rows])
+
+        def collect(self) -> StepResult:
+            calls.append("collect")
+            return super().collect()
+
+    calls: list[object] = []
+    harness = Harness(Coming(num_pages=64, max_in_flight=2, num_stages=2), EngineConfig(max_running=4))
+    harness.loop.open_session(1)
+    harness.loop.submit(1, (make("a"),))
+    harness.wait_end(1, "a", "b")
+    harness.loop.stop()
+    harness.loop.join()
+    assert calls[:3] == [[6], [3], "collect"]
+    assert harness.tokens(1, "b") == expected_tokens(make("b", prompt=3), 20)

@@ -41,7 +41,7 @@ def _run_s(first_s: float, slope_s: float, count: int) -> float:
     return run_s(first_s, slope_s, count)
 
 
-@pytest.mark.parametrize("name", ["steady", "one-step-in-flight", "short-of-kv", "pipeline", "two-bases"])
+@pytest.mark.parametrize("name", ["steady", "one-step-in-flight", "short-of-kv", "shared-pipeline"])
 def test_it_is_near_the_exact_simulator(name: str) -> None:
     found = compare(SCENARIOS[name], seeds=(0,))
     assert found.is_near, found
@@ -84,8 +84,9 @@ def test_where_tenants_wait_and_are_refused_every_request_goes_as_in_the_exact_s
     assert (_same_course(given_).outcome == Outcome.REFUSED).sum() > 50
 
 
-def test_replicas_that_share_gpus_take_turns_as_in_the_exact_simulator() -> None:
-    _same_course(SCENARIOS["two-bases"](0))
+@pytest.mark.parametrize("name", ["two-bases", "pipeline"])
+def test_turns_and_stages_are_as_in_the_exact_simulator(name: str) -> None:
+    _same_course(SCENARIOS[name](0))
 
 
 def _same_course(given_: SimulationInput) -> SimulationResult:
@@ -284,10 +285,12 @@ def test_nothing_is_lost_and_nothing_stays(given_: SimulationInput) -> None:
     assert (replicas["busy_s"] <= np.max(requests["end_s"][served], initial=0.0) + 1e-6).all()
 
 
-@pytest.mark.parametrize("max_in_flight", [1, 2])
-def test_preempted_requests_end_and_are_about_as_many_as_in_the_engine(max_in_flight: int) -> None:
+@pytest.mark.parametrize(("max_in_flight", "shape"), [(1, Shape()), (2, Shape()), (2, Shape(pp=2))], ids=str)
+def test_preempted_requests_end_and_are_about_as_many_as_in_the_engine(max_in_flight: int, shape: Shape) -> None:
     arrivals = make_arrivals(num_requests=600, rate=20, num_adapters=3, prompt=200, output=250, spread=0.4)
-    given_ = dataclasses.replace(_with_pages(make_input(arrivals, num_groups=1), 700), max_in_flight=max_in_flight)
+    given_ = dataclasses.replace(
+        _with_pages(make_input(arrivals, num_groups=1, shape=shape), 700), max_in_flight=max_in_flight
+    )
     ours, theirs = fast.simulate(given_), simulate_exact(given_)
     assert ours.score.num_served == theirs.score.num_served == 600
     assert theirs.groups[0].num_preemptions > 300

@@ -52,7 +52,7 @@ def least_work(
         if best is None or total > best[0]:
             best = total, *both
     assert best is not None
-    return LeastWork(prompt_s=best[1], answer_s=best[2], alone_s=_alone_s(cost, engine, prompt))
+    return LeastWork(prompt_s=best[1], answer_s=best[2], alone_s=_alone_s(cost, engine, num_stages, prompt))
 
 
 def _lines(of: StepCoefficients, num_stages: int, max_tokens: int) -> list[tuple[float, float]]:
@@ -75,9 +75,13 @@ def _lines(of: StepCoefficients, num_stages: int, max_tokens: int) -> list[tuple
     return found
 
 
-def _alone_s(cost: ReplicaCost, engine: EngineConfig, prompt: FloatArray) -> FloatArray:
-    """[Q] the prompt in steps of ``max_step_tokens``, each after the one before; attention left out."""
-    full, rest = np.divmod(prompt, engine.max_step_tokens)
-    whole = cost.step.latency_s(StepComposition.of(prefill_rows=1.0, prefill_tokens=float(engine.max_step_tokens)))
+def _alone_s(cost: ReplicaCost, engine: EngineConfig, num_stages: int, prompt: FloatArray) -> FloatArray:
+    """[Q] the prompt in chunks, each a stage's share of ``max_step_tokens``, one behind the other through the stages;
+    attention left out."""
+    chunk = -(-engine.max_step_tokens // num_stages)
+    full, rest = np.divmod(prompt, chunk)
+    step = StepComposition.of(prefill_rows=1.0, prefill_tokens=float(chunk))
+    whole = float(cost.step.latency_s(step)[0])
+    pace = float(cost.step.interval_s(step)[0]) if num_stages > 1 else whole
     last = cost.step.latency_s(StepComposition.of(prefill_rows=1.0, prefill_tokens=np.maximum(rest, 1.0)))
-    return np.asarray(full * whole[0] + np.where(rest > 0, last, 0.0), dtype=np.float64)
+    return np.asarray(full * pace + np.where(rest > 0, last, whole - pace), dtype=np.float64)

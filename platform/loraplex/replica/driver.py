@@ -30,12 +30,22 @@ class StepOutcome:
 
 
 class StepDriver:
-    def __init__(self, engine: Engine, executor: Executor, *, clock: Clock, unstage: Callable[[Digest], None]) -> None:
-        """``unstage`` drops an adapter from host memory."""
+    def __init__(
+        self,
+        engine: Engine,
+        executor: Executor,
+        *,
+        clock: Clock,
+        unstage: Callable[[Digest], None],
+        hear: Callable[[], None] = lambda: None,
+    ) -> None:
+        """``unstage`` drops an adapter from host memory. ``hear`` tells the engine what has come since ``step`` was
+        called; to start a step may have taken long, where others share the device."""
         self._engine = engine
         self._executor = executor
         self._clock = clock
         self._unstage = unstage
+        self._hear = hear
         self.num_steps = 0
         self.busy_s = 0.0
         """Time that the executor has spent in steps that did not raise."""
@@ -59,6 +69,7 @@ class StepDriver:
                 _log.exception("step %d could not be started", instructions.plan.step_id)
                 failure = request_failure(error, STEP_FAILED)
                 return StepOutcome(progressed=True, outputs=self._engine.submit_failed(failure))
+            self._hear()
         if self._engine.num_in_flight == 0:
             return StepOutcome(progressed=False)
         try:

@@ -79,7 +79,9 @@ class EngineLoop:
             on_staged=lambda digest, pages: self._post(partial(self._on_staged, digest, pages)),
             on_failed=lambda digest, error: self._post(partial(self._on_stage_failed, digest, error)),
         )
-        self._driver = StepDriver(self._engine, executor, clock=self._clock, unstage=self._stager.unstage)
+        self._driver = StepDriver(
+            self._engine, executor, clock=self._clock, unstage=self._stager.unstage, hear=self._drain_inbox
+        )
         self._deliver: Deliver | None = None
         self._on_end: Callable[[], None] | None = None
         self._sessions: dict[int, _Session] = {}

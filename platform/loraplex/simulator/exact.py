@@ -59,7 +59,7 @@ class _Run:
         self._arrivals = workload.arrivals
         self._devices = [Device() for _ in given.plan.groups]
         self._replicas = [
-            VirtualReplica(given, workload, cluster, index, self._devices[replica.group])
+            VirtualReplica(given, workload, cluster, index, self._devices[replica.group], started=self._step_started)
             for index, replica in enumerate(cluster.replicas)
         ]
         self._counters = [ServiceCounters() for _ in cluster.bases]
@@ -155,31 +155,26 @@ class _Run:
         self._account(row).expect(self._tenant(row), prompt_s + output * token_s)
         self._fetch(index, now_s)
         if replica.engine.num_in_flight == 0:
-            self._plan(index, now_s)
+            self._replicas[index].plan(now_s)
 
     def _fetch(self, index: int, now_s: float) -> None:
         for digest, ready_s in self._replicas[index].fetch(now_s):
             self._fetching[index].append(digest)
             self._push(ready_s, _Kind.STAGED, index)
 
-    def _plan(self, index: int, now_s: float) -> None:
-        """Where a step is under way this waits for its end, as ``replica.driver`` does."""
-        self._replicas[index].plan(now_s)
-        started = self._devices[self._cluster.replicas[index].group].start_next(now_s)
-        if started is not None:
-            replica, done_s = started
-            self._push(done_s, _Kind.STEP_DONE, replica.index)
+    def _step_started(self, index: int, done_s: float) -> None:
+        self._push(done_s, _Kind.STEP_DONE, index)
 
     def _step_done(self, index: int, now_s: float) -> None:
         self._take(self._replicas[index].collect(now_s), now_s)
-        self._plan(index, now_s)
+        self._replicas[index].plan(now_s)
         self._pump(self._cluster.replicas[index].base, index, now_s)
 
     def _staged(self, index: int, now_s: float) -> None:
         outputs = self._replicas[index].staged(self._fetching[index].popleft(), now_s)
         self._take(outputs, now_s)
         if self._replicas[index].engine.num_in_flight == 0:
-            self._plan(index, now_s)
+            self._replicas[index].plan(now_s)
 
     def _take(self, outputs: tuple[RequestOutput, ...], now_s: float) -> None:
         for output in outputs:

@@ -4,7 +4,8 @@ Owns no decision. Called by ``exact``.
 """
 
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 from loraplex.core.ids import Digest, ReplicaId
 from loraplex.core.request import EngineRequest, RequestOutput
@@ -13,63 +14,82 @@ from loraplex.engine import AdapterLoad, Engine
 from loraplex.router.policy import ReplicaView
 from loraplex.simulator.cluster import PAGE_SIZE, Cluster, rates_of
 from loraplex.simulator.plan_time import PlanTime
+from loraplex.simulator.stages import StageLine
 from loraplex.simulator.types import SimulationInput
 from loraplex.simulator.workload import Workload
 
 
 class Device:
-    """The GPUs of a group: one step at a time, the replicas by turns; one host link for adapters."""
+    """The GPUs of a group: the replicas by turns, as ``model_runner.turns`` has them; one host link for adapters."""
 
     def __init__(self) -> None:
-        self.replicas: list[VirtualReplica] = []
         self.link_free_s = 0.0
-        self._running: VirtualReplica | None = None
-        self._last = 0
+        self._is_taken = False
+        self._waiting: deque[VirtualReplica] = deque()
 
-    def start_next(self, now_s: float) -> "tuple[VirtualReplica, float] | None":
-        """Begins a planned step of the replica whose turn it is: (whose, when it will be done). None: a step runs, or
-        none is planned."""
-        if self._running is not None:
-            return None
-        count = len(self.replicas)
-        for offset in range(1, count + 1):
-            turn = (self._last + offset) % count
-            done_s = self.replicas[turn].start_step(now_s)
-            if done_s is not None:
-                self._last, self._running = turn, self.replicas[turn]
-                return self._running, done_s
-        return None
+    @property
+    def is_wanted(self) -> bool:
+        """A replica waits for the turn that another has."""
+        return bool(self._waiting)
 
-    def step_done(self) -> None:
-        self._running = None
+    def take(self, replica: "VirtualReplica") -> bool:
+        """The turn, at once; False: it comes when those before it had theirs."""
+        if self._is_taken:
+            self._waiting.append(replica)
+            return False
+        self._is_taken = True
+        return True
 
-    def wanted_beside(self, replica: "VirtualReplica") -> bool:
-        """Another one has a step planned, or under way."""
-        return any(other.is_busy for other in self.replicas if other is not replica)
+    def hand_over(self, now_s: float) -> None:
+        if self._waiting:
+            self._waiting.popleft().begin_turn(now_s)
+        else:
+            self._is_taken = False
+
+
+class _Planned(NamedTuple):
+    plan: StepPlan
+    ready_s: float
+    """When its adapters are there."""
+    latency_s: float
+    interval_s: float
 
 
 class VirtualReplica:
     def __init__(
-        self, given: SimulationInput, workload: Workload, cluster: Cluster, index: int, device: Device
+        self,
+        given: SimulationInput,
+        workload: Workload,
+        cluster: Cluster,
+        index: int,
+        device: Device,
+        *,
+        started: Callable[[int, float], None],
     ) -> None:
+        """``started``: hears of each step that begins, its replica's index and when its tokens will be there."""
         replica = cluster.replicas[index]
         self.replica_id: ReplicaId = replica.replica_id
-        self._config, self._max_in_flight = given.engine, given.max_in_flight
+        self._config, self._num_stages = given.engine, replica.shape.pp
+        self._most_in_flight = self._num_stages + given.max_in_flight - 1
         memory = replica.cost.memory
         arena = ArenaSpec(num_pages=replica.num_pages, page_size=PAGE_SIZE, page_bytes=memory.page_bytes)
-        self.engine = Engine(given.engine, model=replica.cost.model, arena=arena)
+        self.engine = Engine(given.engine, model=replica.cost.model, arena=arena, num_stages=self._num_stages)
         self._page_bytes = memory.page_bytes
         self._device = device
-        device.replicas.append(self)
-        self.index = index
+        self._index, self._started = index, started
         self._time = PlanTime(replica.cost.step, replica.shape)
         self._table = cluster.tables[index]
         self._size_of = {
             Digest(key): int(size) for key, size in zip(workload.adapter_keys, workload.adapter_size, strict=True)
         }
         self._loaded_s: dict[Digest, float] = {}
-        self._planned: deque[tuple[StepPlan, float, float]] = deque()
-        """(plan, when its adapters are there, how long it takes); the first one may be under way."""
+        self._line = StageLine(self._num_stages)
+        self._in_flight: deque[StepPlan] = deque()
+        self._next: _Planned | None = None
+        """It waits for the turn."""
+        self._num_in_turn = 0
+        """Steps that began in this turn."""
+        self._expects_others = False
         self.view = ReplicaView(
             replica_id=self.replica_id, rates=rates_of(given, replica), room_tokens=replica.num_pages * PAGE_SIZE
         )
@@ -122,37 +142,50 @@ class VirtualReplica:
         return self.engine.adapter_staged(digest, self._pages(digest), now_s)
 
     def plan(self, now_s: float) -> None:
-        """As many steps as may be in flight: as long as the group's other replicas want the device, one."""
-        while self.engine.num_in_flight < (1 if self._device.wanted_beside(self) else self._max_in_flight):
+        """As ``replica.driver``: as many steps as may be in flight, of which one may wait for the turn."""
+        while self._next is None and len(self._in_flight) < self._max_in_flight:
             instructions = self.engine.schedule(now_s)
             for load in instructions.loads:
                 self._load(load, now_s)
-            plan = instructions.plan
-            if plan is None:
+            if instructions.plan is None:
                 return
-            adapters = {row.adapter for row in plan.rows if row.adapter is not None}
-            ready_s = max((self._loaded_s[digest] for digest in adapters), default=0.0)
-            self._planned.append((plan, ready_s, self._seconds(plan, adapters)))
+            planned = self._timed(instructions.plan)
+            if self._in_flight or self._device.take(self):
+                self._begin(planned, now_s)
+            else:
+                self._next = planned
+
+    def begin_turn(self, now_s: float) -> None:
+        """It had to wait for it. Called by the device."""
+        assert self._next is not None, "it did not ask for a turn"
+        planned, self._next = self._next, None
+        self._expects_others = True
+        self._begin(planned, now_s)
+        self.plan(now_s)
 
     @property
-    def is_busy(self) -> bool:
-        return bool(self._planned)
+    def _max_in_flight(self) -> int:
+        """As ``TurnExecutor``: no more than there are, when the turn is another's next."""
+        is_over = self._num_in_turn >= self._num_stages and (self._expects_others or self._device.is_wanted)
+        return len(self._in_flight) if is_over else self._most_in_flight
 
-    def start_step(self, now_s: float) -> float | None:
-        """Begins the oldest planned step; when it will be done. None: none is planned."""
-        if not self._planned:
-            return None
-        _, ready_s, step_s = self._planned[0]
-        self.busy_s += step_s
+    def _begin(self, planned: _Planned, now_s: float) -> None:
+        span = self._line.enter(max(now_s, planned.ready_s), latency_s=planned.latency_s, interval_s=planned.interval_s)
+        self._in_flight.append(planned.plan)
+        self._num_in_turn += 1
+        self.busy_s += span.busy_s
         self.num_steps += 1
-        return max(now_s, ready_s) + step_s
+        self._started(self._index, span.end_s)
 
     def collect(self, now_s: float) -> tuple[RequestOutput, ...]:
-        """The step under way is done."""
-        self._device.step_done()
-        plan, _, step_s = self._planned.popleft()
+        """The oldest step under way is done; with the last one the turn ends."""
+        plan = self._in_flight.popleft()
+        self._expects_others = False
+        if not self._in_flight:
+            self._num_in_turn = 0
+            self._device.hand_over(now_s)
         tokens = tuple(SampledToken(slot=row.slot, token_id=0) for row in plan.rows if row.samples)
-        outputs = self.engine.complete(StepResult(step_id=plan.step_id, tokens=tokens, duration_s=step_s), now_s)
+        outputs = self.engine.complete(StepResult(step_id=plan.step_id, tokens=tokens, duration_s=0.0), now_s)
         report = self.engine.load_report()
         self.view.queued_tokens = report.num_queued_tokens
         self.view.room_tokens = report.num_free_pages * PAGE_SIZE
@@ -181,6 +214,9 @@ class VirtualReplica:
         self.num_loads += 1
         self.load_bytes += len(load.pages) * self._page_bytes
 
-    def _seconds(self, plan: StepPlan, adapters: set[Digest]) -> float:
+    def _timed(self, plan: StepPlan) -> _Planned:
+        adapters = {row.adapter for row in plan.rows if row.adapter is not None}
         whole_bytes = float(sum(self._table.whole_bytes[self._size_of[digest]] for digest in adapters))
-        return self._time.seconds(plan, num_adapters=len(adapters), adapter_bytes=whole_bytes)
+        latency_s, interval_s = self._time.seconds(plan, num_adapters=len(adapters), adapter_bytes=whole_bytes)
+        ready_s = max((self._loaded_s[digest] for digest in adapters), default=0.0)
+        return _Planned(plan, ready_s, latency_s, interval_s)

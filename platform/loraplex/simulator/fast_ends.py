@@ -62,14 +62,14 @@ def first_end_at(state: State, p: int, step: int) -> int:
     does. None ends before."""
     first, index = NONE, _next_end(state, p, NONE, step)
     while index != NONE:
-        if first == NONE or _is_row_before(state, state.slots[p, index].end_request, state.slots[p, first].end_request):
+        if first == NONE or is_row_before(state, state.slots[p, index].end_request, state.slots[p, first].end_request):
             first = index
         index = _next_end(state, p, index, step)
     return first
 
 
 @inlined
-def _is_row_before(state: State, r: int, other: int) -> bool:
+def is_row_before(state: State, r: int, other: int) -> bool:
     one, two = state.requests[r], state.requests[other]
     return bool(one.row_order < two.row_order or (one.row_order == two.row_order and one.order < two.order))
 

@@ -21,8 +21,18 @@ REPLICA = np.dtype(
         ("step", np.int64),  # The last that is done.
         ("slot", np.int64),  # Of the plan of the step that runs.
         ("running", np.bool_),
-        ("blocked", np.bool_),  # No step is planned ahead: pages lack, or it is not alone on its group.
+        ("blocked", np.bool_),  # No step is planned ahead: pages lack, or another one of the group is next.
         ("fetch_free_s", np.float64),
+        # The group's turns.
+        ("waits", np.bool_),  # Its next step is planned and waits for the turn.
+        ("asked", np.int64),  # Its place among those that ever waited.
+        # Of several stages, whose steps overlap.
+        ("num_planned", np.int64),  # Steps.
+        ("num_in_flight", np.int64),
+        ("num_in_turn", np.int64),  # Steps that began in this turn.
+        ("expects_others", np.bool_),
+        ("line_free_s", np.float64),  # When the first stage is.
+        ("last_end_s", np.float64),
         # A run of ``run_count`` steps of one composition, after step ``step``, begins at ``run_start_s``; the first
         # takes ``run_step_s``, each later one ``run_slope_s`` more than the one before.
         ("run_count", np.int64),
@@ -85,6 +95,10 @@ REQUEST = np.dtype(
         ("cached", np.int32),  # Pages of its KV that are kept though it does not run.
         ("previous", np.int32),
         ("next", np.int32),
+        ("pages", np.int32),  # That it holds, in a pipeline; with one stage they follow from the step.
+        ("draws", np.int32),  # Tokens since it was admitted last, in a pipeline, with those in flight,
+        ("drawn", np.int32),  # and without.
+        ("last_planned", np.int64),  # Of a pipeline, the last step that holds it.
         ("start_step", np.int64),  # Of decoding; NONE while it prefills.
         ("last_step", np.int64),
         ("passed", np.int64),  # Stamp of the plan that passed it over.
@@ -154,7 +168,8 @@ SLOT = np.dtype(
 )
 """One place of each of a replica's lists."""
 
-GROUP = np.dtype([("device_free_s", np.float64), ("link_free_s", np.float64)])
+GROUP = np.dtype([("holder", np.int64), ("num_asked", np.int64), ("link_free_s", np.float64)])
+"""``holder``: the replica that has the turn, or NONE."""
 ADAPTER = np.dtype([("pages", np.int64), ("whole_bytes", np.float64), ("load_s", np.float64), ("fetch_s", np.float64)])
 """An adapter on a replica of one cost, as in ``AdapterTable``."""
 CANDIDATE = np.dtype([("replica", np.int64), ("weight", np.float64), ("home", np.float64)])
@@ -192,6 +207,11 @@ PLAN = np.dtype(
         ("kv_tokens", np.float64),
         ("lora_tokens", np.float64),
         ("ready_s", np.float64),
+        # Of a pipeline, where decode rows count in the sums above.
+        ("num_rows", np.int64),
+        ("latency_s", np.float64),
+        ("interval_s", np.float64),
+        ("end_s", np.float64),
     ]
 )
 """The chunks of a planned step, summed; ``ready_s``: when the adapters that it loads are there."""

@@ -21,6 +21,7 @@ from loraplex.simulator.fast_memory import (
     pages_of_adapter,
     take,
 )
+from loraplex.simulator.fast_rows import put_in_row_order, take_out_of_rows
 from loraplex.simulator.fast_state import NONE, REPORTED, SENT, Knobs, State
 from loraplex.simulator.fast_turns import enter_turns, leave_turns, owe, pay, service_of
 
@@ -56,17 +57,29 @@ def enqueue(state: State, knobs: Knobs, p: int, r: int, now_s: float) -> float:
     return float(request.since_s)
 
 
-@inner
-def plan_step(state: State, knobs: Knobs, p: int, slot: int, now_s: float, admitting: bool) -> None:
-    """Fills plan ``slot`` of a replica with chunks of prompts, of running and newly admitted requests."""
-    replica, plan = state.replicas[p], state.plans[p, slot]
+@inlined
+def clear_plan(state: State, p: int, slot: int) -> None:
+    plan = state.plans[p, slot]
     plan.size = 0
     plan.rows = plan.tokens = plan.pairs = plan.single_rows = plan.kv_tokens = plan.lora_tokens = 0.0
     plan.ready_s = 0.0
-    replica.stamp += 1
+    state.replicas[p].stamp += 1
+
+
+@inner
+def plan_step(state: State, knobs: Knobs, p: int, slot: int, now_s: float, admitting: bool) -> None:
+    """Fills plan ``slot`` of a replica with chunks of prompts, of running and newly admitted requests."""
+    replica = state.replicas[p]
+    clear_plan(state, p, slot)
     if replica.num_prefilling == 0 and (not admitting or replica.num_waiting == 0):
         return
-    budget = knobs.max_step_tokens - _num_decodes(state, p, slot)
+    fill_step(state, knobs, p, slot, now_s, knobs.max_step_tokens - _num_decodes(state, p, slot), admitting)
+
+
+@inner
+def fill_step(state: State, knobs: Knobs, p: int, slot: int, now_s: float, budget: int, admitting: bool) -> None:
+    """Up to ``budget`` tokens of prompts into plan ``slot``."""
+    replica = state.replicas[p]
     for index in range(replica.num_prefilling):
         r = state.slots[p, index].prefilling
         left = state.requests[r].known - state.requests[r].scheduled
@@ -118,7 +131,7 @@ def chunk_done(state: State, knobs: Knobs, p: int, slot: int, index: int, now_s:
     state.views[p].queued -= chunk.count
     if request.planned > 0 or request.scheduled < request.known:
         return
-    _leave_prefilling(state, p, r)
+    leave_prefilling(state, p, r)
     if request.generated == 0:
         request.first_s = now_s
     _begin_decoding(state, knobs, p, r)
@@ -141,7 +154,10 @@ def finish_due(state: State, knobs: Knobs, p: int, now_s: float) -> None:
 def finish(state: State, knobs: Knobs, p: int, r: int, now_s: float) -> None:
     request = state.requests[r]
     request.end_s = now_s
-    _stop(state, knobs, p, r)
+    if state.replicas[p].num_stages == 1:
+        _stop(state, knobs, p, r)
+    else:
+        leave_pipeline(state, knobs, p, r)
     state.load[p] -= 1
     state.views[p].prompts -= request.prompt
     if request.adapter != NONE:
@@ -169,6 +185,30 @@ def preempt_latest(state: State, knobs: Knobs, p: int, now_s: float) -> None:
     generated = request.generated + 1 + replica.step - request.start_step
     remove_end(state, p, position_of_end(state, p, victim))
     _stop(state, knobs, p, victim)
+    wait_again(state, p, victim, generated)
+
+
+@inlined
+def leave_pipeline(state: State, knobs: Knobs, p: int, r: int) -> None:
+    """A request that draws tokens in a pipeline gives back its pages and its adapter; full pages are kept."""
+    replica, request = state.replicas[p], state.requests[r]
+    # The last token is not computed.
+    sealed = (request.known + request.drawn - 1) // PAGE_SIZE if knobs.prefix_cache else 0
+    replica.num_free += request.pages - sealed
+    keep_kv(state, p, r, sealed)
+    request.start_step = NONE
+    take_out_of_rows(state, p, r)
+    if request.adapter != NONE:
+        pair = state.pairs[request.adapter, p]
+        pair.users -= 1
+        if pair.users == 0:
+            make_idle(state, p, request.adapter)
+
+
+@inlined
+def wait_again(state: State, p: int, victim: int, generated: int) -> None:
+    """It was preempted after ``generated`` tokens."""
+    replica, request = state.replicas[p], state.requests[victim]
     request.generated = generated
     request.known = request.prompt + generated
     request.charged = request.known - 1
@@ -239,6 +279,9 @@ def _admit(state: State, p: int, r: int, slot: int, now_s: float) -> None:
     request.position = replica.num_running
     state.slots[p, replica.num_running].running = r
     replica.num_running += 1
+    if replica.num_stages > 1:
+        request.pages, request.draws, request.drawn = num_pages_for(request.known), 0, 0
+        put_in_row_order(state, p, r)
     state.slots[p, replica.num_prefilling].prefilling = r
     replica.num_prefilling += 1
 
@@ -323,7 +366,7 @@ def _stop(state: State, knobs: Knobs, p: int, r: int) -> None:
 
 
 @inlined
-def _leave_prefilling(state: State, p: int, r: int) -> None:
+def leave_prefilling(state: State, p: int, r: int) -> None:
     replica = state.replicas[p]
     index = 0
     while state.slots[p, index].prefilling != r:
@@ -331,3 +374,15 @@ def _leave_prefilling(state: State, p: int, r: int) -> None:
     replica.num_prefilling -= 1
     for position in range(index, replica.num_prefilling):
         state.slots[p, position].prefilling = state.slots[p, position + 1].prefilling
+
+
+@inner
+def next_fetched_s(state: State, knobs: Knobs, p: int, now_s: float) -> float:
+    """When the first adapter that is on its way to host memory gets there; infinite: none is awaited."""
+    soonest_s = np.inf
+    if knobs.fetches:
+        for index in range(state.replicas[p].num_waiting):
+            since_s = state.requests[state.slots[p, index].waiting].since_s
+            if since_s > now_s:
+                soonest_s = min(soonest_s, since_s)
+    return soonest_s

@@ -86,9 +86,12 @@ class State(NamedTuple):
     slots: Records
     """[P, most unfinished]"""
     chunks: Records
-    """[P, 2, most running] of CHUNK: of the step that runs, and of the one planned after it."""
+    """[P, S, most running] of CHUNK: of the step that runs, and of the one planned after it. Of a pipeline those of
+    step n are at n mod S: there are no fewer than steps may be in flight."""
     plans: Records
-    """[P, 2] of PLAN."""
+    """[P, S] of PLAN."""
+    rows: npt.NDArray[np.int32]
+    """[P, S, most running] requests that draw a token in a step of a pipeline; [0, 0, 0] where there is none."""
     phases: npt.NDArray[np.int64]
     """[P, PAGE_SIZE] decoding requests by (tokens at the start - 1 - step of the start) mod PAGE_SIZE: those of phase f
     need a page in each step n with (f + n) mod PAGE_SIZE = 0."""
@@ -148,6 +151,10 @@ def state_of(given: SimulationInput, workload: Workload, cluster: Cluster, knobs
     if knobs.fetches:
         pairs["fetched_s"] = np.inf
     adapters = np.zeros((len(tables), max(1, num_adapters)), dtype=ADAPTER)
+    most_stages = max((replica.shape.pp for replica in cluster.replicas), default=1)
+    planned = (num_replicas, max(2, most_stages + knobs.ahead), knobs.max_running)
+    groups = np.zeros(len(given.plan.groups), dtype=GROUP)
+    groups["holder"] = NONE
     for index, table in enumerate(tables):
         for name in ADAPTER.names or ():
             adapters[name][index, :num_adapters] = getattr(table, name)[workload.adapter_size]
@@ -163,10 +170,11 @@ def state_of(given: SimulationInput, workload: Workload, cluster: Cluster, knobs
         pairs=pairs,
         tenants=np.zeros((num_replicas, num_tenants), dtype=TENANT),
         slots=np.zeros((num_replicas, knobs.max_unfinished), dtype=SLOT),
-        chunks=np.zeros((num_replicas, 2, knobs.max_running), dtype=CHUNK),
-        plans=np.zeros((num_replicas, 2), dtype=PLAN),
+        chunks=np.zeros(planned, dtype=CHUNK),
+        plans=np.zeros(planned[:2], dtype=PLAN),
+        rows=np.zeros(planned if most_stages > 1 else (0, 0, 0), dtype=np.int32),
         phases=np.zeros((num_replicas, PAGE_SIZE), dtype=np.int64),
-        groups=np.zeros(len(given.plan.groups), dtype=GROUP),
+        groups=groups,
         coefficients=_coefficients([steps[id(table)] for table in tables]),
         adapters=adapters,
         first_candidate=cluster.first_candidate,

@@ -191,6 +191,12 @@ def _two_bases(seed: int) -> SimulationInput:
     return make_input(arrivals, num_groups=2, bases=bases, slo=Slo(ttft_s=0.06, tpot_s=0.0165))
 
 
+def _shared_pipeline(seed: int) -> SimulationInput:
+    bases = (SMALL, BaseModelId("another-8b"))
+    arrivals = make_arrivals(seed=seed, num_requests=1500, rate=20, cv=3, num_adapters=40, bases=bases)
+    return make_input(arrivals, num_groups=2, shape=Shape(pp=2), bases=bases, slo=Slo(ttft_s=0.08, tpot_s=0.025))
+
+
 SCENARIOS: Mapping[str, Callable[[int], SimulationInput]] = {
     "steady": _steady,
     "one-step-in-flight": _one_step_in_flight,
@@ -207,4 +213,5 @@ SCENARIOS: Mapping[str, Callable[[int], SimulationInput]] = {
     "tensor-parallel": _tensor_parallel,
     "pipeline": _pipeline,
     "two-bases": _two_bases,
+    "shared-pipeline": _shared_pipeline,
 }

@@ -35,8 +35,8 @@ class ReplicaCost:
     itemsize: int = 2
     """Bytes of an adapter's element."""
     step: StepCost
-    """A step of a group with pp stages is cut into m = min(pp, rows) equal micro-batches and takes the greater of their
-    latency and m times their interval."""
+    """Of a group with several stages steps overlap: one takes its latency from end to end, the next begins after its
+    interval."""
     memory: MemoryModel
     loads: LoadRates
     stage_s: tuple[float, ...] = ()
@@ -106,8 +106,9 @@ class SimulationInput:
     router: RouterConfig = field(default_factory=RouterConfig)
     serving: Serving = Serving.BATCHED
     max_in_flight: int = 2
-    """Steps that a replica has planned and not finished, 1 or 2. With 2 a step is planned while the one before it runs:
-    its adapters load meanwhile, and what arrives waits for one more step. Unbatched: ignored."""
+    """Steps that a replica has planned and not finished, 1 or 2; with pp stages pp - 1 more. With 2 a step is planned
+    while the one before it runs: its adapters load meanwhile, and what arrives waits for one more step. Unbatched:
+    ignored."""
     overhead_s: float = 0.0
     """Added to each request's TTFT: what neither router nor engine knows of (network, tokenizer)."""
     adapter_tier: Tier = Tier.HOST

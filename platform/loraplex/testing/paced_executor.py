@@ -1,7 +1,8 @@
 """An Executor that computes nothing and takes the time that a cost profile says: serving at scale on a small machine.
 
-Steps follow each other as on a device, two in flight; a step begins when the one before it has ended and its adapters
-are there, adapters come one after another over the host link. Waiting is sleeping: the CPU's part is the engine's own.
+Steps follow each other as on a device, through its stages if it has several, one more in flight than stages; a step
+begins when there is room for it and its adapters are there, adapters come one after another over the host link. Waiting
+is sleeping: the CPU's part is the engine's own.
 Tokens are a hash of all that came before them, so that a request that resumes elsewhere goes on with the same ones.
 Used by tests and by benchmarks of the platform, whose results name it.
 """
@@ -11,10 +12,11 @@ import time
 import zlib
 from array import array
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from loraplex.core.adapter import AdapterManifest
+from loraplex.core.clock import Clock, SystemClock
 from loraplex.core.errors import BadConfig, Conflict, NotFound
 from loraplex.core.ids import BaseModelId, Digest
 from loraplex.core.model import ModelSpec
@@ -25,6 +27,7 @@ from loraplex.cost.memory import PAGE_TOKENS, whole_adapter_bytes
 from loraplex.cost.profile import CostProfile
 from loraplex.engine import EngineConfig
 from loraplex.simulator.plan_time import PlanTime
+from loraplex.simulator.stages import StageLine
 from loraplex.simulator.types import CostKey, ReplicaCost
 from loraplex.testing.paced_config import PacedConfig
 
@@ -62,17 +65,29 @@ class PacedExecutor:
     """Implements ``core.step.Executor``. Of the sampling options it knows the seed, greedy and the log-probabilities of
     a certainty; it draws no end of sequence."""
 
-    def __init__(self, cost: ReplicaCost, shape: Shape, *, model: ModelSpec, num_pages: int) -> None:
+    def __init__(
+        self,
+        cost: ReplicaCost,
+        shape: Shape,
+        *,
+        model: ModelSpec,
+        num_pages: int,
+        clock: Clock | None = None,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        """``sleep`` lets seconds of ``clock`` pass, by default those of the system."""
         self._model = model
         self._cost = cost
+        self._clock, self._sleep = clock or SystemClock(), sleep
         self._time = PlanTime(cost.step, shape)
+        self._num_stages = shape.pp
+        self._line = StageLine(shape.pp)
         self._num_gpus = shape.num_ranks
         self._arena = ArenaSpec(num_pages=num_pages, page_size=PAGE_TOKENS, page_bytes=cost.memory.page_bytes)
         self._staged: dict[Digest, AdapterManifest] = {}
         self._loaded: dict[Digest, tuple[float, float]] = {}
         """Digest -> (bytes of the whole adapter, when it is there)."""
         self._link_free_s = 0.0
-        self._device_free_s = 0.0
         self._slots: dict[int, _Text] = {}
         self._in_flight: deque[tuple[StepResult, float]] = deque()
         """Results, and when they are due."""
@@ -87,13 +102,11 @@ class PacedExecutor:
 
     @property
     def max_in_flight(self) -> int:
-        return 2
+        return self._num_stages + 1
 
     @property
     def num_stages(self) -> int:
-        """One to the engine: a step passes the whole pipeline, in micro-batches, as the cost model and the simulators
-        have it."""
-        return 1
+        return self._num_stages
 
     def check(self) -> None:
         """There is no process to lose."""
@@ -106,7 +119,7 @@ class PacedExecutor:
         """Waits as long as disk and packing take in the profile. NotFound when the file is gone."""
         if not Path(path).is_file():
             raise NotFound(f"no adapter file {path}")
-        time.sleep(self._cost.loads.disk.seconds(self._whole_bytes(manifest)))
+        self._sleep(self._cost.loads.disk.seconds(self._whole_bytes(manifest)))
         self._staged[manifest.digest] = manifest
 
     def unstage_adapter(self, digest: Digest) -> None:
@@ -117,7 +130,7 @@ class PacedExecutor:
         manifest = self._staged.get(digest)
         if manifest is None:
             raise Conflict(f"adapter {digest} is not staged")
-        begin_s = max(self._link_free_s, time.monotonic())
+        begin_s = max(self._link_free_s, self._clock.monotonic_s())
         self._link_free_s = begin_s + self._cost.loads.host.seconds(self._bytes_per_gpu(manifest))
         self._loaded[digest] = (self._whole_bytes(manifest), self._link_free_s)
 
@@ -125,7 +138,7 @@ class PacedExecutor:
         del self._loaded[digest]
 
     def submit(self, plan: StepPlan) -> None:
-        """Conflict when two steps are in flight."""
+        """Conflict when as many steps are in flight as may be."""
         if len(self._in_flight) == self.max_in_flight:
             raise Conflict(f"step {plan.step_id}: {self.max_in_flight} steps are in flight")
         for slot in plan.releases:
@@ -133,23 +146,23 @@ class PacedExecutor:
         for start in plan.starts:
             self._slots[start.slot] = _Text(start.sampling, start.token_ids, self._model)
         tokens = tuple(self._slots[row.slot].draw(row) for row in plan.rows if row.samples)
-        begin_s, duration_s = max(self._device_free_s, time.monotonic()), 0.0
+        at_s, latency_s, interval_s = self._clock.monotonic_s(), 0.0, 0.0
         if plan.rows:
             digests = {row.adapter for row in plan.rows if row.adapter is not None}
             adapters = [self._loaded[digest] for digest in digests]
-            begin_s = max([begin_s, *(there_s for _, there_s in adapters)])
+            at_s = max([at_s, *(there_s for _, there_s in adapters)])
             whole_bytes = sum(num_bytes for num_bytes, _ in adapters)
-            duration_s = self._time.seconds(plan, num_adapters=len(adapters), adapter_bytes=whole_bytes)
-        self._device_free_s = begin_s + duration_s
-        result = StepResult(step_id=plan.step_id, tokens=tokens, duration_s=duration_s)
-        self._in_flight.append((result, self._device_free_s))
+            latency_s, interval_s = self._time.seconds(plan, num_adapters=len(adapters), adapter_bytes=whole_bytes)
+        span = self._line.enter(at_s, latency_s=latency_s, interval_s=interval_s)
+        result = StepResult(step_id=plan.step_id, tokens=tokens, duration_s=span.busy_s)
+        self._in_flight.append((result, span.end_s))
 
     def collect(self) -> StepResult:
         """Sleeps until the oldest step is due. Conflict when there is none."""
         if not self._in_flight:
             raise Conflict("no step is in flight")
         result, due_s = self._in_flight.popleft()
-        time.sleep(max(0.0, due_s - time.monotonic()))
+        self._sleep(max(0.0, due_s - self._clock.monotonic_s()))
         return result
 
     def close(self) -> None:
