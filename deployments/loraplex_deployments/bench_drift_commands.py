@@ -34,9 +34,12 @@ def drift_command(
     gpus: Annotated[int, typer.Option(min=1, help="GPUs; paced, half of them on each of two nodes.")] = 4,
     ttft_s: Annotated[float, typer.Option(min=0.001, help="Target.")] = 3.0,
     tpot_s: Annotated[float, typer.Option(min=0.001, help="Target.")] = 0.17,
-    interval_s: Annotated[float, typer.Option(min=1, help="Between two runs of the controller's planner.")] = 15.0,
+    interval_s: Annotated[float, typer.Option(min=1, help="Between two runs of the controller's planner.")] = 10.0,
     window_s: Annotated[float, typer.Option(min=1, help="Of recorded traffic that it plans from.")] = 30.0,
     min_requests: Annotated[int, typer.Option(min=1, help="In that window; fewer tell it nothing.")] = 40,
+    min_gain: Annotated[
+        float, typer.Option(min=0, help="Attainment that a new plan must win by its simulation.")
+    ] = 0.02,
     evaluations: Annotated[int, typer.Option(min=1, help="Of the search for the plan that stays.")] = 400,
     seed: int = 0,
 ) -> None:
@@ -63,6 +66,7 @@ def drift_command(
         min_requests=min_requests,
         ttft_s=ttft_s,
         tpot_s=tpot_s,
+        min_gain=min_gain,
         max_evaluations=200,
         max_search_s=max(10.0, interval_s),
     )

@@ -17,11 +17,12 @@ import pytest
 from loraplex.bench.fleet.costs import fleet_costs, fleet_profile
 from loraplex.bench.fleet.measure import MeasureOptions, measure, row_lines
 from loraplex.bench.fleet.options import Experiment, read_experiment
+from loraplex.bench.fleet.page import fleet_page
 from loraplex.bench.fleet.prepare import prepare
 from loraplex.bench.fleet.prepared import PreparedFleet
 from loraplex.bench.fleet.ranking import ranked, ranking_lines
 from loraplex.bench.fleet.replicas import FleetReplicas
-from loraplex.bench.fleet.results import ALL, FleetRow, FleetTable
+from loraplex.bench.fleet.results import ALL, Figure, FleetRow, FleetTable
 from loraplex.bench.fleet.traffic import make_traffic
 from loraplex.core.errors import BadConfig, LoraplexError
 from loraplex.core.ids import BaseModelId
@@ -158,6 +159,38 @@ def test_plans_are_ranked_by_the_requests_that_they_share(measured: tuple[Prepar
     lines = ranking_lines([worse, msgspec.structs.replace(row, workload="other")])
     assert [line for line in lines if line.endswith(":")] == [f"{worse.workload}:", "other:"]
     assert "worse (left tp1 pp1, right tp1 pp1): 0.500, 0.0 points behind (0.0 to 0.0); predicted 1.000" in lines[1]
+
+
+def test_the_page_ranks_plans_and_marks_predictions(measured: tuple[PreparedFleet, Path, list[str]]) -> None:
+    _, out, _ = measured
+    results = FleetTable.load(out)
+    row = results.rows[0]
+
+    def of(name: str, good: str, *, p50: float, load: str = row.workload) -> FleetRow:
+        figures = row.figures[ALL] | {
+            "attainment": Figure(measured=good.count("1") / 10, predicted=1.0, difference=1 - good.count("1") / 10),
+            "ttft_p50_s": Figure(measured=0.1, predicted=0.1 * (1 + p50), difference=p50),
+        }
+        return msgspec.structs.replace(
+            row, workload=load, placements=(name,), good=good, figures=row.figures | {ALL: figures}, errors={"gone": 3}
+        )
+
+    rows = [of("2x1", "1" * 8 + "00", p50=0.04), of("planner", "1" * 10, p50=-0.2)]
+    text = fleet_page(msgspec.structs.replace(results, rows=rows, left=["mixed: 1x2"]))
+    assert text.replace("\N{NO-BREAK SPACE}", " ").index("100.0 / 100.0 (+0.0) ✓") < text.index("80.0")
+    words = text.replace("\N{NO-BREAK SPACE}", " ")
+    assert "80.0 / 100.0 (+20.0) ✗" in words
+    assert "100 / 104 (+4.0 %) ✓" in words
+    assert "100 / 80 (-20.0 %) ✗" in words
+    assert "<b>1 of 1</b><span>loads in which the planner" in words
+    assert "<b>1 of 2</b><span>TTFT p50 within 5 %" in words
+    assert "2x1: 3 x gone" in words
+    assert "mixed: 1x2" in words
+    assert "fleet measure" in words
+    assert "http" not in words.replace("http://www.w3.org/2000/svg", "")
+    assert "<summary>Charts" not in words
+    many = [of("planner", "1" * 10, p50=0.0, load=f"load-{index}") for index in range(5)]
+    assert fleet_page(msgspec.structs.replace(results, rows=many)).count("<summary>Charts") == 5
 
 
 def test_what_is_there_is_not_run_again(measured: tuple[PreparedFleet, Path, list[str]], tmp_path: Path) -> None:

@@ -50,12 +50,19 @@ def measure_command(
 
 
 @app.command("show")
-def show_command(results: ResultsArgument) -> None:
+def show_command(
+    results: ResultsArgument,
+    html: Annotated[Path | None, typer.Option(help="File for a page that needs no network.")] = None,
+) -> None:
     """Prints the rows of a results file, measured / predicted, and for each load its plans, the best first."""
     from loraplex.bench.fleet.measure import row_lines
+    from loraplex.bench.fleet.page import fleet_page
     from loraplex.bench.fleet.ranking import ranking_lines
     from loraplex.bench.fleet.results import FleetTable
 
-    rows = FleetTable.load(results).rows
+    table = FleetTable.load(results)
+    rows = table.rows
+    if html is not None:
+        html.write_text(fleet_page(table), encoding="utf-8")
     for line in (*(line for row in rows for line in row_lines(row)), *ranking_lines(rows)):
         typer.echo(line)

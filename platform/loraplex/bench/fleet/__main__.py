@@ -2,7 +2,7 @@
 
 python -m loraplex.bench.fleet prepare EXPERIMENT PREPARED [FIELDS]    JSON files; FIELDS: JSON that replaces fields
 python -m loraplex.bench.fleet measure PREPARED RESULTS [OPTIONS]      OPTIONS: the JSON of ``MeasureOptions``
-python -m loraplex.bench.fleet show RESULTS
+python -m loraplex.bench.fleet show RESULTS [PAGE]                     PAGE: an HTML file to write
 """
 
 import sys
@@ -12,6 +12,7 @@ import msgspec
 
 from loraplex.bench.fleet.measure import MeasureOptions, measure, row_lines
 from loraplex.bench.fleet.options import read_experiment
+from loraplex.bench.fleet.page import fleet_page
 from loraplex.bench.fleet.prepared import PreparedFleet
 from loraplex.bench.fleet.ranking import ranking_lines
 from loraplex.bench.fleet.results import FleetTable
@@ -36,8 +37,11 @@ def _run(arguments: list[str]) -> None:
             table = measure(PreparedFleet.load(Path(prepared)), Path(out), _options(*options), say=_say)
             if table.left:
                 _say(f"left for want of time: {'; '.join(table.left)}")
-        case ["show", results]:
-            rows = FleetTable.load(Path(results)).rows
+        case ["show", results, *html] if len(html) < 2:
+            table = FleetTable.load(Path(results))
+            rows = table.rows
+            for path in html:
+                Path(path).write_text(fleet_page(table), encoding="utf-8")
             for line in (*(line for row in rows for line in row_lines(row)), *ranking_lines(rows)):
                 _say(line)
         case _:

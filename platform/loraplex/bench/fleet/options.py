@@ -13,6 +13,9 @@ import msgspec
 from loraplex.core.errors import BadConfig
 from loraplex.engine import EngineConfig
 
+PLANNER = "planner"
+"""Name of a placement."""
+
 _Positive = Annotated[float, msgspec.Meta(gt=0)]
 _NotNegative = Annotated[float, msgspec.Meta(ge=0)]
 _AtLeastOne = Annotated[int, msgspec.Meta(ge=1)]

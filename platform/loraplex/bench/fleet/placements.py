@@ -11,7 +11,7 @@ from pathlib import Path
 
 import msgspec
 
-from loraplex.bench.fleet.options import Experiment
+from loraplex.bench.fleet.options import PLANNER, Experiment
 from loraplex.bench.fleet.prepared import groups_line
 from loraplex.core.errors import BadConfig, InvalidInput
 from loraplex.core.ids import BaseModelId
@@ -21,7 +21,6 @@ from loraplex.planner.baselines import Baseline, baselines
 from loraplex.planner.problem import Problem
 from loraplex.planner.search import Search
 
-PLANNER = "planner"
 _SHAPE = re.compile(r"(\d+)x(\d+)( apart)?")
 _BEST = re.compile(r"best (\d+) baselines?")
 _FEWEST = re.compile(r"fewest for (\d+(?:\.\d+)?)%")
