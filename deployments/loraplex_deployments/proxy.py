@@ -1,4 +1,4 @@
-"""Which proxy Ray Serve puts in front of the gateways: HAProxy, or its own Python proxies.
+"""Which proxy Ray Serve puts in front of the gateways, HAProxy or its own Python proxies, and how it runs them.
 
 Serve reads this from the environment, once, when ``ray.serve`` is imported, in our process and in every process of Ray.
 Owns those variables while a platform runs, and the private directory of a local HAProxy. ``start_platform`` calls it
@@ -24,6 +24,9 @@ from loraplex_deployments.request_ids import CALLBACK
 
 _SWITCH = "RAY_SERVE_ENABLE_HA_PROXY"
 _MIDDLEWARES = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
+_OWN_THREAD = "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD"
+"""A gateway never blocks its event loop, so it shares Serve's: no message of a request changes threads, and no two
+threads wait for each other's turn to compute."""
 _COMMAND = "loraplex-haproxy"
 _MAX_THREADS = 4
 _LONGEST_STREAM_S = 3600
@@ -112,9 +115,10 @@ def restore(before: Mapping[str, str | None]) -> None:
 
 
 def proxy_variables(config: PlatformConfig) -> dict[str, str]:
-    """What Serve reads of its proxy, for a node of its own. Raises BadConfig when there is no haproxy here."""
+    """What Serve reads of its proxy and for its gateways, for a node of its own. Raises BadConfig when there is no
+    haproxy here."""
     haproxy = config.serve.proxy == "haproxy"
-    variables = {_SWITCH: str(int(haproxy)), _MIDDLEWARES: CALLBACK}
+    variables = {_SWITCH: str(int(haproxy)), _MIDDLEWARES: CALLBACK, _OWN_THREAD: "0"}
     return variables | {BINARY_VARIABLE: _haproxy_command(), **_settings(config)} if haproxy else variables
 
 

@@ -49,13 +49,14 @@ app.kubernetes.io/instance: {{ .Release.Name }}
 {{- dict "proxy_location" "EveryNode" "http_options" (dict "host" "0.0.0.0" "port" 8000) "grpc_options" (dict "port" 9000 "grpc_servicer_functions" $servicers) "logging_config" $quiet "applications" (list $control $gateways) | toYaml -}}
 {{- end -}}
 
-{{- /* What Serve reads of its proxy, in every process of Ray: loraplex_deployments.proxy says why. */ -}}
+{{- /* What Serve reads of its proxy and for its gateways, in every process of Ray: loraplex_deployments.proxy says why. */ -}}
 {{- define "loraplex.env" -}}
 {{- $maxOngoing := dig "serve" "max_ongoing_requests" 4096 .Values.platform | int -}}
 {{- $haproxy := ne (dig "serve" "proxy" "haproxy" .Values.platform) "python" -}}
 - {name: HOME, value: /home/loraplex}
 - {name: RAY_USAGE_STATS_ENABLED, value: "0"}
 - {name: RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH, value: "loraplex_deployments.request_ids:middlewares"}
+- {name: RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD, value: "0"}
 - {name: RAY_SERVE_ENABLE_HA_PROXY, value: {{ $haproxy | ternary "1" "0" | quote }}}
 {{- if $haproxy }}
 - {name: RAY_SERVE_HAPROXY_BINARY_PATH, value: /opt/loraplex/bin/loraplex-haproxy}
