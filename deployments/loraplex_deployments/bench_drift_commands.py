@@ -32,6 +32,8 @@ def drift_command(
     ] = False,
     gpu: Annotated[str, typer.Option(help="Type of the GPUs in the profiles.")] = "h100-80gb",
     gpus: Annotated[int, typer.Option(min=1, help="GPUs; paced, half of them on each of two nodes.")] = 4,
+    gateways: Annotated[int, typer.Option(min=1, help="Gateway processes.")] = 1,
+    proxy: Annotated[str, typer.Option(help="Serve's: haproxy or python.")] = "haproxy",
     ttft_s: Annotated[float, typer.Option(min=0.001, help="Target.")] = 3.0,
     tpot_s: Annotated[float, typer.Option(min=0.001, help="Target.")] = 0.17,
     interval_s: Annotated[float, typer.Option(min=1, help="Between two runs of the controller's planner.")] = 10.0,
@@ -82,6 +84,8 @@ def drift_command(
         gpus_per_node=gpus if cuda else gpus // 2,
         adapters_per_base=adapters // len(names),
         lora_ranks=lora_ranks,
+        proxy=proxy,
+        gateways=gateways,
         # Nobody is refused for having waited.
         first_token_deadline_s=3600.0,
     )

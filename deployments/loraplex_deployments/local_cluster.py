@@ -39,6 +39,7 @@ class LocalCluster:
             initialize_head=True,
             head_node_args={
                 "num_cpus": head_cpus,
+                "num_gpus": 0,
                 "node_name": HEAD,
                 "include_dashboard": False,
                 "object_store_memory": _OBJECT_STORE_BYTES,

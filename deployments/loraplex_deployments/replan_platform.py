@@ -117,16 +117,14 @@ class ReplanPlatform:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         with contextlib.ExitStack() as stack:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="loraplex-demo-")))
-            address = "local"
-            if setup.paced:
-                say(f"starting {setup.nodes} Ray nodes with {setup.gpus_per_node} logical GPUs each")
-                cluster = LocalCluster(head_cpus=2)
-                stack.callback(cluster.close)
-                for name in setup.node_names:
-                    cluster.add_node(name, num_cpus=2, num_gpus=setup.gpus_per_node, accelerator=setup.accelerator)
-                address = cluster.address
+            say(f"starting {setup.nodes} Ray nodes with {setup.gpus_per_node} GPUs each")
+            cluster = LocalCluster(head_cpus=2)
+            stack.callback(cluster.close)
+            gpus = setup.gpus_per_node
+            for name in setup.node_names:
+                cluster.add_node(name, num_cpus=2 * gpus, num_gpus=gpus, accelerator=setup.accelerator)
             http_port, grpc_port = free_ports(2)
-            config = platform_config(setup, folder, address=address, ports=(http_port, grpc_port), mode=mode)
+            config = platform_config(setup, folder, address=cluster.address, ports=(http_port, grpc_port), mode=mode)
             platform = start_platform(config, say)
             stack.callback(platform.stop)
             key = new_key()

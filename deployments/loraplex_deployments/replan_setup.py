@@ -17,7 +17,7 @@ from loraplex.simulator.types import Slo
 
 TENANT = TenantName("acme")
 _TINY = "random:tiny-llama"
-_PROFILE_FILE = "slowed.json"
+_PROFILE_FILE = "profile.json"
 
 
 class ReplanBase(msgspec.Struct, frozen=True, kw_only=True):
@@ -35,8 +35,8 @@ class ReplanSetup(msgspec.Struct, frozen=True, kw_only=True):
     planning: PlanningConfig
     """Its ``profiles`` are shipped names or files; ``profile_bases`` follows from ``bases``."""
     factor: float | None = 12.0
-    """Replicas take the time of the profiles, so many times slower, and compute nothing, on logical GPUs of several Ray
-    nodes on this machine. None: they compute, on the GPUs of this machine."""
+    """Replicas take the time of the profiles, so many times slower, and compute nothing, on logical GPUs. None: they
+    compute, on the GPUs of this machine, which are those of one node."""
     gpu: str = "h100-80gb"
     """Their type in the profiles."""
     nodes: int = 2
@@ -44,6 +44,8 @@ class ReplanSetup(msgspec.Struct, frozen=True, kw_only=True):
     adapters_per_base: int = 3
     lora_ranks: tuple[int, ...] = (16,)
     """Of the adapters of a base, in turn."""
+    proxy: str = "haproxy"
+    gateways: int = 1
     first_token_deadline_s: float
     """After which the gateway refuses a request."""
 
@@ -95,14 +97,12 @@ class ReplanSetup(msgspec.Struct, frozen=True, kw_only=True):
         return next((rays for rays, ours in RayConfig().gpu_types.items() if ours == self.gpu), self.gpu)
 
     def planning_in(self, folder: Path) -> PlanningConfig:
-        """With the costs that the replicas have; those of paced ones are written into ``folder``."""
-        profiles = self.planning.profiles
-        if self.factor is not None:
-            slowed = CostProfile.joined(CostProfile.load(name) for name in profiles).slowed(self.factor)
-            (folder / _PROFILE_FILE).write_bytes(slowed.to_json())
-            profiles = (str(folder / _PROFILE_FILE),)
+        """With the costs that the replicas have, in one file that is written into ``folder``."""
+        joined = CostProfile.joined(CostProfile.load(name) for name in self.planning.profiles)
+        file = folder / _PROFILE_FILE
+        file.write_bytes((joined if self.factor is None else joined.slowed(self.factor)).to_json())
         names = {base.name: base.profile_base for base in self.bases}
-        return msgspec.structs.replace(self.planning, profiles=profiles, profile_bases=names)
+        return msgspec.structs.replace(self.planning, profiles=(str(file),), profile_bases=names)
 
 
 def platform_config(
@@ -114,7 +114,12 @@ def platform_config(
     settings: dict[str, Any] = {
         "data_dir": str(folder),
         "listen": {"http_port": ports[0], "grpc_port": ports[1]},
-        "ray": {"address": address, "single_machine": address != "local"},
+        "ray": {"address": address, "single_machine": True},
+        "serve": {
+            "proxy": setup.proxy,
+            "gateways": setup.gateways,
+            "gateway_resources": {"node:__internal_head__": 0.001},
+        },
         "gateway": {"first_token_deadline_s": setup.first_token_deadline_s},
         "traces": {"send_interval_s": 0.5, "write_interval_s": 1.0},
         "controller": {"fleet": {"mode": mode, "planning": msgspec.to_builtins(planning)}},
@@ -123,10 +128,6 @@ def platform_config(
             for one in setup.bases
         ],
     }
-    if setup.paced:
-        settings["serve"] = {"gateway_resources": {"node:__internal_head__": 0.001}}
-    else:
-        settings["ray"]["num_gpus"] = setup.gpus_per_node
     return parse_platform_config(json.dumps(settings), source="replan")
 
 
