@@ -67,7 +67,7 @@ def served(given: SimulationInput) -> tuple[FloatArray, FloatArray]:
     count = len(workload)
     first_s, end_s = np.full(count, np.inf), np.full(count, np.inf)
     time = VirtualTime()
-    turns = VirtualTurns(time)
+    turns = VirtualTurns(time, given.turn_s)
     for replica in cluster.replicas:
         rows = np.flatnonzero(given.arrivals.base_model == replica.base)
         own = _Replica(given, workload, replica, rows, time, turns, alone=len(cluster.replicas) == 1)
@@ -163,18 +163,20 @@ class _Replica:
 
 
 @pytest.mark.parametrize(
-    ("shape", "shares", "rate"),
+    ("shape", "shares", "rate", "turn_s"),
     [
-        pytest.param(Shape(), (1.0,), 12.0, id="alone"),
-        pytest.param(Shape(), (0.2, 0.8), 12.0, id="two bases"),
-        pytest.param(Shape(tp=2), (0.1, 0.4, 0.5), 20.0, id="three bases"),
-        pytest.param(Shape(pp=2), (1.0,), 20.0, id="pipeline"),
-        pytest.param(Shape(pp=2), (0.2, 0.8), 20.0, id="two bases in a pipeline"),
-        pytest.param(Shape(pp=4), (1.0,), 20.0, id="four stages"),
+        pytest.param(Shape(), (1.0,), 12.0, 0.0, id="alone"),
+        pytest.param(Shape(), (0.2, 0.8), 12.0, 1e-3, id="two bases"),
+        pytest.param(Shape(tp=2), (0.1, 0.4, 0.5), 20.0, 1e-3, id="three bases"),
+        pytest.param(Shape(pp=2), (1.0,), 20.0, 0.0, id="pipeline"),
+        pytest.param(Shape(pp=2), (0.2, 0.8), 20.0, 0.0, id="two bases in a pipeline"),
+        pytest.param(Shape(pp=4), (1.0,), 20.0, 0.0, id="four stages"),
     ],
 )
-def test_requests_take_as_long_as_on_replicas_that_run(shape: Shape, shares: tuple[float, ...], rate: float) -> None:
-    given = bursts(shape=shape, shares=shares, rate=rate)
+def test_requests_take_as_long_as_on_replicas_that_run(
+    shape: Shape, shares: tuple[float, ...], rate: float, turn_s: float
+) -> None:
+    given = dataclasses.replace(bursts(shape=shape, shares=shares, rate=rate), turn_s=turn_s)
     ttft_s, tpot_s = served(given)
     predicted = simulate_exact(given)
     assert np.isfinite(predicted.ttft_s).all()

@@ -70,10 +70,11 @@ class VirtualTime:
 
 
 class VirtualTurns:
-    """Those who stand in one queue, in order; the first has the turn."""
+    """Those who stand in one queue, in order; the first has the turn. To be woken for it takes ``turn_s``."""
 
-    def __init__(self, time: VirtualTime) -> None:
+    def __init__(self, time: VirtualTime, turn_s: float) -> None:
         self.time = time
+        self.turn_s = turn_s
         self.places: deque[Callable[[], None] | None] = deque()
 
 
@@ -95,6 +96,7 @@ class VirtualTurnQueue:
         places.append(time.wait() if has_to_wait else None)
         if has_to_wait:
             time.begin_wait()
+            time.sleep(self._turns.turn_s)
         self.has_turn = True
         return has_to_wait
 

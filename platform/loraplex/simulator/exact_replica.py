@@ -71,6 +71,7 @@ class VirtualReplica:
         self.replica_id: ReplicaId = replica.replica_id
         self._config, self._num_stages = given.engine, replica.shape.pp
         self._most_in_flight = self._num_stages + given.max_in_flight - 1
+        self._turn_s = given.turn_s
         memory = replica.cost.memory
         arena = ArenaSpec(num_pages=replica.num_pages, page_size=PAGE_SIZE, page_bytes=memory.page_bytes)
         self.engine = Engine(given.engine, model=replica.cost.model, arena=arena, num_stages=self._num_stages)
@@ -160,7 +161,7 @@ class VirtualReplica:
         assert self._next is not None, "it did not ask for a turn"
         planned, self._next = self._next, None
         self._expects_others = True
-        self._begin(planned, now_s)
+        self._begin(planned, now_s + self._turn_s)
         self.plan(now_s)
 
     @property

@@ -53,7 +53,7 @@ def pipeline_step_done(state: State, knobs: Knobs, p: int, now_s: float) -> None
         following = hand_over(state, p)
         if following != NONE:
             state.replicas[following].expects_others = True
-            _begin_step(state, following, now_s)
+            _begin_step(state, following, now_s + knobs.turn_s)
             _fill(state, knobs, following, now_s)
     plan = state.plans[p, slot]
     for index in range(plan.size):

@@ -51,6 +51,7 @@ class Knobs(NamedTuple):
     page_price: float
     ahead: int
     """Steps that are planned while another runs: 0 or 1."""
+    turn_s: float
     decode_weight: float
     alike_s: float
     patience_s: float
@@ -130,6 +131,7 @@ def knobs_of(given: SimulationInput, cluster: Cluster) -> Knobs:
         decode_cost=float(engine.decode_token_cost),
         page_price=float(engine.adapter_page_price),
         ahead=given.max_in_flight - 1,
+        turn_s=float(given.turn_s),
         decode_weight=float(router.decode_weight),
         alike_s=float(router.alike_s),
         patience_s=np.inf if router.ttft_slo_s is None else float(router.ttft_slo_s * router.ttft_patience),

@@ -63,7 +63,7 @@ def wake(state: State, knobs: Knobs, p: int) -> None:
     if not is_ahead:
         following = hand_over(state, p)
         if following != NONE:
-            _start_run(state, knobs, following, state.replicas[following].slot, now_s)
+            _start_run(state, knobs, following, state.replicas[following].slot, now_s + knobs.turn_s)
     _begin(state, knobs, p, now_s, is_ahead)
 
 

@@ -109,6 +109,8 @@ class SimulationInput:
     """Steps that a replica has planned and not finished, 1 or 2; with pp stages pp - 1 more. With 2 a step is planned
     while the one before it runs: its adapters load meanwhile, and what arrives waits for one more step. Unbatched:
     ignored."""
+    turn_s: float = 0.0
+    """From the end of a turn to the beginning of the next one's first step, where another base waited for it."""
     overhead_s: float = 0.0
     """Added to each request's TTFT: what neither router nor engine knows of (network, tokenizer)."""
     adapter_tier: Tier = Tier.HOST

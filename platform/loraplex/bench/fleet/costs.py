@@ -144,6 +144,7 @@ def simulation(
         slo_of_base=targets,
         engine=experiment.replica_engine,
         max_in_flight=experiment.steps_in_flight,
+        turn_s=experiment.turn_s,
     )
 
 

@@ -101,6 +101,9 @@ class Experiment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     and graphs of their processes."""
     lora_ranks: tuple[_AtLeastOne, ...] = (8, 16, 32, 64)
     """Of the adapters of a base, by name, in turn."""
+    turn_s: _NotNegative = 0.0
+    """Between two turns of bases that share devices, for the prediction: as ``python -m loraplex.model_runner.turns``
+    measures it."""
     planning_s: _Positive = 120.0
     """Of arrivals, before those that are measured, which planner and baselines see."""
     warm_s: _NotNegative = 10.0

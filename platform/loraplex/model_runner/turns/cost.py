@@ -1,4 +1,4 @@
-"""What taking turns costs: the queue by itself, and tiny models that step alone and two at a time.
+"""What taking turns costs: the queue by itself, and models that step alone and two at a time.
 
 Processes and locks are real. Called by ``python -m loraplex.model_runner.turns``.
 """
@@ -10,20 +10,21 @@ import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from multiprocessing.sharedctypes import Synchronized
-from multiprocessing.synchronize import Barrier
+from multiprocessing.synchronize import Barrier, Lock
 from pathlib import Path
 
 import msgspec
 
+from loraplex.core.errors import BadConfig
 from loraplex.core.ids import BaseModelId
 from loraplex.core.request import SamplingParams
-from loraplex.core.step import Executor, Row, RowStart, StepPlan
+from loraplex.core.step import PENDING, Executor, Row, RowStart, StepPlan
 from loraplex.model_runner.build import build_executor
 from loraplex.model_runner.config import ExecutorConfig
 from loraplex.model_runner.turns.executor import TurnExecutor
 from loraplex.model_runner.turns.queue import TurnQueue
 
-_MODEL = "random:tiny-llama"
+_MODEL, _CONFIG = "random:tiny-llama", ExecutorConfig(num_threads=1)
 _TURN_S = 1e-3
 """Of the turns by which handing over is measured: whoever is next waits by then."""
 _WARM = 20
@@ -40,15 +41,24 @@ class TurnCost(msgspec.Struct, frozen=True, kw_only=True):
     """From one process that hands over to the other, which waits and has the turn."""
     hand_over_p99_us: float
     bare_step_us: float
-    """A decode step of a tiny model on the CPU without turns."""
+    """From a decode step's end to the next one's, without turns, with as many in flight as may be."""
     alone_step_us: float
     """With turns, while there is nobody else."""
     shared_step_us: float
-    """With turns, while another process does the same: its step, the other's, and two times the turn."""
+    """With turns, while another process does the same: its step, the other's, and two times what is between them."""
+
+    @property
+    def turn_us(self) -> float:
+        """From the last token of one replica's step to the beginning of the other's: handing over, and what the host
+        does for a step while nothing runs."""
+        return max(0.0, self.shared_step_us / 2 - self.bare_step_us)
 
 
-def measure_turn_cost(*, num_turns: int) -> TurnCost:
-    """A few seconds. Two processes are started."""
+def measure_turn_cost(*, num_turns: int, model: str = _MODEL, config: ExecutorConfig = _CONFIG) -> TurnCost:
+    """``config``: of an executor with one stage; there is room for two of them beside each other. Two processes are
+    started. Raises what the executor does."""
+    if config.pp > 1:
+        raise BadConfig("of a pipeline a turn is several steps: measure one stage", param="pp")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     stamp, start = context.Value("d", 0.0), context.Barrier(2)
@@ -67,12 +77,12 @@ def measure_turn_cost(*, num_turns: int) -> TurnCost:
     with tempfile.TemporaryDirectory() as folder:
         path = str(Path(folder) / "turns")
         hand_overs = both(_hand_over, stamp)
-        shared = both(_step_together)
+        shared = both(_step_together, model, config, context.Lock())
         queue = TurnQueue(path, num_places=2)
         alone = _turns_alone(queue, num_turns)
-        executor = build_executor(ExecutorConfig(num_threads=1), model=_MODEL, base_model_id=BaseModelId(_MODEL))
+        executor = build_executor(config, model=model, base_model_id=BaseModelId(model))
         bare_steps = _steps(executor, num_turns)
-        alone_steps = _steps(TurnExecutor(executor, queue), num_turns, first=num_turns + _WARM + 2)
+        alone_steps = _steps(TurnExecutor(executor, queue), num_turns, first=num_turns + _WARM + 1)
         executor.close()
         queue.close()
     return TurnCost(
@@ -123,9 +133,13 @@ def _hand_over(answers: Connection, path: str, start: Barrier, count: int, stamp
     answers.send(seconds)
 
 
-def _step_together(answers: Connection, path: str, start: Barrier, count: int) -> None:
+def _step_together(
+    answers: Connection, path: str, start: Barrier, count: int, model: str, config: ExecutorConfig, building: Lock
+) -> None:
     """In a process of its own, as one of two."""
-    executor = build_executor(ExecutorConfig(num_threads=1), model=_MODEL, base_model_id=BaseModelId(_MODEL))
+    # One after the other: sums of a group that warms up would wait for what the other computes.
+    with building:
+        executor = build_executor(config, model=model, base_model_id=BaseModelId(model))
     turns = TurnExecutor(executor, TurnQueue(path, num_places=2))
     start.wait()
     seconds = _steps(turns, count)
@@ -137,19 +151,24 @@ def _step_together(answers: Connection, path: str, start: Barrier, count: int) -
 def _steps(executor: Executor, count: int, *, first: int = 1) -> list[float]:
     """Seconds from one decode step's end to the next one's, of one request."""
     size = executor.arena.page_size
-    pages = tuple(range(-(-(count + _WARM + 2) // size)))
+    pages = tuple(range(-(-(count + _WARM) // size)))
     start = RowStart(
         slot=0,
         sampling=SamplingParams(max_tokens=count + _WARM + 1, seed=0, temperature=0.0),
         token_ids=(1,),
         num_prompt_tokens=1,
     )
-    token_id, seconds, ended_s = 1, [], time.perf_counter()
-    for position in range(count + _WARM):
+
+    def plan(position: int, token_id: int) -> StepPlan:
         row = Row(slot=0, token_ids=(token_id,), start=position, pages=pages, adapter=None, samples=True)
-        starts = (start,) if position == 0 else ()
-        releases = (0,) if position == 0 else ()
-        executor.submit(StepPlan(step_id=first + position, releases=releases, starts=starts, rows=(row,)))
+        opened = {"releases": (0,), "starts": (start,)} if position == 0 else {"releases": (), "starts": ()}
+        return StepPlan(step_id=first + position, rows=(row,), **opened)
+
+    token_id, seconds, ended_s, submitted = 1, [], time.perf_counter(), 0
+    for done in range(count + _WARM):
+        while submitted < count + _WARM and submitted - done < executor.max_in_flight:
+            executor.submit(plan(submitted, token_id if submitted == done else PENDING))
+            submitted += 1
         token_id = executor.collect().tokens[0].token_id
         began_s, ended_s = ended_s, time.perf_counter()
         seconds.append(ended_s - began_s)
