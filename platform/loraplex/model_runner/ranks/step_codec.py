@@ -7,7 +7,7 @@ executor, once a step for all ranks, and by each rank.
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from itertools import chain, compress, count, islice, repeat
-from operator import sub
+from operator import ne
 
 from msgspec.structs import astuple
 
@@ -38,12 +38,12 @@ class StepEncoder:
             raise Conflict(f"adapter {error.args[0]} is not loaded") from None
         for start in plan.starts:
             known[start.slot] = 0
-        num_pages = list(map(len, tables))
-        num_new = list(map(sub, num_pages, map(known.get, slots, repeat(0))))
-        known.update(zip(slots, num_pages, strict=True))
         new_pages: list[int] = []
-        for row in compress(count(), num_new):
-            new_pages += (row, num_new[row], *tables[row][-num_new[row] :])
+        for row in compress(count(), map(ne, map(len, tables), map(known.get, slots, repeat(0)))):
+            slot, table = slots[row], tables[row]
+            new = table[known.get(slot, 0) :]
+            new_pages += (row, len(new), *new)
+            known[slot] = len(table)
         num_tokens = list(map(len, tokens))
         only_decodes = num_tokens.count(1) == samples.count(True) == len(rows)
         values = [*slots, *positions, *numbers]
