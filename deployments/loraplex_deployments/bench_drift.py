@@ -20,12 +20,12 @@ import msgspec
 import numpy as np
 from loraplex.bench.commit import source_commit
 from loraplex.bench.fleet.prepared import groups_line
-from loraplex.bench.fleet.ranking import paired_interval
 from loraplex.controller.fleet.replan import problem_for
 from loraplex.core.plan import Plan
 from loraplex.core.rollout import DecisionKind, DecisionRecord, PlanRecord
 from loraplex.loadgen.completion import Sample
 from loraplex.loadgen.outcomes import Outcomes
+from loraplex.planner.chance import paired_interval
 from loraplex.planner.search import Search
 from loraplex.simulator.types import FloatArray
 from loraplex.traces.arrivals import AdapterName, Arrivals, TraceRequest, requests_of
@@ -134,7 +134,7 @@ def run_drift_bench(options: DriftOptions, say: Callable[[str], None] = lambda _
             outcomes.append(outcome)
             say(f"{mode}: attainment {run.attainment:.3f}, {run.failed} failed, {len(run.changes)} changes")
     static, live = runs
-    good = [outcome.good(setup.slo).astype(np.float64) for outcome in outcomes]
+    good = [outcome.good(setup.slo) for outcome in outcomes]
     return DriftResult(
         options=options,
         executor=setup.executor,

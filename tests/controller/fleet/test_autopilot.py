@@ -8,7 +8,15 @@ import pytest
 from loraplex.controller.fleet.autopilot import Autopilot
 from loraplex.controller.fleet.config import FleetConfig, PlanningConfig
 from loraplex.controller.fleet.meter import TrafficMeter
-from loraplex.controller.fleet.replan import Answer, Task, replan
+from loraplex.controller.fleet.replan import (
+    Answer,
+    Task,
+    by_chance,
+    problem_for,
+    recent_arrivals,
+    replan,
+    simulated,
+)
 from loraplex.controller.fleet.store import Reason
 from loraplex.core.clock import SystemClock
 from loraplex.core.fleet import NodeStatus
@@ -248,6 +256,10 @@ async def test_the_real_planner_on_recorded_traffic(tmp_path: Path) -> None:
     assert sum(made.shape.num_ranks for made in answer.plan.groups) == 2
     assert answer.gain is not None
     assert answer.gain > 0
+    problem = problem_for(task, recent_arrivals(task))
+    current, _ = simulated(task.current, problem)
+    assert not by_chance(current, answer.plan, problem)
+    assert by_chance(answer.plan, answer.plan, problem)
     won = await replan(replace(task, instead=answer.plan))
     assert won.plan is None
     assert won.gain is not None

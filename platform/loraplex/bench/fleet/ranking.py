@@ -7,10 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from loraplex.bench.fleet.results import ALL, FleetRow
+from loraplex.planner.chance import paired_interval
 from loraplex.simulator.types import FloatArray
-
-_DRAWS = 2000
-_INTERVAL = (2.5, 97.5)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,13 +36,6 @@ def ranked(rows: list[FleetRow], *, seed: int = 0) -> tuple[Ranked, ...]:
         )
         for index in order
     )
-
-
-def paired_interval(first: FloatArray, second: FloatArray, *, seed: int = 0) -> tuple[float, float]:
-    """95 % of the bootstrap's draws of how much larger the mean of ``first`` is. Both (R,), of the same R requests."""
-    drawn = np.random.default_rng(seed).integers(0, len(first), size=(_DRAWS, len(first)))
-    low, high = np.percentile((first - second)[drawn].mean(axis=1), _INTERVAL)
-    return float(low), float(high)
 
 
 def ranking_lines(rows: list[FleetRow]) -> list[str]:

@@ -29,7 +29,7 @@ class PlanningConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     max_search_s: float = 60.0
     """A run ends after so long with the best that it has."""
     min_gain: float = 0.005
-    """Attainment that a new plan must win, its move paid."""
+    """Attainment that a new plan must win, its move paid; and more than chance explains over the window's requests."""
     tenant_floor: float = 0.0
     """Attainment that no tenant should fall under."""
     reassign_interval_s: float = 5.0

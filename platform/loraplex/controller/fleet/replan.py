@@ -136,6 +136,8 @@ def plan_for(task: Task) -> Answer:
     )
     if found.kept or (answer.gain is not None and answer.gain < task.config.min_gain):
         return replace(answer, plan=None, reason="no other plan is better by more than its move costs")
+    if current is not None and by_chance(current, found.plan, problem):
+        return replace(answer, plan=None, reason="another plan is better, by no more than chance explains")
     return answer
 
 
@@ -161,6 +163,17 @@ def problem_for(task: Task, arrivals: Arrivals) -> "Problem":
         slo=Slo(ttft_s=task.config.ttft_s, tpot_s=task.config.tpot_s),
         tenant_floor=task.config.tenant_floor,
     )
+
+
+def by_chance(current: Plan, plan: Plan, problem: "Problem") -> bool:
+    """Whether as many requests as there are can tell the two apart: the search has chosen among many plans."""
+    from loraplex.planner.chance import paired_interval
+    from loraplex.simulator import fast
+    from loraplex.simulator.workload import Workload
+
+    workload = Workload.of(problem.arrivals, problem.adapters)
+    good, good_now = (fast.simulate(problem.simulation(one), workload).good for one in (plan, current))
+    return paired_interval(good, good_now)[0] <= 0
 
 
 def simulated(plan: Plan, problem: "Problem") -> tuple[Plan, float]:
