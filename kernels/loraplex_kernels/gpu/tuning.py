@@ -76,9 +76,10 @@ def schedule(num_tokens: int, tile_rows: int, num_tiles: int) -> Schedule:
 
 
 def fuses_norm(num_tokens: int, tile_rows: int) -> bool:
-    """Whether ``add_rms_norm`` expands. It reads B once a row, right where rows have adapters of their own, or once for
-    16 rows of a large tile, which are then the work of one program: right where there are many."""
-    return tile_rows == 1 or (tile_rows > 16 and num_tokens >= 2048)
+    """Whether ``add_rms_norm`` expands. It reads B once a row, right where rows have adapters of their own and are as
+    many as SMs, or once for 16 rows of a large tile, which are then the work of one program: right where there are
+    many."""
+    return (tile_rows == 1 and num_tokens > 96) or (tile_rows > 16 and num_tokens >= 2048)
 
 
 def next_power_of_2(value: int) -> int:

@@ -22,6 +22,7 @@ from loraplex_kernels.gpu.attention import (
     prefill_attention,
     prefill_block_tokens,
 )
+from loraplex_kernels.gpu.dense import DenseProjections
 from loraplex_kernels.gpu.linear import linear
 from loraplex_kernels.gpu.lora import LoraTable, PendingExpand, Site
 from loraplex_kernels.gpu.lora_project import LoraProjections
@@ -97,6 +98,7 @@ class GpuDecoder:
             batch_invariant=batch_invariant,
             partial_sums=shard.shape.tp > 1,
         )
+        self._dense = DenseProjections(device)
         self._is_sharded = shard.shape.tp > 1
         self._logits_BV: torch.Tensor | None = None
         """One for all steps: what graphs put out of their own stays allocated for each of them."""
@@ -171,9 +173,9 @@ class GpuDecoder:
             out = x.new_empty((x.shape[0], weight.shape[0])) if out is None else out
             linear(x, weight, out, bias_N=bias)
             return out
-        if out is None:
+        if out is None and (bias is not None or not x.is_cuda):
             return loraplex_kernels.linear(x, weight, bias)
-        return loraplex_kernels.linear_into(x, weight, out)
+        return self._dense.into(x, weight, x.new_empty((x.shape[0], weight.shape[0])) if out is None else out)
 
     def _project(
         self,
