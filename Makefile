@@ -84,7 +84,7 @@ figures: setup-dev
 	$(BIN)/loraplex bench serve $(SERVE_CPU) --proxy python > $(FIGURES)/platform_python_proxies_cpu.json
 	$(BIN)/loraplex bench start > $(FIGURES)/platform_adapters_cpu.json
 
-# Figures of the cluster, with 1 and with 3 gateways: about 40 minutes on 2 cores; keep the machine otherwise idle. Crowds and
+# Figures of the cluster, with 1 and with 3 gateways: about 55 minutes on 2 cores; keep the machine otherwise idle. Crowds and
 # tenants, one run for each policy, are in docs/routing.md.
 DEPLOYMENTS := $(BIN)/python -m loraplex_deployments
 figures-cluster: setup-dev
@@ -94,6 +94,7 @@ figures-cluster: setup-dev
 	$(BIN)/loraplex bench faults --gateways 3 > $(FIGURES)/faults_3_gateways_cpu.json
 	$(BIN)/loraplex bench replan > $(FIGURES)/plan_changes_cpu.json
 	$(BIN)/loraplex bench replan --gateways 3 > $(FIGURES)/plan_changes_3_gateways_cpu.json
+	$(BIN)/loraplex bench drift > $(FIGURES)/drift_cpu.json
 	$(DEPLOYMENTS).bench_simulated --out $(FIGURES)/simulated_against_measured_cpu.json
 	$(DEPLOYMENTS).bench_simulated --gateways 3 --out $(FIGURES)/simulated_against_measured_3_gateways_cpu.json
 

@@ -49,7 +49,7 @@ class DriftOptions(msgspec.Struct, frozen=True, kw_only=True):
     """Popularity moves on after so long: to the next base, and within it to other adapters."""
     phases: int = 3
     """Of ``rotate_s`` each."""
-    rate: float = 5.0
+    rate: float = 10.0
     """Requests per second, all together."""
     cv: float = 1.0
     """Of the gaps of an adapter."""

@@ -14,7 +14,7 @@ from loraplex.controller.fleet.config import PlanningConfig
 def drift_command(
     rotate_s: Annotated[float, typer.Option(min=1, help="Popularity moves on after so many seconds.")] = 120.0,
     phases: Annotated[int, typer.Option(min=1, help="Of --rotate-s each.")] = 3,
-    rate: Annotated[float, typer.Option(min=0.1, help="Requests per second, all together.")] = 5.0,
+    rate: Annotated[float, typer.Option(min=0.1, help="Requests per second, all together.")] = 10.0,
     cv: Annotated[float, typer.Option(min=0.01, help="Of the gaps of an adapter.")] = 1.0,
     skew: Annotated[float, typer.Option(min=0, help="Of the adapters' popularity, as a power law.")] = 1.0,
     lengths: Annotated[str, typer.Option(help="Of prompts and outputs, as `traces synth` takes them.")] = (
@@ -25,7 +25,7 @@ def drift_command(
     ranks: Annotated[str, typer.Option(help="LoRA ranks of a base's adapters, in turn.")] = "16",
     bases: Annotated[str, typer.Option(help="Their names in the cost profiles, by commas.")] = "llama3-8b,llama3-8b",
     profiles: Annotated[str, typer.Option(help="Cost profiles: shipped names or files, by commas.")] = "h100-80gb",
-    factor: Annotated[float, typer.Option(min=0.01, help="How many times slower than the profile steps are.")] = 12.0,
+    factor: Annotated[float, typer.Option(min=0.01, help="How many times slower than the profile steps are.")] = 6.0,
     cuda: Annotated[
         bool,
         typer.Option("--cuda", help="Replicas compute random weights of `random:BASE` on this machine's GPUs."),
@@ -34,14 +34,14 @@ def drift_command(
     gpus: Annotated[int, typer.Option(min=1, help="GPUs; paced, half of them on each of two nodes.")] = 4,
     gateways: Annotated[int, typer.Option(min=1, help="Gateway processes.")] = 1,
     proxy: Annotated[str, typer.Option(help="Serve's: haproxy or python.")] = "haproxy",
-    ttft_s: Annotated[float, typer.Option(min=0.001, help="Target.")] = 3.0,
-    tpot_s: Annotated[float, typer.Option(min=0.001, help="Target.")] = 0.17,
-    interval_s: Annotated[float, typer.Option(min=1, help="Between two runs of the controller's planner.")] = 10.0,
-    window_s: Annotated[float, typer.Option(min=1, help="Of recorded traffic that it plans from.")] = 30.0,
-    min_requests: Annotated[int, typer.Option(min=1, help="In that window; fewer tell it nothing.")] = 40,
+    ttft_s: Annotated[float, typer.Option(min=0.001, help="Target.")] = 1.5,
+    tpot_s: Annotated[float, typer.Option(min=0.001, help="Target.")] = 0.085,
+    interval_s: Annotated[float, typer.Option(min=1, help="Between two runs of the controller's planner.")] = 5.0,
+    window_s: Annotated[float, typer.Option(min=1, help="Of recorded traffic that it plans from.")] = 20.0,
+    min_requests: Annotated[int, typer.Option(min=1, help="In that window; fewer tell it nothing.")] = 60,
     min_gain: Annotated[
         float, typer.Option(min=0, help="Attainment that a new plan must win by its simulation.")
-    ] = 0.02,
+    ] = 0.03,
     evaluations: Annotated[int, typer.Option(min=1, help="Of the search for the plan that stays.")] = 400,
     seed: int = 0,
 ) -> None:
