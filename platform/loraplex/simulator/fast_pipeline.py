@@ -26,7 +26,7 @@ from loraplex.simulator.fast_turns import pay
 from loraplex.simulator.step_time import seconds_of
 
 
-@inlined
+@inner
 def arrived_in_pipeline(state: State, knobs: Knobs, p: int, now_s: float, ready_s: float) -> None:
     """A request that can be admitted from ``ready_s`` on came; while steps are in flight their end is waited for."""
     replica = state.replicas[p]
@@ -69,7 +69,7 @@ def _slot(state: State, step: int) -> int:
     return int(step % state.plans.shape[1])
 
 
-@inlined
+@inner
 def _chunk_done(state: State, knobs: Knobs, p: int, slot: int, index: int, now_s: float) -> None:
     chunk = state.chunks[p, slot, index]
     r = chunk.request
@@ -222,7 +222,7 @@ def _count_rows(state: State, p: int, slot: int) -> None:
     plan.interval_s = _seconds(state, p, slot, 1, num_adapters, adapter_bytes)
 
 
-@inlined
+@inner
 def _seconds(state: State, p: int, slot: int, which: int, num_adapters: float, adapter_bytes: float) -> float:
     plan = state.plans[p, slot]
     return seconds_of(

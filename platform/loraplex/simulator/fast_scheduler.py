@@ -150,7 +150,7 @@ def finish_due(state: State, knobs: Knobs, p: int, now_s: float) -> None:
         index = first_end_at(state, p, replica.step)
 
 
-@inlined
+@inner
 def finish(state: State, knobs: Knobs, p: int, r: int, now_s: float) -> None:
     request = state.requests[r]
     request.end_s = now_s
@@ -188,7 +188,7 @@ def preempt_latest(state: State, knobs: Knobs, p: int, now_s: float) -> None:
     wait_again(state, p, victim, generated)
 
 
-@inlined
+@inner
 def leave_pipeline(state: State, knobs: Knobs, p: int, r: int) -> None:
     """A request that draws tokens in a pipeline gives back its pages and its adapter; full pages are kept."""
     replica, request = state.replicas[p], state.requests[r]
@@ -205,7 +205,7 @@ def leave_pipeline(state: State, knobs: Knobs, p: int, r: int) -> None:
             make_idle(state, p, request.adapter)
 
 
-@inlined
+@inner
 def wait_again(state: State, p: int, victim: int, generated: int) -> None:
     """It was preempted after ``generated`` tokens."""
     replica, request = state.replicas[p], state.requests[victim]

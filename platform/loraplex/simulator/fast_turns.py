@@ -6,7 +6,7 @@ done, what it will cost counts in the order, but lifts nobody. Compiled; called 
 
 import numpy as np
 
-from loraplex.simulator.compiled import inlined
+from loraplex.simulator.compiled import inlined, inner
 from loraplex.simulator.fast_runs import steps_until
 from loraplex.simulator.fast_state import Knobs, State
 
@@ -63,7 +63,7 @@ def owe(state: State, knobs: Knobs, p: int, r: int) -> float:
     return cost
 
 
-@inlined
+@inner
 def pay(state: State, knobs: Knobs, p: int, r: int, start: int, count: int, admitted: float) -> None:
     """A chunk of a prompt was computed, ``count`` tokens from ``start`` on; ``admitted``: what ``owe`` answered, if the
     chunk was the first."""
