@@ -75,6 +75,7 @@ def run_serve_bench(
                 server = _start(options, session, stack, say)
             machine = _machine(session)
             measurement = _Measurement(options, requests, session, server, say)
+            measurement.warm_up()
             rounds += [measurement.round(number) for number in range(options.rounds)]
     return ServeBenchResult(options=options, machine=machine, summary=summary_of(rounds), rounds=tuple(rounds))
 
@@ -117,14 +118,22 @@ class _Measurement:
         self._say = say
         self._seed = requests.seed
 
+    def warm_up(self) -> None:
+        """A turn of each that does not count. What runs at a size for the first time takes longer, on a GPU until the
+        step's graph is captured; and requests that come through HTTP make steps of many sizes, while the engine alone
+        gets the same ones in each turn."""
+        self._engine_turn("warm-up")
+        self._http_turn("warm-up")
+
     def round(self, number: int) -> Round:
         """Who begins changes from round to round."""
+        name = f"round {number + 1}"
         engine = single_engine = None
         if number % 2 == 0:
-            engine, single_engine = self._engine_turn(number)
-        http, single_http = self._http_turn(number)
+            engine, single_engine = self._engine_turn(name)
+        http, single_http = self._http_turn(name)
         if number % 2 == 1:
-            engine, single_engine = self._engine_turn(number)
+            engine, single_engine = self._engine_turn(name)
         return Round(engine=engine, http=http, single_engine=single_engine, single_http=single_http)
 
     def _single(self) -> EngineLoad:
@@ -132,22 +141,22 @@ class _Measurement:
             self._options.load, requests=self._options.single_ttft, concurrency=1, output_tokens=1
         )
 
-    def _engine_turn(self, number: int) -> tuple[LoadResult | None, LoadResult | None]:
+    def _engine_turn(self, name: str) -> tuple[LoadResult | None, LoadResult | None]:
         session = self._session
         if session is None:
             return None, None
         result = session.run(self._options.load)
-        self._say(f"round {number + 1}: engine alone {result.output_tokens_per_s:,.0f} tokens/s")
+        self._say(f"{name}: engine alone {result.output_tokens_per_s:,.0f} tokens/s")
         return result, session.run(self._single()) if self._options.single_ttft else None
 
-    def _http_turn(self, number: int) -> tuple[HttpTurn, LoadReport | None]:
+    def _http_turn(self, name: str) -> tuple[HttpTurn, LoadReport | None]:
         load = self._options.load
         num_targets = len(self._server.targets)
         # As the engine alone is warmed up: short requests, then one for each adapter, which brings it onto the device.
         self._send(msgspec.structs.replace(load, requests=_streams(load), output_tokens=_WARMUP_TOKENS))
         self._send(msgspec.structs.replace(load, requests=num_targets, input_tokens=1, output_tokens=1))
         turn = self._send(load)
-        self._say(f"round {number + 1}: through HTTP {turn.report.output_tokens_per_s:,.0f} tokens/s")
+        self._say(f"{name}: through HTTP {turn.report.output_tokens_per_s:,.0f} tokens/s")
         return turn, self._send(self._single()).report if self._options.single_ttft else None
 
     def _send(self, load: EngineLoad) -> HttpTurn:
