@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 from graph_timing import median_ms, relative_error
-from loraplex_kernels.gpu.cublaslt import CublasLt
+from loraplex_kernels.gpu.cublaslt import CublasLt, library_version
 from loraplex_kernels.gpu.dense import GemmTable, Size
 
 SHAPES = {
@@ -102,7 +102,7 @@ def main() -> None:
                 algorithms[size] = algorithm
         del weights
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    table = GemmTable(gpu=torch.cuda.get_device_name(device), cublaslt=library.version, algorithms=algorithms)
+    table = GemmTable(gpu=torch.cuda.get_device_name(device), cublaslt=library_version(), algorithms=algorithms)
     table.save(options.out)
 
 

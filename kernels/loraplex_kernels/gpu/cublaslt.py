@@ -36,21 +36,31 @@ class _Heuristic(ctypes.Structure):
     )
 
 
+@cache
+def _library() -> ctypes.CDLL:
+    major = (torch.version.cuda or "0").split(".")[0]
+    library = ctypes.CDLL(f"libcublasLt.so.{major}")
+    library.cublasLtGetVersion.restype = c_size_t
+    return library
+
+
+def library_version() -> int:
+    """Raises OSError where torch has no cuBLASLt."""
+    return int(_library().cublasLtGetVersion())
+
+
 class CublasLt:
     """One device's handle and workspace. For one stream at a time."""
 
     def __init__(self, device: torch.device) -> None:
         """Raises OSError where torch has no cuBLASLt."""
-        major = (torch.version.cuda or "0").split(".")[0]
-        self._library = ctypes.CDLL(f"libcublasLt.so.{major}")
-        self._library.cublasLtGetVersion.restype = c_size_t
-        self.version = int(self._library.cublasLtGetVersion())
+        self._library = _library()
         self._handle = c_void_p()
         self._call("cublasLtCreate", byref(self._handle))
         self._workspace = torch.empty(_WORKSPACE_BYTES, dtype=torch.uint8, device=device)
         self._one, self._zero = c_float(1.0), c_float(0.0)
-        self._operation = cache(self._new_operation)
-        self._layout = cache(self._new_layout)
+        self._operation = self._transposed_product()
+        self._layout_of: dict[tuple[int, int, int], c_void_p] = {}
 
     def algorithms(
         self, num_tokens: int, in_features: int, out_features: int, dtype: torch.dtype, most: int
@@ -70,7 +80,7 @@ class CublasLt:
             found, count = (_Heuristic * most)(), c_int()
             weight, x, out = self._layouts(num_tokens, in_features, out_features, dtype)
             self._call(
-                "cublasLtMatmulAlgoGetHeuristic", self._handle, self._operation(), weight, x, out, out, preference,
+                "cublasLtMatmulAlgoGetHeuristic", self._handle, self._operation, weight, x, out, out, preference,
                 c_int(most), found, byref(count),
             )  # fmt: skip
         finally:
@@ -83,7 +93,7 @@ class CublasLt:
         (num_tokens, in_features), out_features = x_TK.shape, weight_NK.shape[0]
         weight, x, out = self._layouts(num_tokens, in_features, out_features, x_TK.dtype)
         self._call(
-            "cublasLtMatmul", self._handle, self._operation(), byref(self._one),
+            "cublasLtMatmul", self._handle, self._operation, byref(self._one),
             c_void_p(weight_NK.data_ptr()), weight, c_void_p(x_TK.data_ptr()), x, byref(self._zero),
             c_void_p(out_TN.data_ptr()), out, c_void_p(out_TN.data_ptr()), out,
             ctypes.create_string_buffer(algorithm, ALGORITHM_BYTES),
@@ -102,18 +112,19 @@ class CublasLt:
             self._layout(kind, out_features, num_tokens),
         )
 
-    def _new_operation(self) -> c_void_p:
+    def _transposed_product(self) -> c_void_p:
         operation = c_void_p()
         self._call("cublasLtMatmulDescCreate", byref(operation), c_int(_COMPUTE_32F), c_int(_R_32F))
         transposed = c_int32(1)
         self._call("cublasLtMatmulDescSetAttribute", operation, c_int(_DESC_TRANSA), byref(transposed), c_size_t(4))
         return operation
 
-    def _new_layout(self, kind: int, rows: int, columns: int) -> c_void_p:
-        layout = c_void_p()
-        self._call(
-            "cublasLtMatrixLayoutCreate", byref(layout), c_int(kind), c_uint64(rows), c_uint64(columns), c_int64(rows)
-        )
+    def _layout(self, kind: int, rows: int, columns: int) -> c_void_p:
+        layout = self._layout_of.get((kind, rows, columns))
+        if layout is None:
+            layout = self._layout_of[kind, rows, columns] = c_void_p()
+            shape = c_uint64(rows), c_uint64(columns), c_int64(rows)
+            self._call("cublasLtMatrixLayoutCreate", byref(layout), c_int(kind), *shape)
         return layout
 
     def _call(self, name: str, *arguments: object) -> None:

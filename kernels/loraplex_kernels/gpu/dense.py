@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from loraplex_kernels.gpu.cublaslt import CublasLt
+from loraplex_kernels.gpu.cublaslt import CublasLt, library_version
 from loraplex_kernels.linear import linear_into
 
 _TABLES = Path(__file__).parent / "gemms"
@@ -54,12 +54,11 @@ class DenseProjections:
         if device.type != "cuda":
             return
         try:
-            library = CublasLt(device)
+            table = find_table(_TABLES, torch.cuda.get_device_name(device), library_version())
         except OSError:
             return
-        table = find_table(_TABLES, torch.cuda.get_device_name(device), library.version)
         if table is not None:
-            self._library, self._algorithms = library, table.algorithms
+            self._library, self._algorithms = CublasLt(device), table.algorithms
 
     def into(self, x_TK: torch.Tensor, weight_NK: torch.Tensor, out_TN: torch.Tensor) -> torch.Tensor:
         """``x W^T`` in ``out_TN``, which it returns; all dense. ``weight_NK``: of ``pack_weight``."""
