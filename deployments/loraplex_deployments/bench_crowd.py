@@ -13,7 +13,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import numpy.typing as npt
-from loraplex.loadgen.outcomes import Outcomes
+from loraplex.loadgen.outcomes import Outcomes, percentile
 from loraplex.router.config import RouterConfig
 from loraplex.simulator.crowds import HOT, flash_crowd
 from loraplex.simulator.routing_study import POLICIES
@@ -157,25 +157,20 @@ def figures_of(outcomes: Outcomes, arrivals: Arrivals, options: CrowdOptions) ->
     crowd, others = times >= 2 * options.span_s, arrivals.tenant != arrivals.tenant[hot][0]
     calm = (times >= options.span_s) & ~crowd
     good = outcomes.good(options.slo)
-    during_s, calm_s = (_percentile(outcomes.ttft_s[others & span], 99) for span in (crowd, calm))
+    during_s, calm_s = (percentile(outcomes.ttft_s[others & span], 99) for span in (crowd, calm))
     return Figures(
         attainment=float(good[crowd].mean()),
         hot_attainment=float(good[crowd & hot].mean()),
         others_attainment=float(good[crowd & others].mean()),
         calm_attainment=float(good[calm].mean()),
-        ttft_p50_s=_percentile(outcomes.ttft_s[crowd], 50),
-        ttft_p99_s=_percentile(outcomes.ttft_s[crowd], 99),
-        tpot_p50_s=_percentile(outcomes.tpot_s[crowd], 50),
+        ttft_p50_s=percentile(outcomes.ttft_s[crowd], 50),
+        ttft_p99_s=percentile(outcomes.ttft_s[crowd], 99),
+        tpot_p50_s=percentile(outcomes.tpot_s[crowd], 50),
         others_ttft_p99_s=during_s,
         others_calm_ttft_p99_s=calm_s,
         others_ratio=during_s / calm_s,
         unanswered=int(np.count_nonzero(~outcomes.served)),
     )
-
-
-def _percentile(values: npt.NDArray[np.float64], percent: float) -> float:
-    """The next greater value, so that infinite ones count for what they are."""
-    return float(np.percentile(values, percent, method="higher"))
 
 
 def _line(result: PolicyResult) -> str:

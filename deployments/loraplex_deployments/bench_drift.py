@@ -24,10 +24,9 @@ from loraplex.controller.fleet.replan import problem_for
 from loraplex.core.plan import Plan
 from loraplex.core.rollout import DecisionKind, DecisionRecord, PlanRecord
 from loraplex.loadgen.completion import Sample
-from loraplex.loadgen.outcomes import Outcomes
+from loraplex.loadgen.outcomes import Outcomes, percentile
 from loraplex.planner.chance import paired_interval
 from loraplex.planner.search import Search
-from loraplex.simulator.types import FloatArray
 from loraplex.traces.arrivals import AdapterName, Arrivals, TraceRequest, requests_of
 from loraplex.traces.synth.arrivals import synthetic_arrivals
 from loraplex.traces.synth.recipe import Drift, Recipe
@@ -260,19 +259,14 @@ def _run(
         errors=Counter(sample.message for sample in failed),
         attainment=float(good.mean()),
         attainment_by_phase=tuple(float(good[phase == one].mean()) for one in range(options.phases)),
-        ttft_p50_s=_percentile(outcomes.ttft_s, 50),
-        ttft_p99_s=_percentile(outcomes.ttft_s, 99),
-        tpot_p50_s=_percentile(outcomes.tpot_s, 50),
-        tpot_p99_s=_percentile(outcomes.tpot_s, 99),
+        ttft_p50_s=percentile(outcomes.ttft_s, 50),
+        ttft_p99_s=percentile(outcomes.ttft_s, 99),
+        tpot_p50_s=percentile(outcomes.tpot_s, 50),
+        tpot_p99_s=percentile(outcomes.tpot_s, 99),
         late_p99_s=float(np.percentile([sample.sent_s - sample.scheduled_s for sample in samples], 99)),
         changes=changes,
         decisions=tuple(map(decision_line, decisions)),
     )
-
-
-def _percentile(values: FloatArray, percent: float) -> float:
-    # No number lies between a finite one and an infinite one.
-    return float(np.percentile(values, percent, method="higher"))
 
 
 def _shares(options: DriftOptions, arrivals: Arrivals) -> tuple[tuple[float, ...], ...]:

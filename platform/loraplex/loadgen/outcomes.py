@@ -101,3 +101,8 @@ def attainment(outcomes: Outcomes, slo: Slo, rows: Mask | None = None) -> Attain
         tpot_attainment=share(outcomes.tpot_s <= slo.tpot_s),
         goodput_per_s=good / span_s if span_s > 0 else None,
     )
+
+
+def percentile(values: FloatArray, percent: float) -> float:
+    """The next greater value, so that infinite ones count for what they are: no number lies between them and others."""
+    return float(np.percentile(values, percent, method="higher"))
