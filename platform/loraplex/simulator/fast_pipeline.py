@@ -15,6 +15,7 @@ from loraplex.simulator.fast_scheduler import (
     clear_plan,
     fill_step,
     finish,
+    latest_decoding,
     leave_pipeline,
     leave_prefilling,
     next_fetched_s,
@@ -241,14 +242,7 @@ def _seconds(state: State, p: int, slot: int, which: int, num_adapters: float, a
 @inner
 def _preempt_latest(state: State, knobs: Knobs, p: int) -> None:
     """Of those that draw tokens, the one that came last gives its pages up."""
-    replica = state.replicas[p]
-    victim = NONE
-    for index in range(replica.num_running):
-        r = state.slots[p, index].running
-        if state.requests[r].start_step != NONE and (
-            victim == NONE or state.requests[r].order > state.requests[victim].order
-        ):
-            victim = r
+    victim = latest_decoding(state, p)
     generated = state.requests[victim].generated + state.requests[victim].drawn
     leave_pipeline(state, knobs, p, victim)
     wait_again(state, p, victim, generated)

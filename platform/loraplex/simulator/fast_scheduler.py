@@ -171,18 +171,24 @@ def finish(state: State, knobs: Knobs, p: int, r: int, now_s: float) -> None:
 
 
 @inner
-def preempt_latest(state: State, knobs: Knobs, p: int, now_s: float) -> None:
-    """The decoding request that came last gives its pages up and waits again, before all others."""
-    replica = state.replicas[p]
-    victim = NONE
-    for index in range(replica.num_running):
+def latest_decoding(state: State, p: int) -> int:
+    """Of the requests that draw tokens, the one that came last; NONE if there is none."""
+    latest = NONE
+    for index in range(state.replicas[p].num_running):
         r = state.slots[p, index].running
         if state.requests[r].start_step != NONE and (
-            victim == NONE or state.requests[r].order > state.requests[victim].order
+            latest == NONE or state.requests[r].order > state.requests[latest].order
         ):
-            victim = r
+            latest = r
+    return latest
+
+
+@inner
+def preempt_latest(state: State, knobs: Knobs, p: int, now_s: float) -> None:
+    """The decoding request that came last gives its pages up and waits again, before all others."""
+    victim = latest_decoding(state, p)
     request = state.requests[victim]
-    generated = request.generated + 1 + replica.step - request.start_step
+    generated = request.generated + 1 + state.replicas[p].step - request.start_step
     remove_end(state, p, position_of_end(state, p, victim))
     _stop(state, knobs, p, victim)
     wait_again(state, p, victim, generated)
