@@ -166,7 +166,7 @@ def problem_for(task: Task, arrivals: Arrivals) -> "Problem":
 
 
 def by_chance(current: Plan, plan: Plan, problem: "Problem") -> bool:
-    """Whether as many requests as there are can tell the two apart: the search has chosen among many plans."""
+    """Whether the recorded requests cannot tell the two apart: the search has chosen among many plans."""
     from loraplex.planner.chance import paired_interval
     from loraplex.simulator import fast
     from loraplex.simulator.workload import Workload
