@@ -113,10 +113,6 @@ class StepComposition:
         """The steps that a mask (S,) or indices choose."""
         return type(self)(**{field.name: getattr(self, field.name)[chosen] for field in fields(self)})
 
-    def chosen(self, steps: npt.NDArray[np.bool_]) -> Self:
-        """Those of (S,) ``steps`` that are true."""
-        return type(self)(**{f.name: getattr(self, f.name)[steps] for f in fields(self)})
-
     @classmethod
     def joined(cls, parts: Iterable[Self]) -> Self:
         """All steps of ``parts`` (at least one), in their order."""

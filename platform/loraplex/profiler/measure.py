@@ -126,7 +126,7 @@ def _run(session: BenchSession, case: ProfileCase, options: ProfileOptions) -> t
     # A pipeline has a pace only while several steps are in it.
     paced = engine.overlapped() if session.setup.pp > 1 else np.ones(len(steps), dtype=bool)
     return (
-        Samples.of(steps.chosen(paced), engine.step_seconds()[paced]),
+        Samples.of(steps.take(paced), engine.step_seconds()[paced]),
         Samples.of(steps, engine.step_latencies()),
     )
 
