@@ -45,19 +45,18 @@ DECODE_BLOCKS = [
     )
 ]
 PREFILL_BLOCKS = [
-    AttentionBlocks(rows=rows, keys=keys, num_warps=warps, num_stages=stages)
-    for rows, keys, warps, stages in (
-        (128, 64, 8, 3),
-        (128, 64, 8, 2),
-        (128, 64, 8, 5),
-        (128, 128, 8, 2),
-        (128, 128, 8, 3),
-        (64, 64, 4, 3),
-        (64, 64, 4, 2),
-        (64, 64, 4, 5),
-        (64, 32, 4, 3),
-        (64, 32, 4, 2),
-        (64, 128, 4, 2),
+    AttentionBlocks(rows=rows, keys=keys, num_warps=warps, num_stages=stages, max_registers=registers)
+    for rows, keys, warps, stages, registers in (
+        (64, 32, 4, 2, 128),
+        (64, 32, 4, 2, None),
+        (64, 32, 4, 3, 128),
+        (64, 16, 4, 4, 128),
+        (64, 64, 4, 3, None),
+        (64, 64, 4, 2, None),
+        (64, 128, 4, 2, None),
+        (128, 32, 8, 3, 128),
+        (128, 64, 8, 3, None),
+        (128, 128, 8, 3, None),
     )
 ]
 
@@ -105,6 +104,8 @@ DECODE_CASES = [
 ]
 PREFILL_CASES = [
     PrefillCase(prompts=32, tokens=256),
+    PrefillCase(prompts=16, tokens=512),
+    PrefillCase(prompts=8, tokens=1024),
     PrefillCase(prompts=1, tokens=8192),
     PrefillCase(prompts=4, tokens=2048, prefix=2048),
 ]
@@ -211,7 +212,7 @@ class Bench:
             error = self.check(lambda: run(1), out, expected, (~expected[:, 0].isnan()).nonzero()[:, 0])
             ms = self.time(lambda: [run(layer) for layer in layers]) / len(layers)
             return {
-                **_shown(blocks, "rows", "keys", "num_warps", "num_stages"),
+                **_shown(blocks, "rows", "keys", "num_warps", "num_stages", "max_registers"),
                 "layer_us": round(ms * 1e3, 2),
                 "tflop_per_s": round(flops / ms / 1e9, 1),
                 "error": error,
@@ -266,7 +267,7 @@ class Bench:
         return statistics.median(times)
 
 
-def _shown(blocks: AttentionBlocks, *names: str) -> dict[str, int]:
+def _shown(blocks: AttentionBlocks, *names: str) -> dict[str, int | None]:
     return {name: getattr(blocks, name) for name in names}
 
 

@@ -32,11 +32,14 @@ class AttentionBlocks:
     keys: int
     num_warps: int
     num_stages: int
+    max_registers: int | None = None
+    """Of a thread (prefill only): fewer let more programs share an SM. None: as many as the compiler likes."""
 
 
 _DECODE_BLOCKS = AttentionBlocks(keys=64, num_warps=4, num_stages=3)
 _DECODE_BLOCKS_FP32 = AttentionBlocks(keys=32, num_warps=4, num_stages=2)
-_PREFILL_BLOCKS = AttentionBlocks(rows=64, keys=64, num_warps=4, num_stages=3)
+# Four programs fit an SM: those of short prompts mostly wait for their first pages.
+_PREFILL_BLOCKS = AttentionBlocks(rows=64, keys=32, num_warps=4, num_stages=2, max_registers=128)
 _PREFILL_BLOCKS_H64 = AttentionBlocks(rows=128, keys=64, num_warps=4, num_stages=3)
 _PREFILL_BLOCKS_FP32 = AttentionBlocks(rows=32, keys=16, num_warps=8, num_stages=2)
 
@@ -240,6 +243,7 @@ def prefill_attention(
         NUM_STAGES=blocks.num_stages,
         EXACT=exact(q.dtype),
         num_warps=blocks.num_warps,
+        maxnreg=blocks.max_registers,
     )
 
 

@@ -327,7 +327,7 @@ def prefill_kernel(
         NUM_STAGES,
         EXACT,
     )
-    out_MH = acc_MH / tl.where(total_M > 0, total_M, 1.0)[:, None]
+    out_MH = acc_MH * (1.0 / tl.where(total_M > 0, total_M, 1.0))[:, None]
     out_offset_MH = (token_M * out_stride + column_M)[:, None] + dim_H[None, :]
     tl.store(
         out_ptr + first_token * out_stride + out_offset_MH,
