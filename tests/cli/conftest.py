@@ -26,7 +26,7 @@ from loraplex.testing.fake_dispatcher import FakeDispatcher, Script
 from loraplex.testing.tiny_controller import TINY_BASE, start_tiny_controller
 from loraplex.testing.tiny_tokenizer import build_tiny_tokenizer
 from loraplex.traces.recorder import RecorderCounters
-from loraplex.traces.row import TraceRow
+from loraplex.traces.row import ArrivalRow, TraceRow
 from typer.testing import CliRunner, Result
 
 ANSWER = "Many tenants share one base model."
@@ -36,10 +36,14 @@ KEYS = {name: f"lpx_{name}_key_of_the_tests" for name in ("acme", "globex", "adm
 @dataclass
 class _Rows:
     rows: list[TraceRow] = field(default_factory=list)
+    arrivals: list[ArrivalRow] = field(default_factory=list)
 
     @property
     def counters(self) -> RecorderCounters:
         return RecorderCounters()
+
+    def arrived(self, row: ArrivalRow) -> None:
+        self.arrivals.append(row)
 
     def record(self, row: TraceRow) -> None:
         self.rows.append(row)

@@ -26,7 +26,7 @@ from loraplex.testing.fake_dispatcher import FakeDispatcher, Script
 from loraplex.testing.tiny_controller import start_tiny_controller
 from loraplex.testing.tiny_tokenizer import build_tiny_tokenizer
 from loraplex.traces.recorder import RecorderCounters
-from loraplex.traces.row import TraceRow
+from loraplex.traces.row import ArrivalRow, TraceRow
 
 ACME_KEY = "lpx_acme_admin_key_of_the_tests"
 ACME_MEMBER_KEY = "lpx_acme_member_key_of_the_tests"
@@ -40,11 +40,15 @@ class Rows:
     """A Tracer that keeps what it gets."""
 
     rows: list[TraceRow] = field(default_factory=list)
+    arrivals: list[ArrivalRow] = field(default_factory=list)
     num_dropped: int = 0
 
     @property
     def counters(self) -> RecorderCounters:
         return RecorderCounters(sent=len(self.rows), dropped=self.num_dropped)
+
+    def arrived(self, row: ArrivalRow) -> None:
+        self.arrivals.append(row)
 
     def record(self, row: TraceRow) -> None:
         self.rows.append(row)

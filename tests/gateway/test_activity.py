@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from loraplex.gateway.activity import MAX_WINDOW_S, Activity, Summary
 from loraplex.traces.recorder import RecorderCounters
-from loraplex.traces.row import TraceRow
+from loraplex.traces.row import ArrivalRow, TraceRow
 
 ADMIN_KEY = "lpx_platform_admin_key_of_the_tests"
 
@@ -15,10 +15,14 @@ ADMIN_KEY = "lpx_platform_admin_key_of_the_tests"
 @dataclass
 class Rows:
     rows: list[TraceRow] = field(default_factory=list)
+    arrivals: list[ArrivalRow] = field(default_factory=list)
 
     @property
     def counters(self) -> RecorderCounters:
         return RecorderCounters(sent=len(self.rows))
+
+    def arrived(self, row: ArrivalRow) -> None:
+        self.arrivals.append(row)
 
     def record(self, row: TraceRow) -> None:
         self.rows.append(row)

@@ -156,6 +156,8 @@ async def test_refusal_of_the_router_has_its_own_status_also_when_streaming(worl
         assert reply.headers["retry-after"] == "3"
         assert reply.json()["error"]["type"] == "overloaded_error"
     assert [row.status for row in world.tracer.rows] == [429, 429]
+    assert [row.arrival_s for row in world.tracer.arrivals] == [row.arrival_s for row in world.tracer.rows]
+    assert min(row.prompt_tokens for row in world.tracer.rows) > 0, "load that was refused"
 
 
 async def test_what_we_refuse_costs_the_tenant_no_tokens(world: Any) -> None:
@@ -176,6 +178,23 @@ async def test_every_refused_call_leaves_a_row(world: Any) -> None:
         (400, None),
         (400, "tiny-base"),
     ]
+    assert world.tracer.arrivals == [], "no load"
+
+
+async def test_an_arrival_is_told_before_anything_is_generated(world: Any) -> None:
+    at_dispatch: list[tuple[int, int]] = []
+    says = world.script("Hello")
+
+    def script(request: Any) -> Any:
+        at_dispatch.append((len(world.tracer.arrivals), len(world.tracer.rows)))
+        return says(request)
+
+    world.dispatcher.script = script
+    assert (await world.http.post("/v1/chat/completions", json=body(model="pirate"))).status_code == 200
+    assert at_dispatch == [(1, 0)]
+    (arrival,), (row,) = world.tracer.arrivals, world.tracer.rows
+    assert (arrival.adapter_name, arrival.base_model_id, arrival.tenant) == ("pirate", "tiny-base", "acme")
+    assert all(getattr(arrival, name) == getattr(row, name) for name in arrival.__dataclass_fields__)
 
 
 async def test_loss_before_the_first_token_is_503(world: Any) -> None:

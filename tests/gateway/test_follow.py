@@ -74,6 +74,8 @@ async def test_limits_and_demand(world: Any) -> None:
     assert int(reply.headers["retry-after"]) >= 1
     await world.eventually(lambda: sum(row.requests for row in world.control.rows_of("lease_quota")) == 4)
     assert [row.status for row in world.tracer.rows] == [200, 429, 429, 429]
+    assert [row.prompt_tokens > 0 for row in world.tracer.rows] == [True, False, False, False]
+    assert len(world.tracer.arrivals) == 1, "what its quota does not allow a tenant is no load"
     leases = [args for name, args in world.control.calls if name == "lease_quota"]
     assert leases[0][2] == ()
     assert [row.share for row in leases[-1][2]][:1] == [1.0], "each lease reports the answer to the one before"

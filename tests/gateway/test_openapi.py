@@ -35,6 +35,9 @@ class NoTracer:
     def counters(self) -> RecorderCounters:
         return RecorderCounters()
 
+    def arrived(self, row: Any) -> None:
+        assert row.prompt_tokens > 0
+
     def record(self, row: Any) -> None:
         assert row.e2e_s >= 0
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from loraplex.core.errors import InvalidInput
 from loraplex.traces.config import TraceConfig
 from loraplex.traces.recorder import TraceRecorder
-from loraplex.traces.row import TraceRow
+from loraplex.traces.row import ArrivalRow, TraceRow
 from loraplex.traces.schema import decode_batch
 
 _FAST = TraceConfig(send_interval_s=0.01, retry_first_s=0.005, retry_max_s=0.01)
@@ -29,6 +29,11 @@ class _Receiver:
             raise ConnectionError("controller is away")
         self.batches.append(data)
 
+    def arrived_ids(self) -> list[list[str]]:
+        """Of each batch."""
+        arrivals = [decode_batch(data).arrivals for data in self.batches]
+        return [table.column("request_id").to_pylist() for table in arrivals if table is not None]
+
     def request_ids(self) -> list[str]:
         return [name for data in self.batches for name in decode_batch(data).table.column("request_id").to_pylist()]
 
@@ -46,6 +51,45 @@ async def test_rows_arrive_in_order_across_failures(make_row: Callable[..., Trac
     counters = recorder.counters
     assert (counters.recorded, counters.sent, counters.dropped, counters.buffered) == (50, 50, 0, 0)
     assert counters.failed_sends == 5
+
+
+def _arrival(row: TraceRow) -> ArrivalRow:
+    return ArrivalRow(**{name: getattr(row, name) for name in ArrivalRow.__dataclass_fields__})
+
+
+async def test_arrivals_are_told_while_nothing_ends_and_never_after_their_row(
+    make_row: Callable[..., TraceRow],
+) -> None:
+    receiver = _Receiver(failures=2)
+    recorder = TraceRecorder(_FAST, send=receiver.send)
+    await recorder.start()
+    rows = [make_row(i) for i in range(30)]
+    for row in rows[:10]:
+        recorder.arrived(_arrival(row))
+    async with asyncio.timeout(5):
+        while not receiver.batches:  # noqa: ASYNC110 (what is waited for has no event)
+            await asyncio.sleep(0.002)
+    assert receiver.arrived_ids() == [[row.request_id for row in rows[:10]]]
+    assert (receiver.request_ids(), recorder.counters.recorded) == ([], 0)
+    for row in rows[10:]:
+        recorder.arrived(_arrival(row))
+        recorder.record(row)
+        await asyncio.sleep(0.001)
+    await recorder.close()
+    assert [name for names in receiver.arrived_ids() for name in names] == [row.request_id for row in rows]
+    known: set[str] = set()
+    for data, arrived in zip(receiver.batches, receiver.arrived_ids(), strict=True):
+        known.update(arrived)
+        assert known >= set(decode_batch(data).table.column("request_id").to_pylist())
+
+
+async def test_of_arrivals_that_nobody_takes_the_latest_are_kept(make_row: Callable[..., TraceRow]) -> None:
+    receiver = _Receiver()
+    recorder = TraceRecorder(TraceConfig(send_interval_s=0.01, max_unsent_rows=5), send=receiver.send)
+    for i in range(12):
+        recorder.arrived(_arrival(make_row(i)))
+    await recorder.close()
+    assert receiver.arrived_ids() == [[f"request-{i:06d}" for i in range(7, 12)]]
 
 
 async def test_a_repeat_carries_the_same_sequence(make_row: Callable[..., TraceRow]) -> None:
@@ -143,8 +187,10 @@ async def test_an_odd_row_costs_only_itself(make_row: Callable[..., TraceRow]) -
     receiver = _Receiver()
     recorder = TraceRecorder(_FAST, send=receiver.send)
     for row in (make_row(0), make_row(1, prompt_tokens=2**40), make_row(2)):
+        recorder.arrived(_arrival(row))
         recorder.record(row)
     await recorder.close()
+    assert receiver.arrived_ids() == [["request-000000", "request-000002"]]
     assert receiver.request_ids() == ["request-000000", "request-000002"]
     assert recorder.counters.refused == 1
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from loraplex.core.errors import InvalidInput
-from loraplex.traces.row import TraceRow
+from loraplex.traces.row import ArrivalRow, TraceRow
 from loraplex.traces.schema import (
     SCHEMA_VERSION,
     TRACE_SCHEMA,
@@ -45,12 +45,30 @@ _rows = st.builds(
 )
 
 
-@given(st.lists(_rows, max_size=8))
-def test_rows_survive_the_wire(rows: list[TraceRow]) -> None:
-    decoded = decode_batch(encode_batch(rows, source="gateway-1", sequence=7))
+_arrivals = st.builds(
+    ArrivalRow,
+    arrival_s=st.floats(0, 4e9),
+    tenant=_text,
+    request_id=_text,
+    base_model_id=_text,
+    adapter_name=st.none() | _text,
+    prompt_tokens=st.integers(0, 2**31 - 1),
+)
+
+
+@given(st.lists(_rows, max_size=8), st.lists(_arrivals, max_size=8))
+def test_rows_survive_the_wire(rows: list[TraceRow], arrivals: list[ArrivalRow]) -> None:
+    batch = encode_batch(rows, arrivals=arrivals, source="gateway-1", sequence=7)
+    decoded = decode_batch(batch)
     assert decoded.source == "gateway-1"
     assert decoded.sequence == 7
     assert [TraceRow(**entry) for entry in decoded.table.to_pylist()] == rows
+    assert decoded.arrivals is not None
+    assert decoded.arrivals.schema == TRACE_SCHEMA
+    told = decoded.arrivals.select(list(ArrivalRow.__dataclass_fields__)).to_pylist()
+    assert [ArrivalRow(**entry) for entry in told] == arrivals
+    before_arrivals = to_trace_schema(pa.ipc.open_stream(batch).read_all(), where="as an older release reads it")
+    assert before_arrivals.equals(decoded.table)
 
 
 def test_a_value_that_does_not_fit_is_refused(make_row: Callable[..., TraceRow]) -> None:

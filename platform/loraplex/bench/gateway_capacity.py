@@ -33,7 +33,7 @@ from loraplex.testing.fake_dispatcher import FakeDispatcher, Script
 from loraplex.testing.tiny_controller import TINY_BASE, start_tiny_controller
 from loraplex.testing.tiny_tokenizer import build_tiny_tokenizer
 from loraplex.traces.recorder import RecorderCounters
-from loraplex.traces.row import TraceRow
+from loraplex.traces.row import ArrivalRow, TraceRow
 
 _KEY = "lpx_capacity_key_of_the_measurement"
 _TEXT = "Many tenants share one base model, and each of them streams tokens as soon as a step has made them. "
@@ -65,6 +65,9 @@ class _CountingTracer:
     @property
     def counters(self) -> RecorderCounters:
         return RecorderCounters()
+
+    def arrived(self, row: ArrivalRow) -> None:
+        """Not counted."""
 
     def record(self, row: TraceRow) -> None:
         self.output_tokens += row.output_tokens

@@ -55,6 +55,9 @@ class TraceSink(Protocol):
     def append(self, batch: bytes) -> None:
         """``batch``: one Arrow IPC stream. Blocking; called from one thread, in order of arrival."""
 
+    def unwritten(self, since_s: float) -> bytes:
+        """Requests that arrived from ``since_s`` (Unix) on and that the files do not hold yet, as an IPC stream."""
+
     def status(self) -> TraceStoreStatus: ...
 
 
@@ -158,6 +161,7 @@ class Controller:
             self._meter,
             config=self._options.controller.fleet,
             trace_url=lambda: self._trace_sink.status().url,
+            unwritten=lambda since_s: self._trace_sink.unwritten(since_s),
             lora_ranks=lambda: self._board.lora_ranks,
             bases=tuple(bases),
             clock=self._clock,

@@ -1,4 +1,5 @@
-"""What one generation costs and leaves behind: quota settled, one trace row, metrics. Exactly once, whatever its end.
+"""What one generation costs and leaves behind: its arrival told, quota settled, one trace row, metrics. Exactly once,
+whatever its end.
 
 Opened by the service once the tenant that pays is known; closed by ``Generation`` or, when that never starts, by the
 service.
@@ -16,7 +17,7 @@ from loraplex.telemetry.metrics import GatewayMetrics
 from loraplex.telemetry.tracing import NO_SPAN, Tracing
 from loraplex.tenancy.quota_gate import QuotaGate, Reservation
 from loraplex.traces.recorder import RecorderCounters
-from loraplex.traces.row import TraceRow
+from loraplex.traces.row import ArrivalRow, TraceRow
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +27,8 @@ class Tracer(Protocol):
 
     @property
     def counters(self) -> RecorderCounters: ...
+
+    def arrived(self, row: ArrivalRow) -> None: ...
 
     def record(self, row: TraceRow) -> None: ...
 
@@ -63,10 +66,21 @@ class Account:
         metrics.started()
 
     def reserve(self, *, prompt_tokens: int, output_tokens: int) -> None:
-        """Raises RateLimited."""
-        self._prompt_tokens = prompt_tokens
+        """Lets the request in, for ``model``: from now on it is load, whatever becomes of it. Raises RateLimited."""
+        assert self.model is not None
         now_s = self._clock.monotonic_s()
         self._reservation = self._quota.reserve(self._tenant, prompt_tokens + output_tokens, now_s)
+        self._prompt_tokens = prompt_tokens
+        self._tracer.arrived(
+            ArrivalRow(
+                arrival_s=self._info.arrival_s,
+                tenant=self._tenant,
+                request_id=self._info.request_id,
+                base_model_id=self.model.base.base_model_id,
+                adapter_name=None if self.model.adapter is None else self.model.adapter.ref.name,
+                prompt_tokens=prompt_tokens,
+            )
+        )
 
     def first_token(self) -> None:
         if self._first_token_s is None:

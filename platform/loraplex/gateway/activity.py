@@ -12,7 +12,7 @@ from loraplex.core.clock import Clock
 from loraplex.gateway.accounting import Tracer
 from loraplex.gateway.status import HTTP_OK
 from loraplex.traces.recorder import RecorderCounters
-from loraplex.traces.row import TraceRow
+from loraplex.traces.row import ArrivalRow, TraceRow
 
 MAX_WINDOW_S = 300.0
 _MAX_ROWS = 10_000
@@ -69,6 +69,9 @@ class Activity:
     @property
     def counters(self) -> RecorderCounters:
         return self._tracer.counters
+
+    def arrived(self, row: ArrivalRow) -> None:
+        self._tracer.arrived(row)
 
     def record(self, row: TraceRow) -> None:
         now_s = self._clock.monotonic_s()

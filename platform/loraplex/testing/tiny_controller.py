@@ -28,6 +28,9 @@ class _NoTraces:
     def append(self, batch: bytes) -> None:
         raise AssertionError("traces were sent to a controller that keeps none")
 
+    def unwritten(self, since_s: float) -> bytes:
+        raise AssertionError("a controller that keeps no traces was asked for them")
+
     def status(self) -> TraceStoreStatus:
         raise AssertionError("a controller that keeps no traces was asked for them")
 

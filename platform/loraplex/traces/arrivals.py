@@ -77,13 +77,19 @@ class Arrivals:
 
 
 def iter_arrivals(
-    path: str | os.PathLike[str], window: Window | None = None, *, sort: bool = False, modified_after_s: float = 0.0
+    path: str | os.PathLike[str],
+    window: Window | None = None,
+    *,
+    sort: bool = False,
+    modified_after_s: float = 0.0,
+    unwritten: pa.Table | None = None,
 ) -> Iterator[Arrivals]:
     """The rows in ``window``, in chunks of about 65,536 at most 524,288 rows; memory does not grow with the trace.
 
     Indices mean the same in all chunks; a later chunk's tables begin with an earlier one's. ``sort``: sort rows in any
-    order (on disk when they are many) instead of refusing them. ``modified_after_s`` and errors: as ``read_traces``;
-    InvalidInput naming the row that is out of order; BadConfig for a window that ends before it starts.
+    order (on disk when they are many) instead of refusing them. ``modified_after_s``, ``unwritten`` and errors: as
+    ``read_traces``; InvalidInput naming the row that is out of order; BadConfig for a window that ends before it
+    starts.
     """
     if window is not None and not 0 <= window.start_s < window.end_s:
         raise BadConfig(f"window {window.start_s}:{window.end_s} is empty or starts before 0", param="window")
@@ -91,7 +97,9 @@ def iter_arrivals(
     tenants, bases, adapters = NameTable[str](), NameTable[str](), NameTable[AdapterName]()
     adapter_names = NameTable[str]()
     zero_s: float | None = None
-    for table in ordered_tables(path, ARRIVAL_COLUMNS, sort=sort, modified_after_s=modified_after_s):
+    for table in ordered_tables(
+        path, ARRIVAL_COLUMNS, sort=sort, modified_after_s=modified_after_s, unwritten=unwritten
+    ):
         times_s: npt.NDArray[np.float64] = table.column("arrival_s").to_numpy()
         if zero_s is None:
             zero_s = trace_zero_s(float(times_s[0]))
@@ -121,10 +129,15 @@ def iter_arrivals(
 
 
 def read_arrivals(
-    path: str | os.PathLike[str], window: Window | None = None, *, sort: bool = False, modified_after_s: float = 0.0
+    path: str | os.PathLike[str],
+    window: Window | None = None,
+    *,
+    sort: bool = False,
+    modified_after_s: float = 0.0,
+    unwritten: pa.Table | None = None,
 ) -> Arrivals:
     """All rows in ``window`` at once: 28 bytes each. Errors as ``iter_arrivals``; NotFound when there are no rows."""
-    chunks = list(iter_arrivals(path, window, sort=sort, modified_after_s=modified_after_s))
+    chunks = list(iter_arrivals(path, window, sort=sort, modified_after_s=modified_after_s, unwritten=unwritten))
     if not chunks:
         inside = "" if window is None else f" from {window.start_s} to {window.end_s} s"
         raise NotFound(f"trace {os.fspath(path)} has no rows{inside}")
@@ -143,11 +156,16 @@ def read_arrivals(
 
 
 def ordered_tables(
-    path: str | os.PathLike[str], columns: tuple[str, ...], *, sort: bool = False, modified_after_s: float = 0.0
+    path: str | os.PathLike[str],
+    columns: tuple[str, ...],
+    *,
+    sort: bool = False,
+    modified_after_s: float = 0.0,
+    unwritten: pa.Table | None = None,
 ) -> Iterator[pa.Table]:
     """``read_traces`` in arrival order, no empty tables; ``columns`` with ``e2e_s``. Errors as ``iter_arrivals``."""
     assert "e2e_s" in columns
-    tables = read_traces(path, columns=columns, modified_after_s=modified_after_s)
+    tables = read_traces(path, columns=columns, modified_after_s=modified_after_s, unwritten=unwritten)
     return sort_by_arrival(tables) if sort else in_arrival_order(tables, where=f"trace {os.fspath(path)}")
 
 

@@ -11,6 +11,7 @@ from functools import partial
 from typing import TypeVar
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.fs as pafs
 
 from loraplex.core.errors import NotFound, Unavailable
@@ -31,17 +32,24 @@ def read_traces(
     columns: Collection[str] | None = None,
     batch_rows: int = 65536,
     modified_after_s: float = 0.0,
+    unwritten: pa.Table | None = None,
 ) -> Iterator[pa.Table]:
     """Tables in TRACE_SCHEMA, at most ``batch_rows`` rows each, in file order (nearly, not exactly, arrival order).
 
     ``columns``: read only these (and always ``arrival_s``); the others come back null. What a public file
     (``timestamp_s``, ``tenant``, ``adapter``, ``prompt_tokens``, ``output_tokens``) does not say is null, and its
     arrivals count from 0 instead of 1970. ``modified_after_s``: of a folder, leave out files of ours that were finished
-    before this Unix time, and so hold only rows of requests that ended before it.
+    before this Unix time, and so hold only rows of requests that ended before it. ``unwritten``: rows in TRACE_SCHEMA
+    that come last, but for those that the files hold by now.
     Raises NotFound when there is no trace file, InvalidInput naming the file when one is damaged or not a trace and
     naming the row (counted from 0) when its time or one of its token counts cannot be, Unavailable when a writer
     changes the folder faster than it can be listed, or when the store does not answer.
     """
+    if unwritten is not None:
+        columns = None if columns is None else {*columns, "request_id"}
+        tables = read_traces(path, columns=columns, batch_rows=batch_rows, modified_after_s=modified_after_s)
+        yield from _with_unwritten(tables, unwritten)
+        return
     wanted = None if columns is None else {"arrival_s", *columns}
     text = os.fspath(path)
     if "://" not in text and glob.has_magic(text) and not os.path.exists(text):
@@ -60,6 +68,24 @@ def read_traces(
         yield from _read_folder(TraceFolder(filesystem, resolved), wanted, batch_rows, modified_after_s)
     else:
         raise NotFound(f"no trace at {text}")
+
+
+def _with_unwritten(tables: Iterator[pa.Table], unwritten: pa.Table) -> Iterator[pa.Table]:
+    """Files tell more of a request than whoever has not written it yet, so their rows stay. There need be no file."""
+    times_s = unwritten.column("arrival_s")
+    written: set[tuple[float, str | None]] = set()
+    try:
+        for table in tables:
+            yield table
+            written.update(_keys(table.filter(pc.is_in(table.column("arrival_s"), value_set=times_s))))
+    except NotFound:
+        if not unwritten.num_rows:
+            raise
+    yield unwritten.filter(pa.array([key not in written for key in _keys(unwritten)], pa.bool_()))
+
+
+def _keys(table: pa.Table) -> Iterator[tuple[float, str | None]]:
+    return zip(table.column("arrival_s").to_pylist(), table.column("request_id").to_pylist(), strict=True)
 
 
 def _read_file(

@@ -1,11 +1,25 @@
-"""One finished request as a trace keeps it. Filled by the gateway when the last byte of the answer is written."""
+"""A request as a trace tells of it: when a gateway has let it in, and as one row of the trace when it has ended."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ArrivalRow:
+    """A request whose end is still to come: load from now on. Its ``TraceRow`` has the same values in these fields, and
+    ``arrival_s`` with ``request_id`` tells that it is the same request."""
+
+    arrival_s: float
+    tenant: str
+    request_id: str
+    base_model_id: str
+    adapter_name: str | None
+    prompt_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TraceRow:
-    """One client request, whatever its end. With ``n`` > 1 the output tokens of all choices are summed."""
+    """One client request, whatever its end; filled when the last byte of the answer is written. With ``n`` > 1 the
+    output tokens of all choices are summed."""
 
     arrival_s: float
     """Wall clock (Unix seconds) at which the gateway read the request."""
@@ -21,6 +35,7 @@ class TraceRow:
     adapter_version: int | None = None
     adapter_digest: str | None = None
     prompt_tokens: int
+    """0: it was refused before it was let in, such as for its tenant's quota."""
     cached_tokens: int = 0
     """Prompt tokens that came from the prefix cache."""
     output_tokens: int

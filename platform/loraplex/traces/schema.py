@@ -1,6 +1,7 @@
 """The columns of a trace and their two encodings: Arrow IPC between gateway and controller, Parquet on disk.
 
-Owns column names, types and the schema version. Called by recorder, writer and reader.
+Owns column names, types and the schema version. A batch on the wire is a stream of ended requests and, after it, one of
+those that arrived, which releases that know nothing of it leave unread. Called by recorder, writer and reader.
 """
 
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from dataclasses import fields as dataclass_fields
 import pyarrow as pa
 
 from loraplex.core.errors import InvalidInput
-from loraplex.traces.row import TraceRow
+from loraplex.traces.row import ArrivalRow, TraceRow
 
 SCHEMA_VERSION = 1
 """Grows when a column changes its meaning or type. New nullable columns do not count."""
@@ -50,6 +51,9 @@ TRACE_SCHEMA = pa.schema(
 
 _NAMES = tuple(field.name for field in dataclass_fields(TraceRow))
 assert tuple(TRACE_SCHEMA.names) == _NAMES
+ARRIVAL_SCHEMA = pa.schema(
+    [TRACE_SCHEMA.field(field.name) for field in dataclass_fields(ArrivalRow)], metadata=TRACE_SCHEMA.metadata
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,38 +61,59 @@ class DecodedBatch:
     """What a controller gets from one ``record_traces`` call."""
 
     table: pa.Table
-    """In TRACE_SCHEMA."""
+    """Requests that ended. In TRACE_SCHEMA."""
+    arrivals: pa.Table | None
+    """Requests that were let in, in TRACE_SCHEMA with null for what their end will tell. Each once, in an earlier batch
+    than its end or in the same. None: the sender does not tell of arrivals."""
     source: str
     """The recorder that sent it; empty when the sender does not say."""
     sequence: int
     """Grows by one with each batch of a source; -1 when the sender does not say. A repeat is a retry."""
 
 
-def rows_to_batch(rows: Sequence[TraceRow]) -> pa.RecordBatch:
-    """Columns of ``rows`` in TRACE_SCHEMA, in order. Raises InvalidInput when a value does not fit its column."""
+def rows_to_batch(rows: Sequence[TraceRow] | Sequence[ArrivalRow], schema: pa.Schema = TRACE_SCHEMA) -> pa.RecordBatch:
+    """Columns of ``rows`` in ``schema``, in order. Raises InvalidInput when a value does not fit its column."""
     try:
-        arrays = [pa.array([getattr(row, name) for row in rows], type=TRACE_SCHEMA.field(name).type) for name in _NAMES]
-        return pa.RecordBatch.from_arrays(arrays, schema=TRACE_SCHEMA)
+        arrays = [pa.array([getattr(row, field.name) for row in rows], type=field.type) for field in schema]
+        return pa.RecordBatch.from_arrays(arrays, schema=schema)
     except (pa.ArrowException, OverflowError, ValueError, TypeError) as error:
         raise InvalidInput(f"trace row does not fit the trace schema: {error}", code="invalid_trace") from error
 
 
-def encode_batch(rows: Sequence[TraceRow], *, source: str, sequence: int) -> bytes:
-    """One Arrow IPC stream, as ``ControlPlane.record_traces`` takes it."""
+def encode_batch(rows: Sequence[TraceRow], *, arrivals: Sequence[ArrivalRow] = (), source: str, sequence: int) -> bytes:
+    """Two Arrow IPC streams, as ``ControlPlane.record_traces`` takes them. Raises InvalidInput as ``rows_to_batch``."""
     metadata = {**TRACE_SCHEMA.metadata, _SOURCE_KEY: source.encode(), _SEQUENCE_KEY: str(sequence).encode()}
-    batch = rows_to_batch(rows).replace_schema_metadata(metadata)
+    ended = rows_to_batch(rows).replace_schema_metadata(metadata)
+    return _stream(pa.Table.from_batches([ended])) + _stream(
+        pa.Table.from_batches([rows_to_batch(arrivals, ARRIVAL_SCHEMA)])
+    )
+
+
+def encode_table(table: pa.Table) -> bytes:
+    """One Arrow IPC stream of a table in TRACE_SCHEMA, for ``decode_table``."""
+    return _stream(table.unify_dictionaries())
+
+
+def decode_table(data: bytes) -> pa.Table:
+    return pa.ipc.open_stream(data).read_all()
+
+
+def _stream(table: pa.Table) -> bytes:
     sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, batch.schema) as stream:
-        stream.write_batch(batch)
+    with pa.ipc.new_stream(sink, table.schema) as stream:
+        stream.write_table(table)
     return bytes(sink.getvalue())
 
 
 def decode_batch(data: bytes) -> DecodedBatch:
-    """Raises InvalidInput on anything else than an IPC stream of a trace schema that this version reads."""
+    """Raises InvalidInput on anything else than IPC streams of a trace schema that this version reads."""
     if not data.endswith(_END_OF_STREAM):
         raise InvalidInput("trace batch is not a whole Arrow IPC stream", code="invalid_trace")
     try:
-        table = pa.ipc.open_stream(data).read_all()
+        streams = pa.BufferReader(data)
+        table = pa.ipc.open_stream(streams).read_all()
+        has_more = streams.tell() < len(data)
+        arrivals = pa.ipc.open_stream(streams).read_all() if has_more else None
     except (pa.ArrowException, OSError, EOFError) as error:
         raise InvalidInput(f"trace batch is not an Arrow IPC stream: {error}", code="invalid_trace") from error
     metadata = table.schema.metadata or {}
@@ -98,6 +123,7 @@ def decode_batch(data: bytes) -> DecodedBatch:
         raise InvalidInput("trace batch: its sequence number is not a number", code="invalid_trace")
     return DecodedBatch(
         table=to_trace_schema(table, where="trace batch"),
+        arrivals=None if arrivals is None else to_trace_schema(arrivals, where="trace batch"),
         source=source,
         sequence=int(sequence),
     )

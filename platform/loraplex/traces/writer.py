@@ -2,6 +2,7 @@
 
 All file work happens on the writer's own thread, so ``append`` may be called on an event loop. Knows nothing of who
 sends. A full disk never reaches the caller: rows wait in memory, then the oldest are dropped, counted and reported.
+What no file holds yet, ``unwritten`` tells.
 """
 
 import logging
@@ -10,14 +11,17 @@ import threading
 from collections import OrderedDict, deque
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from loraplex.core.clock import Clock, SystemClock
 from loraplex.core.control import TraceStoreStatus
 from loraplex.core.errors import Unavailable
 from loraplex.traces.config import TraceConfig
+from loraplex.traces.open_requests import OpenRequests
+from loraplex.traces.order import MAX_DISORDER_S
 from loraplex.traces.parquet import to_parquet
 from loraplex.traces.rotation import adopt_orphans, delete_oldest, merge_parts
-from loraplex.traces.schema import decode_batch
+from loraplex.traces.schema import decode_batch, encode_table
 from loraplex.traces.storage import TraceFile, TraceFolder, part_name
 
 _log = logging.getLogger(__name__)
@@ -47,7 +51,8 @@ class TraceWriter:
         self._tables: deque[pa.Table] = deque()
         self._buffered_rows = 0
         self._oldest_s = 0.0
-        self._writing_rows = 0
+        self._writing: list[pa.Table] = []
+        self._open = OpenRequests(max_requests=config.max_unwritten_rows)
         self._received = self._written = self._dropped = self._repeated = 0
         self._last_error: str | None = None
         self._rotate_not_before_s = 0.0
@@ -78,6 +83,10 @@ class TraceWriter:
                 self._seen.move_to_end(decoded.source)
                 while len(self._seen) > _MAX_SOURCES:
                     self._seen.popitem(last=False)
+            if decoded.arrivals is not None:
+                self._open.add(decoded.arrivals)
+                self._open.end(decoded.table)
+                self._open.forget(self._clock.wall_s() - MAX_DISORDER_S)
             if decoded.table.num_rows == 0:
                 return
             if not self._tables:
@@ -87,6 +96,15 @@ class TraceWriter:
             self._buffered_rows += decoded.table.num_rows
             self._drop_surplus()
             self._changed.notify_all()
+
+    def unwritten(self, since_s: float) -> bytes:
+        """The requests that arrived from ``since_s`` (Unix) on and that no file holds yet, for ``decode_table``: rows
+        that wait, and requests that have not ended, the latter without what their end will tell. A row that reaches a
+        file meanwhile may be in both. Any thread, does no I/O."""
+        with self._changed:
+            tables = [*self._writing, *self._tables, self._open.table()]
+        table = pa.concat_tables(tables)
+        return encode_table(table.filter(pc.greater_equal(table.column("arrival_s"), since_s)))
 
     def status(self) -> TraceStoreStatus:
         with self._changed:
@@ -153,18 +171,18 @@ class TraceWriter:
     def _flush(self) -> bool:
         """Writes the whole buffer as one part. False when the disk refused; the rows are back in the buffer then."""
         with self._changed:
-            tables = list(self._tables)
+            self._writing = list(self._tables)
             self._tables.clear()
-            self._writing_rows, self._buffered_rows = self._buffered_rows, 0
-        if not tables:
+            self._buffered_rows = 0
+        if not self._writing:
             return True
         name = part_name(self._run, self._sequence)
         try:
             self._folder.create()
-            data = to_parquet(pa.concat_tables(tables))
+            data = to_parquet(pa.concat_tables(self._writing))
             self._folder.write(name, self._run, data)
         except (OSError, pa.ArrowException) as error:
-            self._put_back(tables, error)
+            self._put_back(error)
             return False
         self._parts.append(
             TraceFile(
@@ -179,23 +197,27 @@ class TraceWriter:
         self._sequence += 1
         with self._changed:
             self._written += self._writing_rows
-            self._writing_rows = 0
+            self._writing = []
             recovered, self._last_error = self._last_error is not None, None
         if recovered:
             _log.warning("trace files are written again; %d rows were dropped so far", self._dropped)
         return True
 
-    def _put_back(self, tables: list[pa.Table], error: Exception) -> None:
+    def _put_back(self, error: Exception) -> None:
         with self._changed:
-            self._tables.extendleft(reversed(tables))
+            self._tables.extendleft(reversed(self._writing))
             self._buffered_rows += self._writing_rows
-            self._writing_rows = 0
+            self._writing = []
             self._oldest_s = self._clock.monotonic_s()
             self._drop_surplus()
             first = self._last_error is None
             self._last_error = f"{self._url}: {error}"
         if first:
             _log.error("cannot write trace files to %s, keeping rows in memory: %s", self._url, error)
+
+    @property
+    def _writing_rows(self) -> int:
+        return sum(table.num_rows for table in self._writing)
 
     def _drop_surplus(self) -> None:
         """Drops the oldest rows over the limit. Called with the lock held."""

@@ -24,7 +24,7 @@ from loraplex.core.ids import BaseModelId
 from loraplex.core.plan import BasePlacement, GroupPlan, Plan, Shape
 from loraplex.core.rollout import DecisionKind, PlanState
 from loraplex.traces.config import TraceConfig
-from loraplex.traces.row import TraceRow
+from loraplex.traces.row import ArrivalRow, TraceRow
 from loraplex.traces.schema import encode_batch
 from loraplex.traces.writer import TraceWriter
 
@@ -67,8 +67,12 @@ def _row(
     )
 
 
+def _arrival(row: TraceRow) -> ArrivalRow:
+    return ArrivalRow(**{name: getattr(row, name) for name in ArrivalRow.__dataclass_fields__})
+
+
 def _batch(rows: list[TraceRow], sequence: int = 0) -> bytes:
-    return encode_batch(rows, source="test", sequence=sequence)
+    return encode_batch(rows, arrivals=[_arrival(row) for row in rows], source="test", sequence=sequence)
 
 
 async def _autopilot(
@@ -84,6 +88,7 @@ async def _autopilot(
         meter,
         config=FleetConfig(mode=mode, planning=PLANNING),  # type: ignore[arg-type]
         trace_url=lambda: "/traces",
+        unwritten=lambda since_s: b"",
         lora_ranks=dict,
         bases=(A,),
         clock=clock,
@@ -216,8 +221,27 @@ def test_the_meter_forgets_and_leaves_out_what_clients_did_wrong() -> None:
     meter.add(_batch([_row(0.0, adapter="p")], sequence=1))
     assert meter.attainment(10.0) == 1.0
     assert meter.rates(10.0) == {(A, "acme", "p"): 0.1}
+    waiting = [_arrival(_row(1.0, adapter="p")), _arrival(_row(2.0, adapter="q"))]
+    meter.add(encode_batch([], arrivals=waiting, source="test", sequence=2))
+    assert meter.rates(10.0) == {(A, "acme", "p"): 0.2, (A, "acme", "q"): 0.1}
+    assert meter.attainment(10.0) == 1.0, "what has not ended is not judged"
+    meter.add(encode_batch([_row(1.0, adapter="p")], source="test", sequence=3))
+    assert meter.rates(10.0) == {(A, "acme", "p"): 0.2, (A, "acme", "q"): 0.1}, "its end is not another arrival"
     clock.ahead_s = 200.0
     assert meter.num_requests(60.0) == 0
+
+
+def test_clients_that_go_are_judged_by_what_they_had() -> None:
+    def attained(**changes: object) -> float | None:
+        meter = TrafficMeter(SystemClock(), ttft_s=0.5, tpot_s=0.05, window_s=60.0)
+        meter.add(_batch([replace(_row(0.0, status=499), **changes)]))  # type: ignore[arg-type]
+        return meter.attainment(60.0)
+
+    assert attained() == 1.0
+    assert attained(ttft_s=0.6) == 0.0
+    assert attained(tpot_s=0.06) == 0.0
+    assert attained(ttft_s=None, tpot_s=None, e2e_s=0.6) == 0.0, "it waited in vain"
+    assert attained(ttft_s=None, tpot_s=None, e2e_s=0.4) is None, "it did not wait"
 
 
 @pytest.mark.slow

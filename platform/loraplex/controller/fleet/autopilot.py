@@ -37,14 +37,16 @@ class Autopilot:
         *,
         config: FleetConfig,
         trace_url: Callable[[], str],
+        unwritten: Callable[[float], bytes],
         lora_ranks: Callable[[], Mapping[str, int]],
         bases: tuple[BaseModelId, ...],
         clock: Clock,
         planner: Planner = replan,
     ) -> None:
-        """``lora_ranks``: of ``tenant/name``."""
+        """``unwritten``: as ``TraceSink``. ``lora_ranks``: of ``tenant/name``."""
         self._manager, self._store, self._meter, self._config = manager, store, meter, config
-        self._trace_url, self._lora_ranks, self._bases = trace_url, lora_ranks, bases
+        self._trace_url, self._unwritten = trace_url, unwritten
+        self._lora_ranks, self._bases = lora_ranks, bases
         self._clock, self._planner = clock, planner
         self._outcomes: dict[int, tuple[float, float]] = {}
         """Decision -> (when it is measured, monotonic; over how many seconds)."""
@@ -71,7 +73,7 @@ class Autopilot:
         active = self._manager.plans.active
         if not self._manager.status().settled:
             return  # what is measured now says nothing of the plan that comes
-        answer = await self._planner(self._task())
+        answer = await self._planner(await self._task())
         measured = self._meter.attainment(planning.window_s)
         reason = Reason(text=answer.reason, attainment_before=measured, predicted_gain=answer.gain)
         if self._manager.plans.active.plan.version != active.plan.version:
@@ -112,7 +114,7 @@ class Autopilot:
         ]
         if not unsaid:
             return
-        answer = await self._planner(replace(self._task(), current=before, instead=after))
+        answer = await self._planner(replace(await self._task(), current=before, instead=after))
         if answer.gain is not None:
             for number in unsaid:
                 await self._store.set_gain(number, answer.gain)
@@ -148,12 +150,14 @@ class Autopilot:
         if before is not None:
             self._to_predict.append((numbers, before, self._settled_plan))
 
-    def _task(self) -> Task:
+    async def _task(self) -> Task:
         """To find the plan that the recent traffic asks for."""
         planning = self._config.planning
+        since_s = self._clock.wall_s() - planning.window_s
         return Task(
             trace_url=self._trace_url(),
-            since_s=self._clock.wall_s() - planning.window_s,
+            since_s=since_s,
+            unwritten=await asyncio.to_thread(self._unwritten, since_s),
             nodes=self._manager.usable_nodes(),
             current=self._manager.plans.assigned,
             config=planning,

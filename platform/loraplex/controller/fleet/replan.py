@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from loraplex.planner.problem import Problem
 
 N = TypeVar("N")
+_ENOUGH = 20
+"""Requests of an adapter or a base that tell how long its outputs are."""
 _GRACE_S = 900.0
 """For imports, the compiler's first run and the confirmation, beyond the search itself."""
 
@@ -35,6 +37,8 @@ class Task:
     trace_url: str
     since_s: float
     """Unix time from which on traffic counts."""
+    unwritten: bytes = b""
+    """Requests since then that the trace files do not hold yet, most of them not ended: an Arrow IPC stream."""
     nodes: tuple[NodeStatus, ...]
     current: Plan
     config: PlanningConfig
@@ -187,12 +191,16 @@ def simulated(plan: Plan, problem: "Problem") -> tuple[Plan, float]:
 
 
 def recent_arrivals(task: Task) -> Arrivals:
-    """The recorded requests of our bases since ``since_s``, with token counts for all: a request that was refused has
-    the median output of the others. NotFound when there are none."""
+    """The requests for our bases that were let in since ``since_s``, whatever became of them, with token counts for
+    all: one that has not ended, was refused, or was given up before its first token, has an output like another of
+    its adapter or base. NotFound when there are none."""
     from loraplex.planner.sample import taken
     from loraplex.traces.arrivals import read_arrivals
+    from loraplex.traces.schema import decode_table
 
-    read = read_arrivals(task.trace_url, sort=True, modified_after_s=task.since_s)
+    unwritten = decode_table(task.unwritten) if task.unwritten else None
+    read = read_arrivals(task.trace_url, sort=True, modified_after_s=task.since_s, unwritten=unwritten)
+    read = replace(read, output_tokens=with_likely_outputs(read))
     known = np.array([base in task.bases for base in read.base_models] + [False])
     of_adapter = np.array([a.base_model in task.bases for a in read.adapters] + [False])
     recent = read.origin_s + read.arrival_s >= task.since_s
@@ -201,8 +209,6 @@ def recent_arrivals(task: Task) -> Arrivals:
     if not len(rows):
         raise NotFound("no requests were recorded")
     chosen = taken(read, rows, read.arrival_s[rows] - read.arrival_s[rows[0]])
-    served = chosen.output_tokens[chosen.output_tokens > 0]
-    typical = int(np.median(served)) if len(served) else 1
     adapter, adapters = _used(chosen.adapter, chosen.adapters)
     base_model, base_models = _used(chosen.base_model, chosen.base_models)
     return replace(
@@ -211,8 +217,28 @@ def recent_arrivals(task: Task) -> Arrivals:
         adapters=adapters,
         base_model=base_model,
         base_models=base_models,
-        output_tokens=np.where(chosen.output_tokens > 0, chosen.output_tokens, typical).astype(np.int32),
     )
+
+
+def with_likely_outputs(arrivals: Arrivals) -> npt.NDArray[np.int32]:
+    """Output tokens of all requests: where none are known those of another, drawn from the same adapter, from the same
+    base when the adapter has few, or from all; 1 when nobody has any. Always the same for the same requests. [R] int32.
+
+    Requests in ``arrivals`` that came before a window are as good as those in it: of a window of arrivals alone, mostly
+    the short ones have ended.
+    """
+    output = arrivals.output_tokens.copy()
+    known = output > 0
+    numbers = np.random.default_rng(0)
+    pairs = np.stack([arrivals.base_model, arrivals.adapter], axis=1)
+    for base, adapter in np.unique(pairs[~known], axis=0):
+        of_base = arrivals.base_model == base
+        alike = of_base & (arrivals.adapter == adapter)
+        pools = (alike & known, of_base & known, known)
+        pool = next((one for one in pools if np.count_nonzero(one) >= _ENOUGH), known)
+        asked = alike & ~known
+        output[asked] = numbers.choice(output[pool], np.count_nonzero(asked)) if pool.any() else 1
+    return output
 
 
 def _used(index: npt.NDArray[np.int32], names: tuple[N, ...]) -> tuple[npt.NDArray[np.int32], tuple[N, ...]]:
