@@ -36,6 +36,7 @@ class TopValues(Generic[Value]):
     """
 
     def __init__(self, max_values: int, *, window_s: float, on_leave: Callable[[Value], None]) -> None:
+        """``on_leave``: called also with one that was chosen and not counted since, so that nobody knows its label."""
         self._max_values = max_values
         self._window_s = window_s
         self._on_leave = on_leave
