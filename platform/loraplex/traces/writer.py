@@ -131,6 +131,7 @@ class TraceWriter:
         with self._changed:
             assert self._buffered_rows == sum(table.num_rows for table in self._tables)
             assert self._buffered_rows <= self._config.max_unwritten_rows
+            assert len(self._open) <= self._config.max_unwritten_rows
             assert self._received == self._written + self._buffered_rows + self._writing_rows + self._dropped
 
     def _work(self) -> None:

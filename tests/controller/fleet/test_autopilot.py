@@ -217,6 +217,9 @@ def test_the_meter_forgets_and_leaves_out_what_clients_did_wrong() -> None:
     assert meter.attainment(60.0) is None
     meter.add(_batch([_row(0.0), _row(0.0, status=400), _row(0.0, status=429), _row(0.0, status=503)]))
     assert meter.attainment(60.0) == pytest.approx(1 / 3)
+    over_quota = encode_batch([replace(_row(0.0, status=429), prompt_tokens=0)], source="quota", sequence=0)
+    meter.add(over_quota)
+    assert meter.attainment(60.0) == pytest.approx(1 / 3)
     clock.ahead_s = 30.0
     meter.add(_batch([_row(0.0, adapter="p")], sequence=1))
     assert meter.attainment(10.0) == 1.0

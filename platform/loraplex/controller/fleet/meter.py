@@ -98,10 +98,12 @@ class TrafficMeter:
                 second.adapters[base, tenant, name] += 1
 
     def _judge(self, second: _Second, table: pa.Table) -> None:
-        for status, ttft_s, tpot_s, e2e_s in _rows(table, "status", "ttft_s", "tpot_s", "e2e_s"):
+        columns = ("status", "prompt_tokens", "ttft_s", "tpot_s", "e2e_s")
+        for status, prompt_tokens, ttft_s, tpot_s, e2e_s in _rows(table, *columns):
             gone = status == HTTP_CLIENT_GONE
-            if status is not None and 400 <= status < 500 and status != 429 and not gone:
-                continue  # the client's own mistake
+            overloaded = status == 429 and prompt_tokens
+            if status is not None and 400 <= status < 500 and not overloaded and not gone:
+                continue  # the client's own mistake, or more than its tenant may ask for
             if gone and ttft_s is None and e2e_s <= self._ttft_s:
                 continue  # it did not wait for what it was promised
             second.num_judged += 1
