@@ -168,11 +168,13 @@ class GroupExecutor(ExecutorBase):
             raise Conflict(f"{self.max_in_flight} steps are in flight already")
         check_step_size(plan, max_rows=self._config.max_rows, max_step_tokens=self._config.max_step_tokens)
         step = self._encoder.encode(plan, self._loaded)
-        slots = tuple(row.slot for row in plan.rows if row.samples)
-        self._in_flight.append(_InFlight(step_id=plan.step_id, slots=slots, submitted_s=time.perf_counter()))
-        if len(self._in_flight) == 1:
+        submitted_s = time.perf_counter()
+        if not self._in_flight:
             self._group.busy(time.monotonic())
         self._group.send(step)
+        # The ranks are at work from here on.
+        slots = tuple([row.slot for row in plan.rows if row.samples])
+        self._in_flight.append(_InFlight(step_id=plan.step_id, slots=slots, submitted_s=submitted_s))
 
     def collect(self) -> StepResult:
         """Waits for the last stage. Conflict when no step is in flight. ExecutorLost."""

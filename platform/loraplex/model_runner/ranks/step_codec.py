@@ -5,11 +5,8 @@ executor, once a step for all ranks, and by each rank.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
-from itertools import chain, compress, count, islice, repeat
-from operator import ne
-
-from msgspec.structs import astuple
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain, islice, repeat
 
 from loraplex.core.errors import Conflict
 from loraplex.core.ids import Digest
@@ -17,41 +14,47 @@ from loraplex.core.step import Row, StepPlan
 from loraplex.model_runner.ranks.messages import Step
 
 _NO_ADAPTER = -1
-_ROW_FIELDS = ("slot", "token_ids", "start", "pages", "adapter", "samples")
-assert Row.__struct_fields__ == _ROW_FIELDS, "the columns are read in the order of the fields"
 
 
 class StepEncoder:
     def __init__(self) -> None:
-        self._known: dict[int, int] = {}
+        self._known: defaultdict[int, int] = defaultdict(int)
         """Entries of each slot's page table that the ranks have."""
 
     def encode(self, plan: StepPlan, adapters: Mapping[Digest, int]) -> Step:
         """``adapters``: the numbers of the loaded ones. Conflict when one is not loaded; then nothing has changed."""
         rows, known = plan.rows, self._known
-        # Column by column, in loops of C: this is on the way of every step.
-        columns = zip(*map(astuple, rows), strict=True) if rows else ((),) * len(_ROW_FIELDS)
-        slots, tokens, positions, tables, digests, samples = columns
+        # Column by column, without a call for each row: this is on the way of every step.
         try:
-            numbers = [_NO_ADAPTER if digest is None else adapters[digest] for digest in digests]
+            numbers = [_NO_ADAPTER if (digest := row.adapter) is None else adapters[digest] for row in rows]
         except KeyError as error:
             raise Conflict(f"adapter {error.args[0]} is not loaded") from None
         for start in plan.starts:
             known[start.slot] = 0
         new_pages: list[int] = []
-        for row in compress(count(), map(ne, map(len, tables), map(known.get, slots, repeat(0)))):
-            slot, table = slots[row], tables[row]
-            new = table[known.get(slot, 0) :]
-            new_pages += (row, len(new), *new)
+        for place in [place for place, row in enumerate(rows) if len(row.pages) != known[row.slot]]:
+            slot, table = rows[place].slot, rows[place].pages
+            new = table[known[slot] :]
+            new_pages += (place, len(new), *new)
             known[slot] = len(table)
-        num_tokens = list(map(len, tokens))
-        only_decodes = num_tokens.count(1) == samples.count(True) == len(rows)
-        values = [*slots, *positions, *numbers]
-        if not only_decodes:
-            values += num_tokens
+        values = [*[row.slot for row in rows], *[row.start for row in rows], *numbers]
+        samples = [row.samples for row in rows]
+        decoded = _one_token_each(rows) if all(samples) else None
+        if decoded is not None:
+            values += decoded
+        else:
+            values += [len(row.token_ids) for row in rows]
             values += map(int, samples)
-        values += chain.from_iterable(tokens)
-        return Step(plan.step_id, plan.releases, plan.starts, len(rows), only_decodes, values, new_pages)
+            values += chain.from_iterable([row.token_ids for row in rows])
+        return Step(plan.step_id, plan.releases, plan.starts, len(rows), decoded is not None, values, new_pages)
+
+
+def _one_token_each(rows: Sequence[Row]) -> list[int] | None:
+    """None: some have more."""
+    try:
+        return [token_id for (token_id,) in [row.token_ids for row in rows]]
+    except ValueError:
+        return None
 
 
 class StepDecoder:
@@ -67,7 +70,7 @@ class StepDecoder:
         del self._digests[number]
 
     def decode(self, step: Step) -> StepPlan:
-        pages, values, num_rows = self._pages, step.values, step.num_rows
+        pages, digests, values, num_rows = self._pages, self._digests, step.values, step.num_rows
         for start in step.starts:
             pages[start.slot] = []
 
@@ -82,17 +85,22 @@ class StepDecoder:
             flat = iter(values[5 * num_rows :])
             tokens, samples = (tuple(islice(flat, length)) for length in column(3)), map(bool, column(4))
         slots = column(0)
-        tables = list(map(pages.__getitem__, slots))
         new_pages, at = step.new_pages, 0
         while at < len(new_pages):
             first, end = at + 2, at + 2 + new_pages[at + 1]
-            tables[new_pages[at]] += new_pages[first:end]
+            pages[slots[new_pages[at]]] += new_pages[first:end]
             at = end
-        digests = map(self._digests.__getitem__, column(2))
         rows = [
-            Row(slot=slot, token_ids=token_ids, start=position, pages=table, adapter=digest, samples=draws)
-            for slot, token_ids, position, table, digest, draws in zip(
-                slots, tokens, column(1), tables, digests, samples, strict=True
+            Row(
+                slot=slot,
+                token_ids=token_ids,
+                start=position,
+                pages=pages[slot],
+                adapter=digests[number],
+                samples=draws,
+            )
+            for slot, token_ids, position, number, draws in zip(
+                slots, tokens, column(1), column(2), samples, strict=True
             )
         ]
         return StepPlan(step_id=step.step_id, releases=step.releases, starts=step.starts, rows=tuple(rows))
