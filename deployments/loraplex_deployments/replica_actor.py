@@ -8,6 +8,7 @@ import asyncio
 
 import ray
 from loraplex.config.platform import BaseModelConfig, PlatformConfig
+from loraplex.core.collector import exempt_loaded
 from loraplex.core.fleet import ReplicaTarget
 from loraplex.core.ids import Digest
 from loraplex.replica.engine_loop import EngineLoop
@@ -91,6 +92,7 @@ class ReplicaActor:
             config=self._config.replica,
             tracing=self._tracing,
         )
+        exempt_loaded()
         loop.start()
         return loop
 

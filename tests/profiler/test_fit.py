@@ -76,6 +76,18 @@ def test_stray_steps_move_little() -> None:
     assert error.total < 0.02
 
 
+def test_steps_seen_too_short_behind_held_up_ones_move_little() -> None:
+    """One in forty is seen 0.1 s late; its successor, which ran meanwhile, then ends at once."""
+    steps, unseen = _steps(1000, 4), _steps(500, 5)
+    seconds = _noisy(steps, 6)
+    seconds[20::40] += 0.1
+    seconds[21::40] = 1e-3
+    error = held_out_error(fit_coefficients(steps, seconds), unseen, TRUE.seconds(unseen))
+    assert error.median < 0.02
+    assert error.p90 < 0.05
+    assert error.total < 0.02
+
+
 def test_the_mean_holds_what_held_steps_up_for_each_kind() -> None:
     """Every third decode step and every tenth other one takes half as long again."""
     steps = _steps(2000, 9)

@@ -23,6 +23,7 @@ from loraplex.bench.recorder import RecordingEngine
 from loraplex.bench.results import AdapterTraffic, LoadResult, Machine, Percentiles
 from loraplex.core.adapter import AdapterManifest, AdapterRef
 from loraplex.core.clock import SystemClock
+from loraplex.core.collector import exempt_loaded
 from loraplex.core.errors import BadConfig, LoraplexError
 from loraplex.core.ids import BaseModelId, Digest, RequestId, TenantName
 from loraplex.core.request import EngineRequest, FinishReason, RequestOutput, SamplingParams
@@ -68,6 +69,7 @@ class BenchSession:
             self.drive([self.request(None, input_tokens=1, output_tokens=1)])
             ready_s = _process_age_s()
             self.ceilings = given or self._device_ceilings()
+            exempt_loaded()
         except BaseException:
             self.executor.close()
             raise
@@ -227,6 +229,7 @@ class BenchSession:
 
     def close(self) -> None:
         self.executor.close()
+        gc.unfreeze()
 
     def _open(self, load: EngineLoad, manifests: Sequence[AdapterManifest]) -> None:
         """A new engine: nothing is on the accelerator."""

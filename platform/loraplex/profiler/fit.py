@@ -1,9 +1,9 @@
 """Step timings in, coefficients out: non-negative least squares over relative errors.
 
 Relative, so that a decode step of 6 ms counts as much as a prefill of 60. Of what a step takes by itself
-(``fit_coefficients``): one that the system held up (garbage collection, another process) is weighed down as in Huber's
-estimator. Of what steps took in the mean (``fit_mean``): held-up ones count like all others. Pure. Called by
-``measure`` and ``simulated``.
+(``fit_coefficients``): one that the system held up (garbage collection, another process), and the one behind it, whose
+end was then seen too soon after, are weighed down as in Huber's estimator. Of what steps took in the mean
+(``fit_mean``): held-up ones count like all others. Pure. Called by ``measure`` and ``simulated``.
 """
 
 import numpy as np
@@ -16,7 +16,8 @@ from loraplex.cost.step_cost import NUM_SCALARS, StepCoefficients, StepCompositi
 
 TOKEN_KNOTS = (0.0, 16.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0)
 """Those below the largest step that was measured are used."""
-_ROUNDS = 8
+_ROUNDS = 40
+_MEAN_ROUNDS = 8
 _STRAY = 3.0
 """Times the median error: beyond it a step counts the less the farther it is off."""
 
@@ -25,9 +26,13 @@ def fit_coefficients(steps: StepComposition, seconds: FloatArray) -> StepCoeffic
     """``seconds``: (S,), greater than 0, with S at least the number of coefficients. BadConfig when there are fewer."""
     knots, table = _table(steps)
     weights = np.ones(len(steps))
+    scales = np.maximum(seconds, np.median(seconds))
     for _ in range(_ROUNDS):
-        found = _solve(table / seconds[:, None], np.ones(len(steps)), weights)
-        errors = np.abs(table @ found / seconds - 1.0)
+        found = _solve(table / scales[:, None], seconds / scales, weights)
+        expected = table @ found
+        # Of both: against its own time alone, one step that was seen a millisecond long would outweigh a hundred.
+        scales = np.maximum(seconds, expected)
+        errors = np.abs(expected - seconds) / scales
         bound = _STRAY * max(float(np.median(errors)), 1e-9)
         weights = np.sqrt(np.minimum(1.0, bound / np.maximum(errors, 1e-12)))
     return _coefficients(found, knots)
@@ -42,7 +47,7 @@ def fit_mean(steps: StepComposition, seconds: FloatArray) -> StepCoefficients:
     knots, table = _table(steps)
     found = fit_coefficients(steps, seconds).array()
     found = np.delete(found, np.s_[NUM_SCALARS : NUM_SCALARS + len(knots)])
-    for _ in range(_ROUNDS):
+    for _ in range(_MEAN_ROUNDS):
         expected = np.maximum(table @ found, 1e-9)
         found = _solve(table / expected[:, None], seconds / expected, np.ones(len(steps)))
     return _coefficients(found, knots)

@@ -99,8 +99,8 @@ def _measure(session: BenchSession, options: ProfileOptions, *, say: Callable[[s
 
 def _run(session: BenchSession, case: ProfileCase, options: ProfileOptions) -> tuple[Samples, Samples]:
     """Times of the steps by their pace, and each from its planning to its end. With a fresh engine; the case's adapters
-    are on the accelerator, and on a GPU the case ran before: graphs are captured and kernels compiled at the first use
-    of a size, within the step."""
+    are on the accelerator, and on a GPU the case ran twice before: kernels are compiled the first time that a size
+    comes, and graphs captured the second time, within the step."""
     load = EngineLoad(
         requests=case.concurrency,
         adapters=max(case.adapters) + 1,
@@ -112,7 +112,7 @@ def _run(session: BenchSession, case: ProfileCase, options: ProfileOptions) -> t
         seed=options.seed,
     )
     manifests = session.prepare(load)
-    for _ in range(1 if options.setup.device == "cpu" else 2):
+    for _ in range(1 if options.setup.device == "cpu" else 3):
         requests = [
             session.request(
                 manifests[adapter] if adapter >= 0 else None, input_tokens=tokens_in, output_tokens=tokens_out

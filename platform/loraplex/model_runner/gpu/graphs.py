@@ -26,14 +26,14 @@ class GraphCache:
     def run(self, key: Hashable, body: Callable[[], torch.Tensor]) -> torch.Tensor:
         """``body`` reads inputs at fixed addresses, allocates nothing that outlives it, and never synchronises."""
         captured = self._graphs.get(key)
-        if captured is not None:
-            graph, output = captured
-            graph.replay()
-            return output
-        output = body()
-        if key in self._seen:
+        if captured is None and key in self._seen:
             self.capture(key, body)
-        self._seen.add(key)
+            captured = self._graphs.get(key)
+        if captured is None:
+            self._seen.add(key)
+            return body()
+        graph, output = captured
+        graph.replay()
         return output
 
     def capture(self, key: Hashable, body: Callable[[], torch.Tensor]) -> None:

@@ -22,6 +22,7 @@ import msgspec
 import torch
 
 from loraplex.core.adapter import AdapterManifest
+from loraplex.core.collector import exempt_loaded
 from loraplex.core.errors import LoraplexError
 from loraplex.core.ids import Digest
 from loraplex.core.plan import Shape
@@ -196,6 +197,7 @@ class _Worker:
         executor = build_rank(
             config, shard, weights, num_pages=allocate.num_pages, dtype=dtype, device=device, peers=self._exchange
         )
+        exempt_loaded()
         self._commands.send_bytes(_encode(Ready()))
         return shard, executor
 
