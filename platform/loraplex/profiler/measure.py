@@ -64,7 +64,6 @@ def _measure(session: BenchSession, options: ProfileOptions, *, say: Callable[[s
     load_s = _cold_load_s(session)
     fitted: list[Samples] = []
     judged: list[Samples] = []
-    latency: list[Samples] = []
     cases = _plan(limits, options.seed)
     # What compiles or allocates at its first use does so here.
     _run(session, cases[0][1], options)
@@ -72,10 +71,8 @@ def _measure(session: BenchSession, options: ProfileOptions, *, say: Callable[[s
         if options.budget_s is not None and time.monotonic() - started_s > options.budget_s:
             say(f"the budget is spent: {len(cases) - number + 1} of {len(cases)} cases left out")
             break
-        samples, through = _run(session, case, options)
+        samples = _run(session, case, options)
         (judged if judges else fitted).append(samples)
-        if not judges:
-            latency.append(through)
         say(_line(number, len(cases), case, samples, judges=judges))
     if not fitted or not judged:
         raise BadConfig("the budget ended before a case of the grid and one to judge by had run", param="budget_s")
@@ -87,7 +84,6 @@ def _measure(session: BenchSession, options: ProfileOptions, *, say: Callable[[s
         note=f"{session.machine.device_name}, torch {session.machine.torch_version}, {options.setup.model}",
         fitted=_joined(fitted),
         held_out=_joined(judged),
-        latency=_joined(latency) if session.setup.pp > 1 else None,
         decoding=time_decoding(
             session,
             gpu=gpu.name,
@@ -97,10 +93,10 @@ def _measure(session: BenchSession, options: ProfileOptions, *, say: Callable[[s
     )
 
 
-def _run(session: BenchSession, case: ProfileCase, options: ProfileOptions) -> tuple[Samples, Samples]:
-    """Times of the steps by their pace, and each from its planning to its end. With a fresh engine; the case's adapters
-    are on the accelerator, and on a GPU the case ran twice before: kernels are compiled the first time that a size
-    comes, and graphs captured the second time, within the step."""
+def _run(session: BenchSession, case: ProfileCase, options: ProfileOptions) -> Samples:
+    """The steps and their pace. With a fresh engine; the case's adapters are on the accelerator, and on a GPU the case
+    ran twice before: kernels are compiled the first time that a size comes, and graphs captured the second time, within
+    the step."""
     load = EngineLoad(
         requests=case.concurrency,
         adapters=max(case.adapters) + 1,
@@ -125,10 +121,7 @@ def _run(session: BenchSession, case: ProfileCase, options: ProfileOptions) -> t
     engine, steps = session.engine, session.engine.composition(manifests)
     # A pipeline has a pace only while several steps are in it.
     paced = engine.overlapped() if session.setup.pp > 1 else np.ones(len(steps), dtype=bool)
-    return (
-        Samples.of(steps.take(paced), engine.step_seconds()[paced]),
-        Samples.of(steps, engine.step_latencies()),
-    )
+    return Samples.of(steps.take(paced), engine.step_seconds()[paced])
 
 
 def _limits(session: BenchSession, options: ProfileOptions) -> Limits:

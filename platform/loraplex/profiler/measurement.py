@@ -19,11 +19,12 @@ from loraplex.profiler.fit import fit_coefficients, held_out_error
 
 
 class Samples(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """S steps."""
+    """S steps; of a pipeline those that were under way while the one before them was."""
 
     composition: dict[str, list[float]]
     """Field of ``StepComposition`` -> S values."""
     seconds: list[float]
+    """From the end of the step before, or from the step's beginning where that was later."""
 
     @classmethod
     def of(cls, steps: StepComposition, seconds: FloatArray) -> Self:
@@ -45,9 +46,6 @@ class Measurement(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     fitted: Samples
     held_out: Samples
     """Of loads that are not among the fitted ones."""
-    latency: Samples | None = None
-    """Of a pipeline: steps from their planning to their end; the two above are then its pace, from the end of one step
-    to the end of the next that was under way meanwhile. None: the same."""
     decoding: DecodeRows | None = None
     """Decode steps of full batches; not fitted."""
 
@@ -64,14 +62,15 @@ class Measurement(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     def profile(self) -> CostProfile:
         """Fits the one set of steps, judges by the other. BadConfig when there are too few steps."""
         coefficients = fit_coefficients(*self.fitted.arrays())
-        latency = coefficients if self.latency is None else fit_coefficients(*self.latency.arrays())
         step = StepProfile(
             base=self.base.name,
             gpu=self.gpu.name,
             shape=self.shape,
             source="measured",
             note=self.note,
-            cost=StepCost(interval=coefficients, latency=latency),
+            # As many stages, each as slow as the slowest. From its planning to its end a step takes longer, by its wait
+            # for the first stage; and a lone request's by what the host does in between, which other steps hide.
+            cost=StepCost(interval=coefficients, latency=coefficients.slowed(self.shape.pp)),
             held_out=held_out_error(coefficients, *self.held_out.arrays()),
         )
         return CostProfile(gpus=(self.gpu,), bases=(self.base,), steps=(step,))
