@@ -66,9 +66,8 @@ def test_rows_of_decode_steps_come_for_each_batch_and_shape(files: tuple[Path, P
     assert msgspec.json.decode(path.read_bytes(), type=DecodeRows) == decoding
     # Batches of 8 and more are above --max-running.
     assert [(row.batch, row.adapters) for row in decoding.rows] == [(1, 0), (1, 1)]
-    assert all(
-        row.output_tokens_per_s == pytest.approx(1e3 * row.batch / row.step_ms, rel=0.5) for row in decoding.rows
-    )
+    # The one is a mean, the other a median: on a busy machine they differ.
+    assert all(1 / 4 < row.output_tokens_per_s / (1e3 * row.batch / row.step_ms) < 4 for row in decoding.rows)
     group = msgspec.structs.replace(
         decoding, rows=tuple(msgspec.structs.replace(row, tp=2, step_ms=1.0) for row in decoding.rows)
     )
