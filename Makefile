@@ -100,8 +100,8 @@ figures-cluster: setup-dev
 
 # Every figure of the engine, on a machine with one H100 80GB; about an hour and a half.
 GPU := --model random:llama3-8b --device cuda
-GPU_NARROW := base,base-lora-32-idle,lora-1,lora-32,lora-256,cold-32,cold-256,1-base,1-lora-1,32-base,32-lora-1,32-lora-32
-GPU_WIDE := 64-base,64-lora-32,rank-8,rank-16,rank-32,rank-64,rank-mixed,many-5,many-5-capped,many-2000,many-2000-capped
+GPU_NARROW := base,base-lora-32-idle,lora-1,lora-32,lora-256,cold-32,cold-256,1-base,1-lora-1,32-base,32-lora-1,32-lora-32,64-base,64-lora-32
+GPU_WIDE := rank-8,rank-16,rank-32,rank-64,rank-mixed,many-5,many-5-capped,many-2000,many-2000-capped
 GPU_SERVE := --max-step-tokens 8192 --streams 256 --requests 1024 --input 256 --output 128 --clients 4 --gateways 4 --rounds 5 --single-ttft 15 --json
 DEMO_BASE := $(BIN)/python -c "import sys; from pathlib import Path; from loraplex.demo.base import prepare_demo_base; \
   print(prepare_demo_base(Path('.loraplex/models'), sys.stderr.write))"
@@ -115,7 +115,7 @@ figures-gpu: setup-dev
 	$(AGAINST) random:llama3-1b --device cuda > $(FIGURES)/against_transformers_1b_h100.json
 	$(AGAINST) $$($(DEMO_BASE)) --device cuda $(AGAINST_DEMO) > $(FIGURES)/against_transformers_demo_h100.json
 	rm -f $(FIGURES)/engine*_h100.json
-	$(BIN)/loraplex bench sweep $(GPU) --max-step-tokens 8192 --rounds 10 --cases $(GPU_NARROW) --out $(FIGURES)/engine_h100.json
+	$(BIN)/loraplex bench sweep $(GPU) --max-step-tokens 16384 --rounds 10 --cases $(GPU_NARROW) --out $(FIGURES)/engine_h100.json
 	$(BIN)/loraplex bench sweep $(GPU) --max-step-tokens 16384 --cases $(GPU_WIDE) --out $(FIGURES)/engine_wide_h100.json
 	$(BIN)/loraplex bench sweep $(GPU) --max-step-tokens 8192 --batch-invariant --cases base,lora-32 --out $(FIGURES)/engine_invariant_h100.json
 	$(BIN)/loraplex bench engine $(GPU) --max-step-tokens 8192 --requests 256 --adapters 32 --profile 8 \

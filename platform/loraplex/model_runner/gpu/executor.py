@@ -125,6 +125,7 @@ class GpuExecutor(RankExecutor):
 
     def load_adapter(self, digest: Digest, pages: tuple[int, ...]) -> None:
         """Starts the copy of a staged adapter into ``pages``. Conflict when it is not staged, or loaded already."""
+        self._enter_device()
         with self._host.lend(digest) as staged:
             self._adapters.load(digest, staged, pages)
 
@@ -137,6 +138,7 @@ class GpuExecutor(RankExecutor):
         if len(self._in_flight) >= _MAX_IN_FLIGHT:
             raise Conflict(f"{_MAX_IN_FLIGHT} steps are in flight already")
         self._check_size(plan)
+        self._enter_device()
         submitted_s = time.perf_counter()
         done: torch.cuda.Event | None = None
         try:
@@ -205,6 +207,12 @@ class GpuExecutor(RankExecutor):
         for name in ("_graphs", "_decoder", "_inputs", "_adapters", "_arena", "_hidden_TD"):
             if hasattr(self, name):
                 delattr(self, name)
+
+    def _enter_device(self) -> None:
+        """A thread begins on the first device, and Triton launches on the thread's."""
+        device = self._arena.pages.device
+        if device.type == "cuda" and torch.cuda.current_device() != device.index:
+            torch.cuda.set_device(device)
 
     def _settle(self) -> None:
         """Waits until the device has nothing to do: what is void must not write to pages that change hands."""
