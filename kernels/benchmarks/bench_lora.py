@@ -9,6 +9,7 @@ object a line.
 
     python kernels/benchmarks/bench_lora.py                                  # defaults, all cases: about a minute
     python kernels/benchmarks/bench_lora.py --variants all --cases 64x64,256x32
+    python kernels/benchmarks/bench_lora.py --tp 2                           # as one GPU of a group runs its shard
     TRITON_INTERPRET=1 python kernels/benchmarks/bench_lora.py --tiny        # any machine: does it run and is it right
 """
 
@@ -16,7 +17,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -47,6 +48,8 @@ class Model:
     layout: KvLayout
     dtype: torch.dtype
     device: torch.device
+    sharded: bool
+    """Of o and down a part that is to be summed: what LoRA adds goes into it, or into a buffer beside it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,8 +86,13 @@ class Step:
         self.x = {site: self._randn(rows, shape.inputs(site)) for site in Site}
         self.out = {site: self._randn(rows, sum(shape.outputs(site))) for site in Site}
         self.projections = LoraProjections(
-            table, {site: shape.inputs(site) for site in Site}, {site: shape.outputs(site) for site in Site}, rows
+            table,
+            {site: shape.inputs(site) for site in Site},
+            {site: shape.outputs(site) for site in Site},
+            rows,
+            partial_sums=model.sharded,
         )
+        self.added = {site: self._randn(rows, shape.hidden) for site in (Site.O, Site.DOWN) if model.sharded}
         self.residual = self._randn(rows, shape.hidden)
         self.norm_weight = self._randn(shape.hidden)
         head_dim = model.layout.head_dim
@@ -119,7 +127,9 @@ class Step:
             self._gemm(layer, site)
             return None
         tiles = self.tiles(variant)
-        return self.projections.project(lambda: self._gemm(layer, site), self.x[site], layer, site, tiles)[1]
+        return self.projections.project(
+            lambda: self._gemm(layer, site), self.x[site], layer, site, tiles, added_TO=self.added.get(site)
+        )[1]
 
     def _gemm(self, layer: int, site: Site) -> torch.Tensor:
         if self.weights:
@@ -226,10 +236,10 @@ def adapter_bytes(case: Case, shape: LayerShape, layers: int, itemsize: int) -> 
     return ranks * layers * itemsize * sum(inputs + outputs for inputs, outputs in shape.modules)
 
 
-def build(job: tuple[Case, str | None, Site, int]) -> None:
+def build(job: tuple[Case, str | None, Site, int, int]) -> None:
     """Compiles the kernels of one site of a case and a variant (None: without LoRA), over an empty table."""
-    case, variant, site, layers = job
-    model = make_model(False, layers)
+    case, variant, site, layers, tp = job
+    model = make_model(False, layers, tp)
     entries = torch.zeros((case.adapters, layers * 7, 2), dtype=torch.int64, device=model.device)
     arena = torch.zeros(1 << 10, dtype=model.dtype, device=model.device)
     step = Step(model, case, LoraTable(arena=arena, entries=entries), np.arange(case.adapters), 0)
@@ -237,25 +247,26 @@ def build(job: tuple[Case, str | None, Site, int]) -> None:
     torch.cuda.synchronize()
 
 
-def builds(cases: list[Case], variants: list[str], layers: int) -> list[tuple[Case, str | None, Site, int]]:
+def builds(
+    cases: list[Case], variants: list[str], layers: int, tp: int
+) -> list[tuple[Case, str | None, Site, int, int]]:
     """One job for all cases between which ``tuning`` makes no difference."""
     kinds = {(case.rows <= 32, case.rows < 64, case.adapters == case.rows, case.rank_cap(1)): case for case in cases}
-    return [(case, variant, site, layers) for case in kinds.values() for variant in (None, *variants) for site in Site]
+    choices = (None, *variants)
+    return [(case, variant, site, layers, tp) for case in kinds.values() for variant in choices for site in Site]
 
 
-def make_model(tiny: bool, layers: int) -> Model:
+def make_model(tiny: bool, layers: int, tp: int) -> Model:
+    """What one of ``tp`` GPUs has of each layer."""
+    whole, heads, head_dim = LayerShape(hidden=4096, q=4096, kv=1024, intermediate=14336), 8, 128
     if tiny:
-        return Model(
-            shape=LayerShape(hidden=64, q=64, kv=32, intermediate=96),
-            layout=KvLayout(num_layers=layers, num_kv_heads=2, head_dim=16, page_size=16),
-            dtype=torch.float32,
-            device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
-        )
+        whole, heads, head_dim = LayerShape(hidden=64, q=64, kv=32, intermediate=96), 2, 16
     return Model(
-        shape=LayerShape(hidden=4096, q=4096, kv=1024, intermediate=14336),
-        layout=KvLayout(num_layers=layers, num_kv_heads=8, head_dim=128, page_size=16),
-        dtype=torch.bfloat16,
-        device=torch.device("cuda"),
+        shape=replace(whole, q=whole.q // tp, kv=whole.kv // tp, intermediate=whole.intermediate // tp),
+        layout=KvLayout(num_layers=layers, num_kv_heads=heads // tp, head_dim=head_dim, page_size=16),
+        dtype=torch.float32 if tiny else torch.bfloat16,
+        device=torch.device("cuda" if torch.cuda.is_available() or not tiny else "cpu"),
+        sharded=tp > 1,
     )
 
 
@@ -302,6 +313,9 @@ def main() -> None:
     parser.add_argument("--ranks", default="16", help="a list cycles over the adapters: 8,16,32,64; ; separates runs")
     parser.add_argument("--variants", default="default", help=f"all, or of {', '.join(VARIANTS)}")
     parser.add_argument("--parts", action="store_true", help="also times each operation alone")
+    parser.add_argument(
+        "--tp", type=int, default=1, choices=(1, 2, 4, 8), help="GPUs that share each layer; tiny: 1, 2"
+    )
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--bandwidth", type=float, default=3.02e12, help="bytes/s of a large copy on this GPU")
     parser.add_argument("--processes", type=int, default=12, help="that compile ahead; 0: none")
@@ -310,7 +324,7 @@ def main() -> None:
     layers = 1 if options.tiny else options.layers
     cases = "1x1,3x2" if options.tiny else options.cases
     variants = list(VARIANTS) if options.variants == "all" else options.variants.split(",")
-    model = make_model(options.tiny, layers)
+    model = make_model(options.tiny, layers, options.tp)
     print(json.dumps(place()), flush=True)
     weights = Step(model, Case(1, 1, (16,)), *empty_table(model, layers), layers).weights
     for ranks_text in options.ranks.split(";"):
@@ -318,7 +332,7 @@ def main() -> None:
         run = [Case(*(int(part) for part in text.split("x")), ranks) for text in cases.split(",")]
         start = time.perf_counter()
         if options.processes and not options.tiny:
-            compile_apart(build, builds(run, variants, layers), options.processes)
+            compile_apart(build, builds(run, variants, layers, options.tp), options.processes)
         adapters = [Adapter(rank=ranks[index % len(ranks)]) for index in range(max(case.adapters for case in run))]
         table, records = random_table(model.shape, layers, adapters, dtype=model.dtype, device=model.device)
         print(json.dumps({"ranks": ranks, "ready_s": round(time.perf_counter() - start, 1)}), flush=True)
