@@ -41,7 +41,7 @@ check: setup-dev
 # First several at a time, on one thread each, then those that start processes or measure time, one after the other.
 FAST := $(BIN)/python -m pytest --hypothesis-profile=ci -m "not slow and not gpu and not multigpu and
 test: check
-	OMP_NUM_THREADS=1 $(FAST) beside" -n logical --maxprocesses 4 --dist loadgroup
+	OMP_NUM_THREADS=1 $(FAST) beside" -n logical --maxprocesses 4
 	$(FAST) not beside"
 
 test-all: check

@@ -6,6 +6,7 @@ import gc
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,12 +19,12 @@ if not any(Path("/dev").glob("nvidia[0-9]*")):
 
 
 BESIDE = {
-    *("cli", "config", "controller", "core", "cost", "database", "demo", "docs", "engine"),
+    *("bench", "cli", "config", "controller", "core", "cost", "database", "demo", "docs", "engine"),
     *("gateway", "helm", "kernels", "model_runner", "object_storage", "pages", "planner"),
-    *("registry", "simulator", "telemetry", "tenancy", "testing", "traces"),
+    *("profiler", "registry", "simulator", "telemetry", "tenancy", "testing", "traces"),
 }
 """Folders of such tests. What is in one of them and needs the machine for itself is marked ``alone``."""
-COMPILED = ("cli/test_commands", "planner/", "simulator/")
+COMPILED = ("bench/test_fleet", "cli/test_commands", "planner/", "simulator/")
 """Of these, those that compile the simulator, which is kept: together, so that it is compiled once."""
 
 
@@ -34,8 +35,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             map(item.get_closest_marker, ("alone", "ray", "gpu", "multigpu"))
         ):
             item.add_marker(pytest.mark.beside)
-        if item.get_closest_marker("beside") and config.pluginmanager.hasplugin("xdist"):
-            item.add_marker(pytest.mark.xdist_group("compiled" if file.startswith(COMPILED) else file))
     marked = [item for item in items if item.get_closest_marker("gpu") or item.get_closest_marker("multigpu")]
     if not marked:
         return
@@ -46,6 +45,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         needed = 2 if item.get_closest_marker("multigpu") else 1
         if devices < needed:
             item.add_marker(pytest.mark.skip(reason=f"needs {needed} CUDA device(s), found {devices}"))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """The tests of a file run one after the other in one process, and so share what its fixtures make."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "compiled" if file.removeprefix("tests/").startswith(COMPILED) else file
+
+    return ByFile(config, log)
 
 
 @pytest.fixture(scope="module", autouse=True)

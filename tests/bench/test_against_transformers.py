@@ -15,8 +15,6 @@ from loraplex.core.ids import BaseModelId
 from loraplex.engine import EngineConfig
 from loraplex.model_runner import ExecutorConfig, load_model_spec
 
-pytestmark = pytest.mark.beside
-
 CPU = torch.device("cpu")
 
 

@@ -43,6 +43,7 @@ def test_the_script_prints_what_the_benchmark_reads(tmp_path: Path) -> None:
     assert second.ideal_s == pytest.approx(10 * first.ideal_s)
 
 
+@pytest.mark.alone
 def test_measured_here() -> None:
     cpu = torch.device("cpu")
     ceilings = measure_ceilings("cpu", cpu, torch.float32, copy_bytes=1 << 22)
@@ -52,6 +53,7 @@ def test_measured_here() -> None:
     assert 1e8 < ceilings.gemm_flops_per_s[0][1] < 1e15
 
 
+@pytest.mark.alone
 def test_more_weights_take_longer() -> None:
     one = gemm_s([(256, 256)], 64, torch.float32, torch.device("cpu"))
     many = gemm_s([(256, 256), (256, 512)] * 40, 64, torch.float32, torch.device("cpu"))

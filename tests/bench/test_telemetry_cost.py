@@ -23,6 +23,7 @@ def test_runs_with_and_without_differ_in_telemetry_alone() -> None:
     assert cost.throughput_ratio == pytest.approx(cost.tokens_per_s_with / cost.tokens_per_s_without, rel=0.01)
 
 
+@pytest.mark.alone
 def test_what_it_does_for_an_engine_at_full_speed_is_little() -> None:
     """An H100 at 10,000 tokens/s: 78 requests of 128 tokens and 125 steps a second, read each second."""
     parts = measure(

@@ -25,8 +25,7 @@ from tests.model_runner.parallel_models import (
     write_adapters,
     write_model,
 )
-
-pytestmark = pytest.mark.alone
+from tests.model_runner.prepared import prepare_each
 
 DEFAULT = [
     ("llama", Shape(tp=2, pp=1)),
@@ -126,6 +125,12 @@ def test_a_group_gives_the_tokens_of_one_rank(world: Callable[[str], World], fam
     check_same(world(family), shape)
 
 
+def test_steps_that_were_prepared_are_the_same(world: Callable[[str], World]) -> None:
+    executor = world("llama").build(Shape(tp=2, pp=1))
+    prepare_each(executor)
+    run_group(world("llama"), executor)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda value: _name(value))
 @pytest.mark.parametrize("family", FAMILIES)
@@ -133,6 +138,7 @@ def test_every_family_in_every_shape(world: Callable[[str], World], family: str,
     check_same(world(family), shape)
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda value: _name(value))
 def test_a_group_of_gpus_gives_the_tokens_of_one_cpu(world: Callable[[str], World], shape: Shape) -> None:
     if torch.cuda.device_count() < shape.num_ranks:

@@ -17,6 +17,8 @@ from loraplex.profiler.measurement import Measurement
 from typer import Typer
 from typer.testing import CliRunner
 
+pytestmark = pytest.mark.alone
+
 APP = Typer()
 APP.command()(profile_command)
 NUM_PAGES = 800

@@ -15,6 +15,7 @@ from loraplex.testing.paced_config import PacedConfig
 from loraplex.testing.paced_executor import build_paced_executor, paced_cost
 
 
+@pytest.mark.alone
 def test_the_real_engine_keeps_the_times_that_the_simulator_predicts() -> None:
     # Steps of 60 ms and more, so that a busy machine does not count.
     config, engine = PacedConfig(factor=10), EngineConfig(max_running=8, max_step_tokens=256)

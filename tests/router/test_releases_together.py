@@ -19,6 +19,8 @@ import pytest
 from tests.router.other_release import ask
 from tests.router.replicas import start_replica
 
+pytestmark = pytest.mark.beside
+
 ROOT = Path(__file__).parents[2]
 _CROSSES = ("wire", "request", "adapter")
 _DATACLASS = re.compile(r"^@dataclass\(frozen=True, slots=True, kw_only=True\)\nclass \w+(?:\(\w+\))?:\n", re.MULTILINE)
