@@ -124,6 +124,13 @@ def test_a_group_gives_the_tokens_of_one_rank(world: Callable[[str], World], fam
     check_same(world(family), shape)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda value: _name(value))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_in_every_shape(world: Callable[[str], World], family: str, shape: Shape) -> None:
+    check_same(world(family), shape)
+
+
 @pytest.mark.alone
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda value: _name(value))
 def test_a_group_of_gpus_gives_the_tokens_of_one_cpu(world: Callable[[str], World], shape: Shape) -> None:
