@@ -19,7 +19,7 @@ from loraplex.cost.memory import shared_pages
 from loraplex.model_runner.build import build_executor, load_model_spec
 from loraplex.model_runner.config import ExecutorConfig
 from loraplex.model_runner.group_part import Neighbour, part_of_group
-from loraplex.model_runner.turns.executor import TurnExecutor
+from loraplex.model_runner.turns.executor import PreparingExecutor, TurnExecutor
 from loraplex.model_runner.turns.queue import TurnQueue
 from loraplex.testing.paced_config import PacedConfig
 from ray.util.placement_group import PlacementGroup, get_current_placement_group
@@ -55,7 +55,7 @@ def _executor(
     config: PlatformConfig,
     group: PlacementGroup,
     num_gpus: float,
-) -> Executor:
+) -> PreparingExecutor:
     model = model_source(config, base)
     if base.paced is not None:
         return _paced_executor(target, base, bases, model)
@@ -92,7 +92,7 @@ def _executor_config(base: BaseModelConfig, shape: Shape) -> ExecutorConfig:
 
 def _paced_executor(
     target: ReplicaTarget, base: BaseModelConfig, bases: Mapping[BaseModelId, BaseModelConfig], model: str
-) -> Executor:
+) -> PreparingExecutor:
     # Only here: no replica that computes needs the cost model and numba.
     from loraplex.testing.paced_executor import build_paced_executor
 

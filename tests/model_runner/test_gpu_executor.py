@@ -11,6 +11,8 @@ from loraplex.core.errors import BadConfig
 from loraplex_kernels.gpu import lora_project, tuning
 from loraplex_kernels.gpu.lora import ALL_SITES, ATTENTION_SITES, Site, lora_shrink
 
+from tests.model_runner.prepared import prepare_each
+
 ADAPTERS: dict[str, dict[str, Any]] = {
     "attention": {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]},
     "everything": {
@@ -86,15 +88,18 @@ def test_base_only_decode_after_warm_up(make_base: Any, add_adapter: Any, make_d
         check(base, driver, request)
 
 
-@pytest.mark.parametrize("num_several", [1, 2])
+@pytest.mark.parametrize(("num_several", "prepares"), [(1, False), (2, True)])
 def test_steps_padded_for_graphs_equal_transformers(
-    num_several: int, make_base: Any, add_adapter: Any, make_driver: Any, check: Any
+    num_several: int, prepares: bool, make_base: Any, add_adapter: Any, make_driver: Any, check: Any
 ) -> None:
+    """Also where each is prepared before it may run."""
     base = make_base("llama", num_hidden_layers=1, hidden_size=32, intermediate_size=64, num_attention_heads=2)
     adapter = add_adapter(base, "attention", **ADAPTERS["attention"])
     driver = make_driver(base.directory, page_size=16, device=DEVICE, kernels=True, max_rows=4, cuda_graphs=True)
     driver.load(adapter.manifest, adapter.path)
     names = [adapter.manifest.digest, None]
+    if prepares:
+        prepare_each(driver.executor)
     requests = [driver.open(prompt(9 + index, index), names[index % 2]) for index in range(3)]
     driver.run(requests[num_several:], num_tokens=1)
     driver.run(requests, num_tokens=2)

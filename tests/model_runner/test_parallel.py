@@ -25,6 +25,7 @@ from tests.model_runner.parallel_models import (
     write_adapters,
     write_model,
 )
+from tests.model_runner.prepared import prepare_each
 
 DEFAULT = [
     ("llama", Shape(tp=2, pp=1)),
@@ -122,6 +123,12 @@ def check_same(world: World, shape: Shape) -> None:
 @pytest.mark.parametrize(("family", "shape"), DEFAULT, ids=lambda value: _name(value))
 def test_a_group_gives_the_tokens_of_one_rank(world: Callable[[str], World], family: str, shape: Shape) -> None:
     check_same(world(family), shape)
+
+
+def test_steps_that_were_prepared_are_the_same(world: Callable[[str], World]) -> None:
+    executor = world("llama").build(Shape(tp=2, pp=1))
+    prepare_each(executor)
+    run_group(world("llama"), executor)
 
 
 @pytest.mark.slow

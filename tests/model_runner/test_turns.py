@@ -11,8 +11,8 @@ from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import pytest
-from loraplex.core.errors import BadConfig, ExecutorLost
-from loraplex.core.step import StepResult
+from loraplex.core.errors import BadConfig, Conflict, ExecutorLost
+from loraplex.core.step import StepPlan, StepResult
 from loraplex.engine import EngineConfig
 from loraplex.model_runner.turns.executor import TurnExecutor
 from loraplex.model_runner.turns.queue import TurnQueue
@@ -174,6 +174,34 @@ class Recorded(FakeExecutor):
         result = super().collect()
         self.num_in_flight -= 1
         return result
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_step_is_prepared_while_it_waits_for_its_turn(path: str, other: Member, fails: bool) -> None:
+    """Once, when others know that it waits; what fails there does not fail the step."""
+    noted: list[tuple[str, int]] = []
+
+    class Noted(FakeExecutor):
+        def prepare(self, plan: StepPlan) -> None:
+            noted.append(("prepare", plan.step_id))
+            if fails:
+                raise Conflict("not now")
+
+        def submit(self, plan: StepPlan) -> None:
+            noted.append(("submit", plan.step_id))
+            super().submit(plan)
+
+    harness = start(path, Noted(num_pages=256, step_s=0.01))
+    harness.loop.submit(1, (make("a", max_tokens=3),))
+    wait_until(lambda: len(noted) == 1)
+    assert other.is_wanted
+    assert noted == [("prepare", 1)]
+    other.hand_over()
+    harness.wait_end(1, "a")
+    assert harness.tokens(1, "a") == expected_tokens(make("a"), 3)
+    assert noted == [("prepare", 1), *(("submit", step) for step in range(1, len(noted)))]
+    harness.loop.stop()
+    harness.loop.join()
 
 
 @pytest.mark.parametrize("hangs", [False, True])

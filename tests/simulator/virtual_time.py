@@ -90,11 +90,14 @@ class VirtualTurnQueue:
         assert self.has_turn
         return len(self._turns.places) > 1
 
-    def take(self, *, while_waiting: Callable[[], None], timeout_s: float) -> bool:
+    def take(
+        self, *, while_waiting: Callable[[], None], timeout_s: float, first: Callable[[], None] = lambda: None
+    ) -> bool:
         time, places = self._turns.time, self._turns.places
         has_to_wait = bool(places)
         places.append(time.wait() if has_to_wait else None)
         if has_to_wait:
+            first()
             time.begin_wait()
             time.sleep(self._turns.turn_s)
         self.has_turn = True

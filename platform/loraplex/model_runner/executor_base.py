@@ -57,6 +57,10 @@ class ExecutorBase(ABC):
     def drop_adapter(self, digest: Digest) -> None: ...
 
     @abstractmethod
+    def prepare(self, plan: StepPlan) -> None:
+        """See ``turns.executor.PreparingExecutor``."""
+
+    @abstractmethod
     def submit(self, plan: StepPlan) -> None: ...
 
     @abstractmethod

@@ -84,6 +84,9 @@ class RankExecutor(ExecutorBase):
     def unstage_adapter(self, digest: Digest) -> None:
         self._host.unstage(digest)
 
+    def prepare(self, plan: StepPlan) -> None:
+        """``submit`` computes: there is nothing that could come before."""
+
     @abstractmethod
     def ready(self) -> bool:
         """The oldest step in flight has ended: ``collect`` would not wait."""

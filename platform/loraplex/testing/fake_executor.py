@@ -193,6 +193,9 @@ class FakeExecutor:
         self._check(digest not in in_flight, "an adapter is dropped that a step in flight names")
         del self._loaded[digest]
 
+    def prepare(self, plan: StepPlan) -> None:
+        """``submit`` does everything."""
+
     def submit(self, plan: StepPlan) -> None:
         self._check(len(self._in_flight) < self._max_in_flight, "too many steps in flight")
         self._check(not self.closed, "the executor is closed")

@@ -137,6 +137,9 @@ class PacedExecutor:
     def drop_adapter(self, digest: Digest) -> None:
         del self._loaded[digest]
 
+    def prepare(self, plan: StepPlan) -> None:
+        """``submit`` does everything."""
+
     def submit(self, plan: StepPlan) -> None:
         """Conflict when as many steps are in flight as may be."""
         if len(self._in_flight) == self.max_in_flight:

@@ -109,6 +109,8 @@ class GpuExecutor(RankExecutor):
             self._hidden_TD = torch.zeros(shape, dtype=arena.dtype, device=device)
         self._drawn_elsewhere: deque[tuple[int, ...]] = deque()
         """On the first of several stages, of each step whose tokens have not come back: whose they are."""
+        self._prepared: tuple[int, DeviceStep] | None = None
+        """A step's id and inputs."""
         self._in_flight: deque[_InFlight] = deque()
         self._collected_s = 0.0
 
@@ -133,6 +135,14 @@ class GpuExecutor(RankExecutor):
         self._adapters.drop(digest)
 
     @torch.inference_mode()
+    def prepare(self, plan: StepPlan) -> None:
+        """Uploads the inputs, which takes longest of what the host does for a step; launches nothing."""
+        self._check_size(plan)
+        self._enter_device()
+        if plan.rows:
+            self._prepared = plan.step_id, self._inputs_of(plan.rows)
+
+    @torch.inference_mode()
     def submit(self, plan: StepPlan) -> None:
         """Enqueues the step. Conflict when it is too large, or two are in flight."""
         if len(self._in_flight) >= _MAX_IN_FLIGHT:
@@ -149,7 +159,7 @@ class GpuExecutor(RankExecutor):
                     self._sampler.start(start)
             for start in plan.starts:
                 self._inputs.page_tables.start(start.slot)
-            drawn = self._run_rows(plan.rows) if plan.rows else None
+            drawn = self._run_rows(plan.step_id, plan.rows) if plan.rows else None
             if drawn is None and self._arena.pages.is_cuda:
                 done = torch.cuda.Event()  # type: ignore[no-untyped-call]
                 done.record()
@@ -222,13 +232,16 @@ class GpuExecutor(RankExecutor):
             with suppress(RuntimeError):
                 torch.cuda.synchronize(device)
 
-    def _run_rows(self, rows: tuple[Row, ...]) -> Drawn | None:
+    def _inputs_of(self, rows: tuple[Row, ...]) -> DeviceStep:
+        if all(len(row.token_ids) == 1 and row.samples for row in rows):
+            return self._inputs.decode(rows)
+        return self._inputs.mixed(rows)
+
+    def _run_rows(self, step_id: int, rows: tuple[Row, ...]) -> Drawn | None:
         self._inputs.page_tables.update(rows)
         slots = tuple(row.slot for row in rows if row.samples)
-        if all(len(row.token_ids) == 1 for row in rows) and len(slots) == len(rows):
-            step = self._inputs.decode(rows)
-        else:
-            step = self._inputs.mixed(rows)
+        prepared, self._prepared = self._prepared, None
+        step = prepared[1] if prepared is not None and prepared[0] == step_id else self._inputs_of(rows)
         self._take_tokens(slots)
         hidden_TD = self._hidden(step)
         if hidden_TD is not None:

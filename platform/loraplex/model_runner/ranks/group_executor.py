@@ -25,7 +25,18 @@ from loraplex.model_runner.executor_base import ExecutorBase
 from loraplex.model_runner.rank_executor import check_step_size
 from loraplex.model_runner.ranks.group import RankGroup
 from loraplex.model_runner.ranks.launcher import RankLauncher
-from loraplex.model_runner.ranks.messages import Drop, Load, RankJob, Stage, Staged, StepDone, Unstage
+from loraplex.model_runner.ranks.messages import (
+    Ahead,
+    Begin,
+    Drop,
+    Load,
+    RankJob,
+    Stage,
+    Staged,
+    Step,
+    StepDone,
+    Unstage,
+)
 from loraplex.model_runner.ranks.step_codec import StepEncoder
 from loraplex.model_runner.shard import Shard
 
@@ -82,6 +93,8 @@ class GroupExecutor(ExecutorBase):
         self._loaded: dict[Digest, int] = {}
         self._numbers = itertools.count()
         self._encoder = StepEncoder()
+        self._ahead: int | None = None
+        """The step that the ranks have and may not run yet."""
         # GPUs are given their next step while they compute, and hand tokens back without the host.
         self._max_in_flight = len(self._stages) + (config.device != "cpu")
         self._in_flight: deque[_InFlight] = deque()
@@ -160,18 +173,24 @@ class GroupExecutor(ExecutorBase):
         if number is not None:
             self._group.send(Drop(digest, number))
 
+    def prepare(self, plan: StepPlan) -> None:
+        """Raises as ``submit``."""
+        self._group.send(Ahead(self._encode(plan)))
+        self._ahead = plan.step_id
+
     def submit(self, plan: StepPlan) -> None:
         """Conflict when the step is too large, names an adapter that is not loaded, or ``max_in_flight`` are in flight.
         ExecutorLost."""
-        self.check()
-        if len(self._in_flight) >= self.max_in_flight:
-            raise Conflict(f"{self.max_in_flight} steps are in flight already")
-        check_step_size(plan, max_rows=self._config.max_rows, max_step_tokens=self._config.max_step_tokens)
-        step = self._encoder.encode(plan, self._loaded)
+        message: Step | Begin
+        if self._ahead is None:
+            message = self._encode(plan)
+        else:
+            assert self._ahead == plan.step_id, "the ranks have prepared another step"
+            message, self._ahead = Begin(), None
         submitted_s = time.perf_counter()
         if not self._in_flight:
             self._group.busy(time.monotonic())
-        self._group.send(step)
+        self._group.send(message)
         # The ranks are at work from here on.
         slots = tuple([row.slot for row in plan.rows if row.samples])
         self._in_flight.append(_InFlight(step_id=plan.step_id, slots=slots, submitted_s=submitted_s))
@@ -196,6 +215,13 @@ class GroupExecutor(ExecutorBase):
     def close(self) -> None:
         """Ends the ranks. Idempotent."""
         self._group.close()
+
+    def _encode(self, plan: StepPlan) -> Step:
+        self.check()
+        if len(self._in_flight) >= self.max_in_flight:
+            raise Conflict(f"{self.max_in_flight} steps are in flight already")
+        check_step_size(plan, max_rows=self._config.max_rows, max_step_tokens=self._config.max_step_tokens)
+        return self._encoder.encode(plan, self._loaded)
 
     def _stage(self, manifest: AdapterManifest, path: str | None, seed: int) -> None:
         if manifest.digest in self._staged:

@@ -92,7 +92,17 @@ class Step(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """Of each row whose page table has grown: its place in the step, how many pages are new, these pages."""
 
 
-Command = Allocate | Stage | Unstage | Load | Drop | Step
+class Ahead(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Down: the next step, to be prepared. Commands of its own thread wait until it has begun."""
+
+    step: Step
+
+
+class Begin(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Down: the step that came ahead runs now."""
+
+
+Command = Allocate | Stage | Unstage | Load | Drop | Step | Ahead | Begin
 
 
 class StepDone(msgspec.Struct, frozen=True, array_like=True):

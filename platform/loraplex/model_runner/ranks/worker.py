@@ -26,6 +26,7 @@ from loraplex.core.collector import exempt_loaded
 from loraplex.core.errors import LoraplexError
 from loraplex.core.ids import Digest
 from loraplex.core.plan import Shape
+from loraplex.core.step import StepPlan
 from loraplex.model_runner.arena import plan_num_pages
 from loraplex.model_runner.build import build_rank, load_model_spec, load_weights, rank_device, rank_dtype
 from loraplex.model_runner.executor_base import ExecutorBase
@@ -34,8 +35,10 @@ from loraplex.model_runner.ranks.channel import connect
 from loraplex.model_runner.ranks.exchange import Exchange
 from loraplex.model_runner.ranks.launcher import OpenAdapter, RankStart
 from loraplex.model_runner.ranks.messages import (
+    Ahead,
     Allocate,
     Beat,
+    Begin,
     Command,
     Drop,
     Failed,
@@ -118,6 +121,7 @@ class _Worker:
             raise
         speaks = shard.is_last and shard.tp_rank == 0
         num_in_flight = 0
+        ahead: StepPlan | None = None
         # Not waited for at the end, which is the process's: what else is to be staged would keep a failure back.
         threads = ThreadPoolExecutor(_STAGING_THREADS, initializer=_thread_start(executor))
         while True:
@@ -130,6 +134,14 @@ class _Worker:
                 case Step():
                     executor.submit(self._decoder.decode(message))
                     num_in_flight += 1
+                case Ahead():
+                    ahead = self._decoder.decode(message.step)
+                    executor.prepare(ahead)
+                case Begin():
+                    assert ahead is not None, "a step comes before it begins"
+                    executor.submit(ahead)
+                    num_in_flight += 1
+                    ahead = None
                 case Load():
                     executor.load_adapter(message.digest, message.pages[: self._num_pages[message.digest]])
                     self._decoder.name_adapter(message.number, message.digest)

@@ -5,6 +5,9 @@ all ranks, so it alone stands in the queue. Loading adapters and staging need no
 replicas on one group; driven by the engine loop.
 """
 
+from contextlib import suppress
+from typing import Protocol
+
 from loraplex.core.adapter import AdapterManifest
 from loraplex.core.errors import ExecutorLost
 from loraplex.core.ids import Digest
@@ -14,6 +17,12 @@ from loraplex.model_runner.turns.queue import TurnQueue
 
 PATIENCE_S = 60.0
 """For the turn, by default: longer than the ranks of another base may hang before their own watch ends them."""
+
+
+class PreparingExecutor(Executor, Protocol):
+    def prepare(self, plan: StepPlan) -> None:
+        """Does what can be done of the next step before it may run; raises as ``submit`` does. ``submit`` of this plan
+        is the next call, ``check`` apart, and does the rest, or all of it when this has raised."""
 
 
 class TurnExecutor:
@@ -26,7 +35,7 @@ class TurnExecutor:
     in flight, at most, and an idle replica has none.
     """
 
-    def __init__(self, executor: Executor, queue: TurnQueue, *, patience_s: float = PATIENCE_S) -> None:
+    def __init__(self, executor: PreparingExecutor, queue: TurnQueue, *, patience_s: float = PATIENCE_S) -> None:
         """Owns both from now on: ``close`` closes them. ``patience_s``: how long a turn is waited for before the
         executor counts as lost."""
         self._executor = executor
@@ -74,10 +83,18 @@ class TurnExecutor:
         self._executor.drop_adapter(digest)
 
     def submit(self, plan: StepPlan) -> None:
-        """Waits for the turn. ExecutorLost also when it does not come."""
+        """Waits for the turn, and prepares the step meanwhile. ExecutorLost also when it does not come."""
+
+        def prepare() -> None:
+            # What fails here fails in its turn as well.
+            with suppress(Exception):
+                self._executor.prepare(plan)
+
         if not self._queue.has_turn:
             try:
-                self._expects_others = self._queue.take(while_waiting=self._executor.check, timeout_s=self._patience_s)
+                self._expects_others = self._queue.take(
+                    first=prepare, while_waiting=self._executor.check, timeout_s=self._patience_s
+                )
             except TimeoutError:
                 raise ExecutorLost(
                     f"another base of the group has kept its GPUs for {self._patience_s:.0f} s"

@@ -54,10 +54,12 @@ class TurnQueue:
         _unlock(self._file, 1)
         return False
 
-    def take(self, *, while_waiting: Callable[[], None], timeout_s: float) -> bool:
-        """Waits for the turn; False when there was nobody to wait for. ``while_waiting`` is called now and then
-        meanwhile, and may raise. TimeoutError when the turn did not come. After an exception the queue can only be
-        closed."""
+    def take(
+        self, *, while_waiting: Callable[[], None], timeout_s: float, first: Callable[[], None] = lambda: None
+    ) -> bool:
+        """Waits for the turn; False when there was nobody to wait for. ``first`` is called when it stands in the queue,
+        ``while_waiting`` now and then from then on; both may raise. TimeoutError when the turn did not come. After an
+        exception the queue can only be closed."""
         assert not self._has_turn, "it has the turn"
         assert not self._closed, "the queue was closed"
         place = self._last + 1
@@ -66,7 +68,7 @@ class TurnQueue:
                 _unlock(self._file, place)
             place -= 1
         if place > 0:
-            self._wait(place, while_waiting, timeout_s)
+            self._wait(place, first, while_waiting, timeout_s)
         self._has_turn = True
         return place > 0
 
@@ -88,11 +90,12 @@ class TurnQueue:
         else:
             self._waiter.end()
 
-    def _wait(self, place: int, while_waiting: Callable[[], None], timeout_s: float) -> None:
+    def _wait(self, place: int, first: Callable[[], None], while_waiting: Callable[[], None], timeout_s: float) -> None:
         if self._waiter is None:
             self._waiter = _Waiter(self._file, self._last)
         until_s = time.monotonic() + timeout_s
         self._waiter.begin(place)
+        first()
         while not self._waiter.arrives(_CHECK_S):
             while_waiting()
             if time.monotonic() >= until_s:
