@@ -8,10 +8,12 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from itertools import chain
 from multiprocessing.connection import Connection
 from multiprocessing.sharedctypes import Synchronized
 from multiprocessing.synchronize import Barrier, Lock
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -63,37 +65,41 @@ def measure_turn_cost(*, num_turns: int, model: str = _MODEL, config: ExecutorCo
     context.set_forkserver_preload([__name__])
     stamp, start = context.Value("d", 0.0), context.Barrier(2)
 
-    def both(body: Callable[..., None], *more: object) -> list[float]:
-        """Of two processes that run it."""
+    def both(body: Callable[..., None], *more: object) -> list[Any]:
+        """The answers of two processes that run it."""
         pipes = [context.Pipe(duplex=False) for _ in range(2)]
         processes = [context.Process(target=body, args=(theirs, path, start, num_turns, *more)) for _, theirs in pipes]
         for process in processes:
             process.start()
-        found: list[float] = [value for ours, _ in pipes for value in ours.recv()]
+        found = [ours.recv() for ours, _ in pipes]
         for process in processes:
             process.join()
         return found
 
     with tempfile.TemporaryDirectory() as folder:
         path = str(Path(folder) / "turns")
-        hand_overs = both(_hand_over, stamp)
-        shared = both(_step_together, model, config, context.Lock())
+        hand_overs = [*chain(*both(_hand_over, stamp))]
+        steps: list[_Steps] = both(_step_together, model, config, context.Lock())
         queue = TurnQueue(path, num_places=2)
         alone = _turns_alone(queue, num_turns)
-        executor = build_executor(config, model=model, base_model_id=BaseModelId(model))
-        bare_steps = _steps(executor, num_turns)
-        alone_steps = _steps(TurnExecutor(executor, queue), num_turns, first=num_turns + _WARM + 1)
-        executor.close()
         queue.close()
     return TurnCost(
         turns=num_turns,
         alone_us=_median_us(alone),
         hand_over_us=_median_us(hand_overs),
         hand_over_p99_us=1e6 * statistics.quantiles(hand_overs, n=100)[98],
-        bare_step_us=_median_us(bare_steps),
-        alone_step_us=_median_us(alone_steps),
-        shared_step_us=_median_us(shared),
+        bare_step_us=_median_us([*chain(*(one.bare for one in steps))]),
+        alone_step_us=_median_us([*chain(*(one.alone for one in steps))]),
+        shared_step_us=_median_us([*chain(*(one.shared for one in steps))]),
     )
+
+
+class _Steps(NamedTuple):
+    """Seconds of one process's steps; see ``TurnCost``."""
+
+    bare: list[float]
+    alone: list[float]
+    shared: list[float]
 
 
 def _median_us(seconds: list[float]) -> float:
@@ -140,12 +146,14 @@ def _step_together(
     # One after the other: sums of a group that warms up would wait for what the other computes.
     with building:
         executor = build_executor(config, model=model, base_model_id=BaseModelId(model))
-    turns = TurnExecutor(executor, TurnQueue(path, num_places=2))
+        turns = TurnExecutor(executor, TurnQueue(path, num_places=2))
+        bare = _steps(executor, count)
+        alone = _steps(turns, count, first=count + _WARM + 1)
     start.wait()
-    seconds = _steps(turns, count)
+    shared = _steps(turns, count, first=2 * (count + _WARM) + 1)
     turns.close()
-    # The other may still be at it: what it does alone does not count.
-    answers.send(seconds[: count // 2])
+    # The other may have ended before: what this one did alone then does not count.
+    answers.send(_Steps(bare, alone, shared[: count // 2]))
 
 
 def _steps(executor: Executor, count: int, *, first: int = 1) -> list[float]:
