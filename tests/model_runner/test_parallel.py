@@ -12,6 +12,7 @@ from loraplex.core.request import EngineRequest
 from loraplex.cost.stages import stage_layers
 from loraplex.model_runner import ExecutorBase, ExecutorConfig, build_executor
 from loraplex.model_runner.adapter_layout import plan_shard_layout
+from loraplex.model_runner.ranks.group_executor import GroupExecutor
 from loraplex.model_runner.shard import plan_shards
 
 from tests.model_runner.parallel_models import (
@@ -127,6 +128,8 @@ def test_a_group_gives_the_tokens_of_one_rank(world: Callable[[str], World], fam
 
 def test_steps_that_were_prepared_are_the_same(world: Callable[[str], World]) -> None:
     executor = world("llama").build(Shape(tp=2, pp=1))
+    assert isinstance(executor, GroupExecutor)
+    executor.prepares = True
     prepare_each(executor)
     run_group(world("llama"), executor)
 

@@ -93,6 +93,8 @@ class GroupExecutor(ExecutorBase):
         self._loaded: dict[Digest, int] = {}
         self._numbers = itertools.count()
         self._encoder = StepEncoder()
+        self.prepares = config.device != "cpu"
+        """Steps reach the ranks ahead of their turn; on a CPU they only disturb who computes."""
         self._ahead: int | None = None
         """The step that the ranks have and may not run yet."""
         # GPUs are given their next step while they compute, and hand tokens back without the host.
@@ -175,6 +177,8 @@ class GroupExecutor(ExecutorBase):
 
     def prepare(self, plan: StepPlan) -> None:
         """Raises as ``submit``."""
+        if not self.prepares:
+            return
         self._group.send(Ahead(self._encode(plan)))
         self._ahead = plan.step_id
 
