@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -21,17 +22,21 @@ from loraplex.traces.schema import (
 
 _text = st.text(max_size=20).filter(lambda text: "\ud800" not in text)
 _seconds = st.floats(0, 1e6)
+_arrived: dict[str, st.SearchStrategy[Any]] = {
+    "arrival_s": st.floats(0, 4e9),
+    "tenant": _text,
+    "request_id": _text,
+    "base_model_id": _text,
+    "adapter_name": st.none() | _text,
+    "prompt_tokens": st.integers(0, 2**31 - 1),
+}
+_arrivals = st.builds(ArrivalRow, **_arrived)
 _rows = st.builds(
     TraceRow,
-    arrival_s=st.floats(0, 4e9),
-    tenant=_text,
-    request_id=_text,
+    **_arrived,
     endpoint=_text,
-    base_model_id=_text,
-    adapter_name=st.none() | _text,
     adapter_version=st.none() | st.integers(1, 2**31 - 1),
     adapter_digest=st.none() | _text,
-    prompt_tokens=st.integers(0, 2**31 - 1),
     cached_tokens=st.integers(0, 2**31 - 1),
     output_tokens=st.integers(0, 2**31 - 1),
     ttft_s=st.none() | _seconds,
@@ -42,17 +47,6 @@ _rows = st.builds(
     replica_id=st.none() | _text,
     priority=st.sampled_from(["online", "offline"]),
     stream=st.booleans(),
-)
-
-
-_arrivals = st.builds(
-    ArrivalRow,
-    arrival_s=st.floats(0, 4e9),
-    tenant=_text,
-    request_id=_text,
-    base_model_id=_text,
-    adapter_name=st.none() | _text,
-    prompt_tokens=st.integers(0, 2**31 - 1),
 )
 
 

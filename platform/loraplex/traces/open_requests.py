@@ -5,14 +5,14 @@ from itertools import islice
 import pyarrow as pa
 
 from loraplex.traces.row import ArrivalRow
-from loraplex.traces.schema import ARRIVAL_SCHEMA, rows_to_batch, to_trace_schema
+from loraplex.traces.schema import ARRIVAL_SCHEMA, request_keys, rows_to_batch, to_trace_schema
 
 
 class OpenRequests:
     def __init__(self, *, max_requests: int) -> None:
         """``max_requests``: beyond it the oldest are forgotten."""
         self._max_requests = max_requests
-        self._open: dict[tuple[float, str], ArrivalRow] = {}
+        self._open: dict[tuple[float, str | None], ArrivalRow] = {}
         """By arrival and request id, in the order in which they were told."""
 
     def __len__(self) -> int:
@@ -27,7 +27,7 @@ class OpenRequests:
 
     def end(self, rows: pa.Table) -> None:
         """[N] in TRACE_SCHEMA, of which some may not be known here. Changes state."""
-        for key in zip(rows.column("arrival_s").to_pylist(), rows.column("request_id").to_pylist(), strict=True):
+        for key in request_keys(rows):
             self._open.pop(key, None)
 
     def forget(self, before_s: float) -> None:

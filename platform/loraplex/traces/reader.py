@@ -18,7 +18,7 @@ from loraplex.core.errors import NotFound, Unavailable
 from loraplex.object_storage.retry import is_transient
 from loraplex.traces.order import require_valid_rows
 from loraplex.traces.parquet import iter_tables, read_table
-from loraplex.traces.schema import to_trace_schema
+from loraplex.traces.schema import request_keys, to_trace_schema
 from loraplex.traces.storage import RETRY, TraceFile, TraceFolder, resolve, without_replaced
 
 R = TypeVar("R")
@@ -77,15 +77,11 @@ def _with_unwritten(tables: Iterator[pa.Table], unwritten: pa.Table) -> Iterator
     try:
         for table in tables:
             yield table
-            written.update(_keys(table.filter(pc.is_in(table.column("arrival_s"), value_set=times_s))))
+            written.update(request_keys(table.filter(pc.is_in(table.column("arrival_s"), value_set=times_s))))
     except NotFound:
         if not unwritten.num_rows:
             raise
-    yield unwritten.filter(pa.array([key not in written for key in _keys(unwritten)], pa.bool_()))
-
-
-def _keys(table: pa.Table) -> Iterator[tuple[float, str | None]]:
-    return zip(table.column("arrival_s").to_pylist(), table.column("request_id").to_pylist(), strict=True)
+    yield unwritten.filter(pa.array([key not in written for key in request_keys(unwritten)], pa.bool_()))
 
 
 def _read_file(

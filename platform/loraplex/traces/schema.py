@@ -4,7 +4,7 @@ Owns column names, types and the schema version. A batch on the wire is a stream
 those that arrived, which releases that know nothing of it leave unread. Called by recorder, writer and reader.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from dataclasses import fields as dataclass_fields
 
@@ -87,6 +87,11 @@ def encode_batch(rows: Sequence[TraceRow], *, arrivals: Sequence[ArrivalRow] = (
     return _stream(pa.Table.from_batches([ended])) + _stream(
         pa.Table.from_batches([rows_to_batch(arrivals, ARRIVAL_SCHEMA)])
     )
+
+
+def request_keys(table: pa.Table) -> Iterator[tuple[float, str | None]]:
+    """What tells that two rows are of one request: its arrival and its id. [R], of a table in TRACE_SCHEMA."""
+    return zip(table.column("arrival_s").to_pylist(), table.column("request_id").to_pylist(), strict=True)
 
 
 def encode_table(table: pa.Table) -> bytes:

@@ -136,7 +136,7 @@ class GpuExecutor(RankExecutor):
 
     @torch.inference_mode()
     def prepare(self, plan: StepPlan) -> None:
-        """Uploads the inputs, which takes longest of what the host does for a step; launches nothing."""
+        """Uploads the inputs; launches nothing."""
         self._check_size(plan)
         self._enter_device()
         if plan.rows:
