@@ -1,5 +1,6 @@
 """The executor on Triton kernels equals transformers + PEFT: interpreted on the CPU, compiled where there is CUDA."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 pytest.importorskip("triton")
 
 from loraplex.core.errors import BadConfig
+from loraplex.model_runner.gpu.inputs import DeviceStep
 from loraplex_kernels.gpu import lora_project, tuning
 from loraplex_kernels.gpu.lora import ALL_SITES, ATTENTION_SITES, Site, lora_shrink
 
@@ -103,6 +105,38 @@ def test_steps_padded_for_graphs_equal_transformers(
     requests = [driver.open(prompt(9 + index, index), names[index % 2]) for index in range(3)]
     driver.run(requests[num_several:], num_tokens=1)
     driver.run(requests, num_tokens=2)
+    for request in requests:
+        check(base, driver, request)
+
+
+def test_the_widest_graph_of_a_step_computes_the_same(
+    make_base: Any, add_adapter: Any, make_driver: Any, check: Any
+) -> None:
+    """Steps run as the graph that has most for nothing of those that may serve them."""
+    base = make_base("llama", num_hidden_layers=1, hidden_size=32, intermediate_size=64, num_attention_heads=2)
+    adapter = add_adapter(base, "attention", **ADAPTERS["attention"])
+    driver = make_driver(base.directory, page_size=16, device=DEVICE, kernels=True, max_rows=16, cuda_graphs=True)
+    driver.load(adapter.manifest, adapter.path)
+    executor = driver.executor
+    run_step, widened = executor._run_step, []
+
+    def run_wider(step: DeviceStep, hidden: torch.Tensor | None) -> torch.Tensor | None:
+        *_, key = executor._inputs.wider(step)
+        assert step.key is not None
+        assert step.lora is not None
+        widened.append((step.key, key))
+        lora = replace(step.lora, num_tiles=key.num_tiles, rank_cap=key.rank_cap, sites=key.sites)
+        return run_step(replace(step, lora=lora), hidden)
+
+    executor._run_step = run_wider
+    # So many decode rows of one adapter that they share a tile.
+    requests = [driver.open(prompt(2 + index % 2, index), adapter.manifest.digest) for index in range(8)]
+    driver.run(requests, num_tokens=2)
+    for own, key in widened:
+        assert key.rank_cap == 64 > own.rank_cap
+        assert key.sites == ALL_SITES != own.sites
+        assert key.num_tiles > own.num_tiles
+    assert {own.num_singles is None for own, _ in widened} == {True, False}
     for request in requests:
         check(base, driver, request)
 

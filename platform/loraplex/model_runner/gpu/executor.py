@@ -192,8 +192,8 @@ class GpuExecutor(RankExecutor):
 
     @torch.inference_mode()
     def warm_up(self) -> None:
-        """Captures the graphs of decode steps, and of small steps with prompts, with and without adapters up to rank
-        16. Others are captured when they come a second time."""
+        """Captures the graphs of decode steps, and of small steps with prompts, with and without adapters; for those of
+        more than 16 ranks some that serve all. Others are captured when they come again."""
         for step in self._inputs.idle_steps():
             body = partial(self._decoder.run_captured, step, self._hidden(step))
             logits_BV = body()
@@ -266,7 +266,7 @@ class GpuExecutor(RankExecutor):
         for arrival in step.arrivals:
             torch.cuda.current_stream().wait_event(arrival.event)
         body = partial(self._decoder.run_captured, replace(step, arrivals=()), hidden_TD)
-        return self._graphs.run(step.key, body)
+        return self._graphs.run(step.key, body, partial(self._inputs.wider, step))
 
     def _hidden(self, step: DeviceStep) -> torch.Tensor | None:
         return None if self._hidden_TD is None else self._hidden_TD[: step.token_ids.shape[0]]

@@ -5,14 +5,15 @@ them, or as they are where the step is too large for a graph. Owns the page tabl
 by the executor. Legend: T tokens, B rows, S slots.
 """
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
 from loraplex_kernels import KvLayout
 from loraplex_kernels.gpu.attention import prefill_block_tokens
-from loraplex_kernels.gpu.lora import ALL_SITES, ATTENTION_SITES, MAX_RANK, LoraTiles
+from loraplex_kernels.gpu.lora import ALL_SITES, ATTENTION_SITES, MAX_RANK, LoraTiles, Site
 from loraplex_kernels.gpu.lora_tiles import TileArrays, decode_tile_rows, shared_tiles
 
 from loraplex.core.model import ModelSpec
@@ -41,6 +42,27 @@ from loraplex.model_runner.gpu.upload import FixedSections, upload_sections
 _RANK_CAPS = (16, MAX_RANK)
 _SINGLE_ROW_RANK_CAPS = (8, *_RANK_CAPS)
 _WARM_MIXED_TOKENS = 512
+_COARSE = 3
+"""Of the tile buckets of adapters of many ranks every third is captured ahead: two and a half times the tiles."""
+
+
+class StepKey(NamedTuple):
+    """Sizes of a step that runs as a graph; never which adapters."""
+
+    num_tokens: int
+    num_singles: int | None
+    """None: a decode step."""
+    num_tiles: int
+    """0: without adapters."""
+    rank_cap: int
+    max_planes: int
+    sites: frozenset[Site]
+
+    @classmethod
+    def of(cls, num_tokens: int, num_singles: int | None, lora: LoraTiles | None) -> Self:
+        if lora is None:
+            return cls(num_tokens, num_singles, 0, 0, 0, frozenset())
+        return cls(num_tokens, num_singles, lora.num_tiles, lora.rank_cap, lora.max_planes, lora.sites)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,8 +95,8 @@ class DeviceStep:
     """(B,) tokens after which one is drawn; None: all of them."""
     num_sampled: int
     arrivals: tuple[Arrival, ...] = ()
-    key: Hashable = None
-    """Of the captured graph: sizes alone, never which adapters. None: the step runs eagerly."""
+    key: StepKey | None = None
+    """Of the captured graph. None: the step runs eagerly."""
 
 
 class StepInputs:
@@ -192,11 +214,18 @@ class StepInputs:
 
     def idle_steps(self) -> Iterator[DeviceStep]:
         """Steps of padding alone, one for each graph that is to exist before it is needed: adapters of up to 16 ranks
-        on any projection; in tiles of one row also less, which saves most there."""
+        on any projection; in tiles of one row also less, which saves most there; of more ranks such that each step has
+        a wider one."""
         none = AdapterRuns((), self._adapters)
-        most, *less = (
+        widest, most, *less = (
             AdapterRuns((), self._adapters, at_least=sites, max_rank=max_rank)
-            for sites, max_rank in ((ALL_SITES, 16), (ALL_SITES, 8), (ATTENTION_SITES, 16), (ATTENTION_SITES, 8))
+            for sites, max_rank in (
+                (ALL_SITES, MAX_RANK),
+                (ALL_SITES, 16),
+                (ALL_SITES, 8),
+                (ATTENTION_SITES, 16),
+                (ATTENTION_SITES, 8),
+            )
         )
         self._decode.send([np.full(self._max_rows, value, dtype=np.int32) for value in (0, -1)])
         for num_rows in self._row_buckets:
@@ -205,6 +234,9 @@ class StepInputs:
                 yield self._decode_step(num_rows, num_tiles, most)
             if not self._batch_invariant:
                 yield from (self._decode_step(num_rows, num_rows, runs) for runs in less)
+                *shared, single = self._decode_tile_buckets(num_rows)
+                for num_tiles in (*shared[::-_COARSE], single):
+                    yield self._decode_step(num_rows, num_tiles, widest)
         empty = MixedArrays.of((), self._prefill_block)
         for num_tokens in self._token_buckets:
             if num_tokens > _WARM_MIXED_TOKENS:
@@ -214,6 +246,28 @@ class StepInputs:
                 self._mixed.send(empty.padded_sections(bucket))
                 yield self._mixed_step(bucket, 0, none)
                 yield self._mixed_step(bucket, self._tile_buckets(bucket)[0], most)
+                if not self._batch_invariant:
+                    yield self._mixed_step(bucket, self._tile_buckets(bucket)[1], widest)
+
+    def wider(self, step: DeviceStep) -> Iterator[StepKey]:
+        """Keys of the graphs that compute the step, and with it tiles, ranks or projections that it does not have, the
+        closest first. Its inputs serve them as they are."""
+        if step.lora is None or step.key is None:
+            return
+        tiles, caps = self._buckets_of_tiles(step.key), self._caps(step.lora.tile_rows)
+        for rank_cap in caps[caps.index(step.lora.rank_cap) :]:
+            for sites in dict.fromkeys((step.lora.sites, ALL_SITES)):
+                for num_tiles in tiles[tiles.index(step.lora.num_tiles) :]:
+                    yield step.key._replace(num_tiles=num_tiles, rank_cap=rank_cap, sites=sites)
+
+    def _buckets_of_tiles(self, key: StepKey) -> tuple[int, ...]:
+        """That steps of these sizes may have, with tiles of the same height."""
+        if key.num_singles is not None:
+            return self._tile_buckets(MixedBucket(key.num_tokens, key.num_singles))
+        buckets = self._decode_tile_buckets(key.num_tokens)
+        if self._batch_invariant:
+            return buckets
+        return buckets[-1:] if key.num_tiles == key.num_tokens else buckets[:-1]
 
     def _decode_step(self, num_rows: int, num_tiles: int, runs: AdapterRuns) -> DeviceStep:
         ids, slots, positions, lengths, *tile_views = self._decode.views
@@ -229,7 +283,7 @@ class StepInputs:
             sampled=None,
             num_sampled=num_rows,
             arrivals=tuple(self._adapters.arrivals(runs.digests)),
-            key=("decode", num_rows, *_lora_key(lora)),
+            key=StepKey.of(num_rows, None, lora),
         )
 
     def _mixed_step(self, bucket: MixedBucket, num_tiles: int, runs: AdapterRuns) -> DeviceStep:
@@ -247,7 +301,7 @@ class StepInputs:
             sampled=sampled[: bucket.num_sampled],
             num_sampled=bucket.num_sampled,
             arrivals=tuple(self._adapters.arrivals(runs.digests)),
-            key=("mixed", num_tokens, singles, *_lora_key(lora)),
+            key=StepKey.of(num_tokens, singles, lora),
         )
 
     def _prefill_capacity(self, num_tokens: int) -> int:
@@ -266,11 +320,10 @@ class StepInputs:
             token_record=token_record,
             num_tiles=num_tiles,
             tile_rows=tile_rows,
-            rank_cap=bucket_of(runs.max_rank, _SINGLE_ROW_RANK_CAPS if tile_rows == 1 else self._rank_caps),
+            rank_cap=bucket_of(runs.max_rank, self._caps(tile_rows)),
             max_planes=runs.max_planes,
             sites=runs.sites,
         )
 
-
-def _lora_key(lora: LoraTiles | None) -> tuple[Hashable, ...]:
-    return () if lora is None else (lora.num_tiles, lora.rank_cap, lora.max_planes, lora.sites)
+    def _caps(self, tile_rows: int) -> tuple[int, ...]:
+        return _SINGLE_ROW_RANK_CAPS if tile_rows == 1 else self._rank_caps
