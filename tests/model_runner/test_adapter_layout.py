@@ -76,6 +76,21 @@ def test_small_adapters_share_a_page_and_large_blocks_are_cut_at_multiples_of_8(
 
 
 @pytest.mark.parametrize(
+    ("lora_ranks", "cuts"),
+    [
+        ((24, 24, 24), [24, 48]),
+        ((8, 16, 24), [24]),
+        # One that is larger than a page of 32 ranks is cut wherever it must be.
+        ((40, 8, 24), [32, 48]),
+    ],
+)
+def test_stacked_a_is_cut_between_its_blocks(lora_ranks: tuple[int, ...], cuts: list[int]) -> None:
+    layout = plan([block(0, module, rank) for module, rank in zip(SITES[0], lora_ranks, strict=True)], page_bytes=8192)
+    ends = [part.rank_end for part in layout.parts if part.placed is None]
+    assert ends == [*cuts, sum(lora_ranks)]
+
+
+@pytest.mark.parametrize(
     ("bad", "error"),
     [
         (block(2, "q_proj", 8), BadAdapter),

@@ -19,7 +19,7 @@ from loraplex.core.request import SamplingParams
 from loraplex.core.step import ArenaSpec, Row, RowStart, StepPlan
 from loraplex.engine import Engine, EngineConfig
 from loraplex.model_runner import ExecutorConfig, build_executor
-from loraplex.model_runner.arena import plan_arena
+from loraplex.model_runner.arena import page_tokens, plan_arena
 from loraplex.model_runner.build import load_model_spec
 from loraplex.model_runner.executor import TorchExecutor
 from loraplex.testing.steps import run_step
@@ -271,13 +271,14 @@ def test_without_adapters_the_whole_pool_is_kv() -> None:
     room_bytes = int(0.9 * 80e9 - 16e9)
     plan = plan_arena(config, spec, room_bytes=room_bytes, itemsize=2)
     taken_bytes = plan.num_pages * plan.page_bytes + plan.record_bytes + plan.page_table_bytes
-    tokens_per_gib = plan.num_pages * config.page_size / (taken_bytes / 2**30)
+    page_size = page_tokens(config, (spec,))
+    tokens_per_gib = plan.num_pages * page_size / (taken_bytes / 2**30)
     assert 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * 2 == 131072
     assert tokens_per_gib >= 0.97 * 2**30 / 131072
     assert plan.kv_share == pytest.approx(tokens_per_gib / 8192)
     page = plan.page_bytes + plan.record_bytes // plan.num_pages
     assert room_bytes - page < taken_bytes + plan.step_bytes <= room_bytes
-    arena = ArenaSpec(num_pages=plan.num_pages, page_size=config.page_size, page_bytes=plan.page_bytes)
+    arena = ArenaSpec(num_pages=plan.num_pages, page_size=page_size, page_bytes=plan.page_bytes)
     engine = Engine(EngineConfig(), model=spec, arena=arena)
     assert engine.load_report().num_free_pages == plan.num_pages
 

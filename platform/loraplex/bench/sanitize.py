@@ -30,8 +30,15 @@ _SUMMARY = re.compile(r"ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: (\d+) haza
 
 def run_steps(*, graphs: bool) -> None:
     """The load that is watched, in this process."""
+    # Pages so small that adapters are cut, and arena so small that they are evicted.
     config = ExecutorConfig(
-        device="cuda", dtype="bfloat16", num_pages=96, max_rows=6, max_step_tokens=512, cuda_graphs=graphs
+        device="cuda",
+        dtype="bfloat16",
+        page_size=16,
+        num_pages=96,
+        max_rows=6,
+        max_step_tokens=512,
+        cuda_graphs=graphs,
     )
     executor = build_executor(config, model="random:tiny-llama", base_model_id=_BASE)
     model = executor.model

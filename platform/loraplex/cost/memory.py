@@ -15,7 +15,7 @@ from loraplex.cost.stages import stage_layers
 from loraplex.cost.work import ROW_PARALLEL_MODULES, padded_rank
 
 PAGE_TOKENS = 16
-"""Tokens of KV in a page, as executors have it unless told otherwise."""
+"""Tokens of KV in a page: the least that executors take unless told otherwise. On GPUs a page may hold more of them."""
 
 
 DEFAULT_MEMORY_FRACTION = 0.9

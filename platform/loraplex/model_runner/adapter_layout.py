@@ -2,10 +2,12 @@
 
 Projections that share an input form a site; their A blocks are stacked so that one product shrinks for all of them,
 each B stands alone, transposed. Ranks are padded to multiples of 8. A matrix larger than a page is cut along the rank,
-so that any free pages serve. The same for all ranks, each with its own part of the model and its own size of a page.
-Called by both adapter tiers and by the executors' ``adapter_pages``.
+so that any free pages serve; stacked A between its blocks, where these fit into a page. The same for all ranks, each
+with its own part of the model and its own size of a page. Called by both adapter tiers and by the executors'
+``adapter_pages``.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -89,12 +91,12 @@ def plan_adapter_layout(
     for site, lora_rank in site_ranks.items():
         members = [item for item in placed if item.site == site]
         in_features, _ = model.projection_shape(members[0].block.module)
-        a_parts = packer.place(site, None, 0, lora_rank, in_features)
-        parts += a_parts
         ends = [item.rank_start for item in members[1:]] + [lora_rank]
+        a_parts = packer.place(site, None, [0, *ends], in_features)
+        parts += a_parts
         for item, rank_end in zip(members, ends, strict=True):
             _, out_features = model.projection_shape(item.block.module)
-            b_parts = packer.place(site, item, item.rank_start, rank_end, out_features)
+            b_parts = packer.place(site, item, [item.rank_start, rank_end], out_features)
             parts += b_parts
             shared = (part for part in a_parts if part.rank_start < rank_end and part.rank_end > item.rank_start)
             of_block[item] = (*shared, *b_parts)
@@ -138,9 +140,10 @@ class _Packer:
         return len(self._used_bytes)
 
     def place(
-        self, site: int, placed: PlacedBlock | None, rank_start: int, rank_end: int, num_columns: int
+        self, site: int, placed: PlacedBlock | None, bounds: Sequence[int], num_columns: int
     ) -> list[AdapterPart]:
-        """One part, or several where (rank_end - rank_start) x num_columns exceeds a page."""
+        """One part, or several where all rows, from the first of ``bounds`` to the last, exceed a page. They are cut at
+        one of ``bounds`` where that is possible."""
         row_bytes = num_columns * self._itemsize
         max_ranks = self._page_bytes // row_bytes
         if max_ranks < 1:
@@ -152,8 +155,9 @@ class _Packer:
         if max_ranks > _RANK_MULTIPLE:
             max_ranks -= max_ranks % _RANK_MULTIPLE
         parts = []
-        for start in range(rank_start, rank_end, max_ranks):
-            end = min(start + max_ranks, rank_end)
+        start = bounds[0]
+        while start < bounds[-1]:
+            end = max((bound for bound in bounds if start < bound <= start + max_ranks), default=start + max_ranks)
             page, offset_bytes = self._reserve((end - start) * row_bytes)
             parts.append(
                 AdapterPart(
@@ -166,6 +170,7 @@ class _Packer:
                     offset_bytes=offset_bytes,
                 )
             )
+            start = end
         return parts
 
     def _reserve(self, num_bytes: int) -> tuple[int, int]:

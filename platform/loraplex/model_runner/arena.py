@@ -4,6 +4,7 @@ Owns the bytes; page ids are given out by the engine and only turned into addres
 the device tier of adapters. Legend: P pages.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -12,9 +13,13 @@ from loraplex_kernels import KvLayout, KvPages, view_kv_pages
 from loraplex.core.errors import BadConfig
 from loraplex.core.model import LORA_MODULES, ModelSpec
 from loraplex.core.step import ArenaSpec
+from loraplex.cost.memory import PAGE_TOKENS
 from loraplex.model_runner.config import ExecutorConfig
 
 _DEFAULT_CPU_BYTES = 1 << 30
+_MOST_PAGE_TOKENS = 64
+_UNCUT_RANKS = 64
+"""Of a matrix that the LoRA kernels take in one part."""
 
 
 class Arena:
@@ -48,12 +53,34 @@ class Arena:
         self.pages.index_fill_(0, pages, 0)
 
 
+def page_tokens(config: ExecutorConfig, parts: Iterable[ModelSpec]) -> int:
+    """Tokens of KV in a page, the same on all ranks; ``parts``: each rank's part of the model. Pure.
+
+    Unless ``config`` says it: 16, on GPUs doubled up to 64 until a page of each rank holds 64 LoRA ranks of its widest
+    projection.
+    """
+    if config.page_size is not None:
+        return config.page_size
+    if config.device == "cpu":
+        return PAGE_TOKENS
+    return max(map(_page_tokens, parts))
+
+
+def _page_tokens(part: ModelSpec) -> int:
+    # KV and adapters are of one dtype: elements will do.
+    matrix = _UNCUT_RANKS * max(max(part.projection_shape(module)) for module in LORA_MODULES)
+    tokens = PAGE_TOKENS
+    while tokens < _MOST_PAGE_TOKENS and tokens * part.kv_elements_per_token < matrix:
+        tokens *= 2
+    return tokens
+
+
 def plan_num_pages(
     config: ExecutorConfig, model: ModelSpec, *, dtype: torch.dtype, device: torch.device, stage: int = 0
 ) -> int:
     """Pages that fit, with the weights already on ``device``, which is one of ``stage``. Raises BadConfig when the
     options contradict, or others leave no room."""
-    page_bytes = config.page_size * model.kv_elements_per_token * dtype.itemsize
+    page_bytes = page_tokens(config, (model,)) * model.kv_elements_per_token * dtype.itemsize
     if config.num_pages is not None and config.arena_bytes is not None:
         raise BadConfig("give num_pages or arena_bytes, not both", param="num_pages")
     if config.num_pages is not None:
@@ -118,10 +145,11 @@ class ArenaPlan:
 
 def plan_arena(config: ExecutorConfig, model: ModelSpec, *, room_bytes: int, itemsize: int) -> ArenaPlan:
     """As many pages as fit into our share of ``room_bytes``, with all that they bring along. Pure."""
-    page_bytes = config.page_size * model.kv_elements_per_token * itemsize
+    page_size = page_tokens(config, (model,))
+    page_bytes = page_size * model.kv_elements_per_token * itemsize
     # Two int64 entries, of A and of B, for each projection.
     record_bytes = model.num_layers * len(LORA_MODULES) * 16
-    page_table_bytes = config.max_rows * -(-model.max_context_tokens // config.page_size) * 4
+    page_table_bytes = config.max_rows * -(-model.max_context_tokens // page_size) * 4
     step_bytes = _step_bytes(config, model, itemsize)
     arena_bytes = int((room_bytes - page_table_bytes - step_bytes) * config.arena_share)
     num_pages = arena_bytes // (page_bytes + record_bytes)

@@ -15,7 +15,7 @@ from loraplex.core.model import ModelSpec
 from loraplex.core.plan import Shape
 from loraplex.core.shape_check import check_shape
 from loraplex.cost.stages import stage_layers
-from loraplex.model_runner.arena import Arena, plan_num_pages
+from loraplex.model_runner.arena import Arena, page_tokens, plan_num_pages
 from loraplex.model_runner.checkpoints import read_checkpoint_spec, read_checkpoint_tensors
 from loraplex.model_runner.config import ExecutorConfig
 from loraplex.model_runner.executor import TorchExecutor
@@ -102,7 +102,8 @@ def build_rank(
     """The executor of one rank, in this process. ``weights``: those of ``shard``; ``peers``: the other ranks, None
     where there are none. BadConfig."""
     spec = shard.model
-    arena = Arena(shard.local, num_pages=num_pages, page_size=config.page_size, dtype=dtype, device=device)
+    page_size = page_tokens(config, (shard.local,))
+    arena = Arena(shard.local, num_pages=num_pages, page_size=page_size, dtype=dtype, device=device)
     draw = (sampler or Sampler)(spec, device)
     if device.type == "cpu":
         if config.batch_invariant:
@@ -178,9 +179,12 @@ def _build_group(
         raise BadConfig("batch_invariant is for one rank", param="batch_invariant")
     cut = stage_layers(spec, shape.pp) if config.stage_layers is None else config.stage_layers
     num_threads = config.num_threads or max(1, torch.get_num_threads() // shape.num_ranks)
+    shards = plan_shards(spec, shape, cut)
+    # Ranks see their own part alone, and must not differ.
+    page_size = page_tokens(config, [shard.local for shard in shards])
     return GroupExecutor(
-        msgspec.structs.replace(config, stage_layers=cut, num_threads=num_threads),
-        plan_shards(spec, shape, cut),
+        msgspec.structs.replace(config, stage_layers=cut, num_threads=num_threads, page_size=page_size),
+        shards,
         model=model,
         itemsize=dtype.itemsize,
         launcher=launcher or LocalLauncher(),

@@ -22,8 +22,9 @@ class ExecutorConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     num_threads: int | None = None
     """Threads of one torch operation on the CPU; None leaves torch's own choice, shared out among the ranks of a
     group. Holds for the whole process."""
-    page_size: int = 16
-    """Tokens of KV that one page holds."""
+    page_size: int | None = None
+    """Tokens of KV that one page holds. None: 16; on GPUs as many times more, up to 64, as it takes for a page to hold
+    any matrix of an adapter of 64 ranks, which is then not cut."""
     num_pages: int | None = None
     """Pages of the arena; excludes ``arena_bytes``."""
     arena_bytes: int | None = None

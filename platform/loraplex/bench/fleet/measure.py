@@ -86,7 +86,7 @@ def measure(prepared: PreparedFleet, out: Path, options: MeasureOptions, *, say:
                 continue
             say(f"{groups_line(cells[0].plan)}: starting")
             begun_s = time.monotonic()
-            with FleetReplicas(prepared.experiment, cells[0]) as replicas:
+            with FleetReplicas(prepared.experiment, prepared.profile, cells[0]) as replicas:
                 say(f"replicas are up after {time.monotonic() - begun_s:.1f} s")
                 for number, cell in enumerate(cells):
                     if not _fits(prepared, cell, options, started_s):

@@ -15,6 +15,7 @@ from typing import TypeVar
 
 import msgspec
 
+from loraplex.bench.fleet.memory import fleet_memory
 from loraplex.bench.fleet.options import Experiment
 from loraplex.bench.fleet.prepared import Cell, Workload
 from loraplex.bench.fleet.replica import HOST, AdaptersStaged, ReplicaReady, ReplicaStart, StageAdapters
@@ -22,6 +23,7 @@ from loraplex.core.control import ReplicaRoute
 from loraplex.core.errors import BadConfig, LoraplexError
 from loraplex.core.ids import ReplicaId
 from loraplex.core.plan import BasePlacement, GroupPlan
+from loraplex.cost.profile import CostProfile
 from loraplex.model_runner.config import ExecutorConfig
 
 _STOP_S = 30.0
@@ -37,13 +39,31 @@ def layout_of(cell: Cell) -> object:
     return groups, tuple(map(tuple, cell.pages))
 
 
+def executor_config(
+    experiment: Experiment, profile: CostProfile, group: GroupPlan, base: str, *, pages: int, first_device: int
+) -> ExecutorConfig:
+    """Of the replica of ``base`` in ``group``. ``pages``: of its arena, as the simulator counts them; the executor's
+    own may be larger, so it is given their bytes."""
+    engine = experiment.replica_engine
+    config = ExecutorConfig(
+        device="cpu" if experiment.device == "cpu" else f"{experiment.device}:{first_device}",
+        tp=group.shape.tp,
+        pp=group.shape.pp,
+        num_threads=experiment.threads,
+        arena_bytes=pages * fleet_memory(experiment, profile, base, group.shape).page_bytes,
+        max_rows=engine.max_running,
+        max_step_tokens=engine.max_step_tokens,
+    )
+    return msgspec.convert({**msgspec.structs.asdict(config), "dtype": experiment.dtype}, ExecutorConfig)
+
+
 class FleetReplicas:
     """Context manager: the processes end with it."""
 
-    def __init__(self, experiment: Experiment, cell: Cell) -> None:
+    def __init__(self, experiment: Experiment, profile: CostProfile, cell: Cell) -> None:
         """Starts them; their devices are taken one after the other, in the order of the groups. BadConfig when one
         says that its options are wrong; LoraplexError when one ends."""
-        self._experiment = experiment
+        self._experiment, self._profile = experiment, profile
         self.secret = secrets.token_hex(16)
         self._folder = tempfile.TemporaryDirectory(prefix="loraplex-turns-")
         self._processes: list[_Process] = []
@@ -149,22 +169,12 @@ class FleetReplicas:
     def _start(self, group: GroupPlan, placed: BasePlacement, pages: int, first: int) -> ReplicaStart:
         experiment = self._experiment
         base = next(base for base in experiment.bases if base.name == placed.base_model_id)
-        engine = experiment.replica_engine
-        config = ExecutorConfig(
-            device="cpu" if experiment.device == "cpu" else f"{experiment.device}:{first}",
-            tp=group.shape.tp,
-            pp=group.shape.pp,
-            num_threads=experiment.threads,
-            num_pages=pages,
-            max_rows=engine.max_running,
-            max_step_tokens=engine.max_step_tokens,
-        )
         return ReplicaStart(
             replica_id=f"{group.name}/{base.name}",
             base=base.name,
             model=base.model,
-            executor=msgspec.convert({**msgspec.structs.asdict(config), "dtype": experiment.dtype}, ExecutorConfig),
-            engine=engine,
+            executor=executor_config(experiment, self._profile, group, base.name, pages=pages, first_device=first),
+            engine=experiment.replica_engine,
             secret=self.secret,
             turns=str(Path(self._folder.name) / group.name) if len(group.bases) > 1 else None,
             num_replicas=len(group.bases),

@@ -78,8 +78,9 @@ class GroupExecutor(ExecutorBase):
         itemsize: int,
         launcher: RankLauncher,
     ) -> None:
-        """Starts the ranks and loads ``model`` on them. ``config``: with ``stage_layers`` and ``num_threads`` filled
-        in. ``itemsize``: bytes of an element of KV and adapters. BadConfig, ExecutorLost."""
+        """Starts the ranks and loads ``model`` on them. ``config``: with ``stage_layers``, ``num_threads``
+        and ``page_size`` filled in. ``itemsize``: bytes of an element of KV and adapters. BadConfig, ExecutorLost."""
+        assert config.page_size is not None, "one for all ranks"
         self._config = config
         self._model = shards[0].model
         self._stages = [shard for shard in shards if shard.tp_rank == 0]

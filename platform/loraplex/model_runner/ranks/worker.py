@@ -183,6 +183,7 @@ class _Worker:
     def _become(self) -> tuple[Shard, RankExecutor]:
         job, config = self._job, self._job.config
         assert config.stage_layers is not None, "the cut comes with the job"
+        assert config.page_size is not None, "so does the size of a page"
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
         start = self._start
