@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 from torch.nn import functional
 
-_PACKED_DTYPES = (torch.float32, torch.bfloat16)
 _PACKED_TOKENS_HINT = 32
 """Rows oneDNN blocks the weight for; 32 was within 3 % of the best block for 1 to 1024 rows."""
 _MKL_MAX_ELEMENTS = 1 << 24
@@ -25,7 +24,7 @@ def pack_weight(weight_OI: torch.Tensor) -> torch.Tensor:
     The choice depends on the processor, dtype and size alone, never on a timing, so that a model computes the same
     numbers after every start.
     """
-    if weight_OI.device.type != "cpu" or weight_OI.dtype not in _PACKED_DTYPES or not _has_onednn():
+    if weight_OI.device.type != "cpu" or not _packs(weight_OI.dtype):
         return weight_OI.contiguous()
     if weight_OI.dtype == torch.float32 and weight_OI.numel() <= _MKL_MAX_ELEMENTS and _is_intel():
         return weight_OI.contiguous()
@@ -49,8 +48,13 @@ def linear_into(x_TI: torch.Tensor, packed_OI: torch.Tensor, out_TO: torch.Tenso
 
 
 @cache
-def _has_onednn() -> bool:
-    return platform.machine() in ("x86_64", "AMD64") and torch._C._has_mkldnn
+def _packs(dtype: torch.dtype) -> bool:
+    """On this processor: bfloat16 needs AVX-512 or its like."""
+    if platform.machine() not in ("x86_64", "AMD64") or not torch._C._has_mkldnn:
+        return False
+    if dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return dtype == torch.float32
 
 
 @cache

@@ -57,10 +57,14 @@ def test_silu_mul() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("num_tokens", [1, 7, 100])
 @pytest.mark.parametrize("intel", [False, True])
+@pytest.mark.parametrize("old", [False, True])
 def test_linear_of_packed_weights(
-    dtype: torch.dtype, num_tokens: int, intel: bool, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, num_tokens: int, intel: bool, old: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """``old``: a processor for which oneDNN packs nothing."""
     monkeypatch.setattr(linear_module, "_is_intel", lambda: intel)
+    if old:
+        monkeypatch.setattr(linear_module, "_packs", lambda _: False)
     weight, bias, x = torch.randn(40, 24).to(dtype), torch.randn(40).to(dtype), torch.randn(num_tokens, 24).to(dtype)
     tolerance = 1e-4 if dtype == torch.float32 else 0.2
     expected = x.double() @ weight.double().t()
