@@ -9,7 +9,8 @@ import torch
 pytest.importorskip("triton")
 
 from loraplex.core.errors import BadConfig
-from loraplex.model_runner.gpu.inputs import DeviceStep
+from loraplex.model_runner.gpu.buckets import MAX_SEVERAL
+from loraplex.model_runner.gpu.inputs import DecodeRows, DeviceStep
 from loraplex_kernels.gpu import lora_project, tuning
 from loraplex_kernels.gpu.lora import ALL_SITES, ATTENTION_SITES, Site, lora_shrink
 
@@ -121,23 +122,42 @@ def test_the_widest_graph_of_a_step_computes_the_same(
     run_step, widened = executor._run_step, []
 
     def run_wider(step: DeviceStep, hidden: torch.Tensor | None) -> torch.Tensor | None:
-        *_, key = executor._inputs.wider(step)
+        inputs = executor._inputs
+        *_, key = inputs.wider(step)
         assert step.key is not None
-        assert step.lora is not None
         widened.append((step.key, key))
-        lora = replace(step.lora, num_tiles=key.num_tiles, rank_cap=key.rank_cap, sites=key.sites)
-        return run_step(replace(step, lora=lora), hidden)
+        if step.lora is not None:
+            lora = replace(step.lora, num_tiles=key.num_tiles, rank_cap=key.rank_cap, sites=key.sites)
+            step = replace(step, lora=lora)
+        if key.num_singles is not None:
+            tokens, slots, lengths = (view[: key.num_singles] for view in inputs._mixed.views[4:7])
+            num_sampled = key.num_singles + MAX_SEVERAL
+            step = replace(
+                step,
+                decode=DecodeRows(tokens=tokens, slots=slots, context_len=lengths),
+                sampled=inputs._mixed.views[3][:num_sampled],
+                num_sampled=num_sampled,
+            )
+        return run_step(step, hidden)
 
     executor._run_step = run_wider
     # So many decode rows of one adapter that they share a tile.
     requests = [driver.open(prompt(2 + index % 2, index), adapter.manifest.digest) for index in range(8)]
-    driver.run(requests, num_tokens=2)
+    plain = driver.open(prompt(5, 9))
+    driver.run([plain], num_tokens=1)
+    driver.run([plain, *requests], num_tokens=1)
+    driver.run([plain, *requests], num_tokens=2)
+    driver.run(requests, num_tokens=3)
     for own, key in widened:
-        assert key.rank_cap == 64 > own.rank_cap
-        assert key.sites == ALL_SITES != own.sites
-        assert key.num_tiles > own.num_tiles
-    assert {own.num_singles is None for own, _ in widened} == {True, False}
-    for request in requests:
+        if own.num_singles is not None:
+            assert key.num_singles == 16 > own.num_singles
+        if own.num_tiles:
+            assert key.rank_cap == 64 > own.rank_cap
+            assert key.sites == ALL_SITES != own.sites
+            assert key.num_tiles > own.num_tiles or key.num_tiles == key.num_tokens
+    kinds = {(own.num_singles is None, own.num_tiles > 0) for own, _ in widened}
+    assert kinds >= {(True, True), (False, True), (False, False)}
+    for request in (plain, *requests):
         check(base, driver, request)
 
 

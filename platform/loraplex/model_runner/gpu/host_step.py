@@ -17,7 +17,6 @@ from loraplex_kernels.gpu.lora_tiles import TileArrays, build_tiles
 from loraplex.core.ids import Digest
 from loraplex.core.step import Row
 from loraplex.model_runner.gpu.adapters import GpuAdapters
-from loraplex.model_runner.gpu.buckets import MixedBucket
 
 DECODE_TILE_ROWS = 16
 PREFILL_TILE_ROWS = 64
@@ -137,12 +136,13 @@ class MixedArrays:
             self.prefill_tiles.reshape(-1),
         ]
 
-    def padded_sections(self, bucket: MixedBucket) -> list[Ints]:
-        """The same for the sizes of ``bucket``: padding does nothing but take part in the GEMMs."""
+    def padded_sections(self, num_tokens: int, max_singles: int) -> list[Ints]:
+        """The same for graphs of ``num_tokens`` and any number of rows of one token: padding does nothing but take part
+        in the GEMMs."""
         sections = self.sections()
-        sections[1] = _padded(self.token_slot, bucket.num_tokens)
-        sections[4] = _padded(self.single_token, bucket.num_singles)
-        sections[5] = _padded(self.single_slot, bucket.num_singles)
+        sections[1] = _padded(self.token_slot, num_tokens)
+        sections[4] = _padded(self.single_token, max_singles)
+        sections[5] = _padded(self.single_slot, max_singles)
         return sections
 
 

@@ -41,7 +41,9 @@ from loraplex.model_runner.gpu.upload import FixedSections, upload_sections
 
 _RANK_CAPS = (16, MAX_RANK)
 _SINGLE_ROW_RANK_CAPS = (8, *_RANK_CAPS)
-_WARM_MIXED_TOKENS = 512
+_WARM_CLOSELY_TOKENS, _WARM_TOKENS = 512, 1024
+"""Of steps with prompts that have graphs from the start: up to the first of each kind, up to the second one that serves
+the others."""
 _COARSE = 3
 """Of the tile buckets of adapters of many ranks every third is captured ahead: two and a half times the tiles."""
 
@@ -185,7 +187,7 @@ class StepInputs:
                 bucket_of(arrays.num_tokens, self._token_buckets),
                 bucket_of(len(arrays.single_token), single_buckets(self._max_rows)),
             )
-            sections = arrays.padded_sections(bucket)
+            sections = arrays.padded_sections(bucket.num_tokens, self._max_rows)
             num_tiles = 0
             if runs.digests:
                 tiles = runs.tiles(arrays.row_tokens, bucket.num_tokens - arrays.num_tokens, self._mixed_tile_rows)
@@ -238,27 +240,36 @@ class StepInputs:
                 for num_tiles in (*shared[::-_COARSE], single):
                     yield self._decode_step(num_rows, num_tiles, widest)
         empty = MixedArrays.of((), self._prefill_block)
+        singles = single_buckets(self._max_rows)[:3]
         for num_tokens in self._token_buckets:
-            if num_tokens > _WARM_MIXED_TOKENS:
+            if num_tokens > _WARM_TOKENS:
                 break
-            for num_singles in single_buckets(self._max_rows)[:2]:
+            self._mixed.send(empty.padded_sections(num_tokens, self._max_rows))
+            for num_singles in singles if num_tokens <= _WARM_CLOSELY_TOKENS else singles[-1:]:
                 bucket = MixedBucket(num_tokens, num_singles)
-                self._mixed.send(empty.padded_sections(bucket))
+                least, more, _ = self._tile_buckets(bucket)
                 yield self._mixed_step(bucket, 0, none)
-                yield self._mixed_step(bucket, self._tile_buckets(bucket)[0], most)
+                if self._batch_invariant or num_singles in singles[:2]:
+                    yield self._mixed_step(bucket, least, most)
                 if not self._batch_invariant:
-                    yield self._mixed_step(bucket, self._tile_buckets(bucket)[1], widest)
+                    yield self._mixed_step(bucket, more, widest)
 
     def wider(self, step: DeviceStep) -> Iterator[StepKey]:
-        """Keys of the graphs that compute the step, and with it tiles, ranks or projections that it does not have, the
-        closest first. Its inputs serve them as they are."""
-        if step.lora is None or step.key is None:
+        """Keys of the graphs that compute the step, and with it rows of one token, tiles, ranks or projections that it
+        does not have, the closest first. Its inputs serve them as they are."""
+        key, lora = step.key, step.lora
+        if key is None:
             return
-        tiles, caps = self._buckets_of_tiles(step.key), self._caps(step.lora.tile_rows)
-        for rank_cap in caps[caps.index(step.lora.rank_cap) :]:
-            for sites in dict.fromkeys((step.lora.sites, ALL_SITES)):
-                for num_tiles in tiles[tiles.index(step.lora.num_tiles) :]:
-                    yield step.key._replace(num_tiles=num_tiles, rank_cap=rank_cap, sites=sites)
+        singles = single_buckets(self._max_rows)
+        for num_singles in (None,) if key.num_singles is None else singles[singles.index(key.num_singles) :]:
+            if lora is None:
+                yield key._replace(num_singles=num_singles)
+                continue
+            tiles, caps = self._buckets_of_tiles(key), self._caps(lora.tile_rows)
+            for rank_cap in caps[caps.index(lora.rank_cap) :]:
+                for sites in dict.fromkeys((lora.sites, ALL_SITES)):
+                    for num_tiles in tiles[tiles.index(lora.num_tiles) :]:
+                        yield key._replace(num_singles=num_singles, num_tiles=num_tiles, rank_cap=rank_cap, sites=sites)
 
     def _buckets_of_tiles(self, key: StepKey) -> tuple[int, ...]:
         """That steps of these sizes may have, with tiles of the same height."""
