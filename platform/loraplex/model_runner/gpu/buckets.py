@@ -54,9 +54,10 @@ def single_buckets(max_rows: int) -> tuple[int, ...]:
 
 
 def mixed_tile_buckets(num_tokens: int, max_rows: int, tile_rows: int) -> tuple[int, ...]:
-    """LoRA tiles of a step with prompts, ascending: full tiles, and some for runs that end early."""
+    """LoRA tiles of a step with prompts, ascending: full ones, and some for runs that end early, at most each row's and
+    the padding's."""
     full = -(-num_tokens // tile_rows)
-    return tuple(full + extra for extra in (8, 64, max_rows + 1))
+    return tuple(full + extra for extra in sorted({min(most, max_rows + 1) for most in (8, 64, max_rows + 1)}))
 
 
 def bucket_of(count: int, buckets: Sequence[int]) -> int:

@@ -247,12 +247,12 @@ class StepInputs:
             self._mixed.send(empty.padded_sections(num_tokens, self._max_rows))
             for num_singles in singles if num_tokens <= _WARM_CLOSELY_TOKENS else singles[-1:]:
                 bucket = MixedBucket(num_tokens, num_singles)
-                least, more, _ = self._tile_buckets(bucket)
+                tiles = self._tile_buckets(bucket)
                 yield self._mixed_step(bucket, 0, none)
                 if self._batch_invariant or num_singles in singles[:2]:
-                    yield self._mixed_step(bucket, least, most)
+                    yield self._mixed_step(bucket, tiles[0], most)
                 if not self._batch_invariant:
-                    yield self._mixed_step(bucket, more, widest)
+                    yield self._mixed_step(bucket, tiles[:2][-1], widest)
 
     def wider(self, step: DeviceStep) -> Iterator[StepKey]:
         """Keys of the graphs that compute the step, and with it rows of one token, tiles, ranks or projections that it
@@ -323,6 +323,7 @@ class StepInputs:
 
     def _tiles(self, views: Sequence[torch.Tensor], num_tiles: int, tile_rows: int, runs: AdapterRuns) -> LoraTiles:
         record, row, count, planes, token_record = views
+        assert num_tiles <= len(record), "kernels would read behind the end"
         return LoraTiles(
             record=record,
             row=row,
