@@ -14,7 +14,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 from loraplex.bench.fleet.costs import fleet_costs, fleet_profile
 from loraplex.bench.fleet.measure import MeasureOptions, measure, row_lines
 from loraplex.bench.fleet.options import Experiment, read_experiment
@@ -22,20 +21,16 @@ from loraplex.bench.fleet.page import fleet_page
 from loraplex.bench.fleet.prepare import prepare
 from loraplex.bench.fleet.prepared import PreparedFleet
 from loraplex.bench.fleet.ranking import ranked, ranking_lines
-from loraplex.bench.fleet.replicas import FleetReplicas, executor_config
+from loraplex.bench.fleet.replicas import FleetReplicas
 from loraplex.bench.fleet.results import ALL, Figure, FleetRow, FleetTable
 from loraplex.bench.fleet.traffic import make_traffic
 from loraplex.core.errors import BadConfig, LoraplexError
 from loraplex.core.ids import BaseModelId
-from loraplex.core.plan import GroupPlan, Shape
+from loraplex.core.plan import Shape
 from loraplex.cost.analytic import analytic_profile
 from loraplex.cost.ceilings import Ceilings
 from loraplex.cost.memory import shared_pages
-from loraplex.cost.profile import BaseProfile, CostProfile
-from loraplex.cost.stages import stage_layers
-from loraplex.model_runner.arena import page_tokens, plan_num_pages
 from loraplex.model_runner.build import load_model_spec
-from loraplex.model_runner.shard import plan_shards
 
 FIELDS: dict[str, Any] = {
     "gpus": 2,
@@ -227,39 +222,14 @@ def test_a_replica_that_cannot_start_or_ends_is_noticed(measured: tuple[Prepared
     apart = prepared.cells[0]
     alone = msgspec.structs.replace(apart, plan=replace(apart.plan, groups=apart.plan.groups[1:]), pages=[[0]])
     with pytest.raises(BadConfig, match="g1/right: the arena has no room"):
-        FleetReplicas(prepared.experiment, prepared.profile, alone)
-    with FleetReplicas(prepared.experiment, prepared.profile, msgspec.structs.replace(alone, pages=[[64]])) as replicas:
+        FleetReplicas(prepared.experiment, alone)
+    with FleetReplicas(prepared.experiment, msgspec.structs.replace(alone, pages=[[64]])) as replicas:
         replicas.check()
         os.kill(replicas.process_ids[0], signal.SIGKILL)
         with pytest.raises(LoraplexError, match="g1/right ended: exit code -9"):
             replicas.stage(alone, prepared.workloads[alone.workload])
         with pytest.raises(LoraplexError, match="g1/right ended: exit code -9"):
             replicas.check()
-
-
-@pytest.mark.parametrize("shape", [Shape(), Shape(tp=2), Shape(pp=2), Shape(pp=4), Shape(tp=2, pp=2)], ids=str)
-@pytest.mark.parametrize("base", ["llama3-8b", "llama3-1b"])
-def test_an_arena_has_room_for_what_the_simulator_counts(tmp_path: Path, base: str, shape: Shape) -> None:
-    pages, gpu = 1001, "h100-80gb"
-    group = GroupPlan(name="g", shape=shape, gpu=gpu, bases=())
-    spec = load_model_spec(f"random:{base}", BaseModelId(base))
-    shards = plan_shards(spec, shape, stage_layers(spec, shape.pp))
-    profile = msgspec.structs.replace(CostProfile.load(gpu), bases=(BaseProfile(model=spec, itemsize=2),))
-    for device in ("cpu", "cuda"):
-        bases = [{"name": base, "model": f"random:{base}"}]
-        experiment = _experiment(Path(gpu), tmp_path, gpu=gpu, device=device, bases=bases, targets={})
-        config = executor_config(experiment, profile, group, base, pages=pages, first_device=1)
-        size = page_tokens(config, [shard.local for shard in shards])
-        config = msgspec.structs.replace(config, page_size=size)
-        room = [
-            plan_num_pages(
-                config, shard.local, dtype=torch.bfloat16, device=torch.device(config.device), stage=shard.stage
-            )
-            for shard in shards
-        ]
-        # The simulator's pages have 16 tokens, and so have those on a CPU.
-        assert min(room) == pages * 16 // size
-        assert size == 16 if device == "cpu" or (base, shape.pp) == ("llama3-8b", 1) else size > 16
 
 
 def test_plans_of_planner_and_baselines_that_are_one_are_measured_once(profile: Path, tmp_path: Path) -> None:

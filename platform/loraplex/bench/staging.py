@@ -19,11 +19,10 @@ from loraplex.bench.random_adapters import random_manifests
 from loraplex.core.adapter import AdapterManifest
 from loraplex.core.ids import BaseModelId, Digest
 from loraplex.core.model import ModelSpec
+from loraplex.cost.memory import PAGE_TOKENS
 from loraplex.model_runner.build import load_model_spec
 from loraplex.model_runner.host_adapters import HostAdapters
 from loraplex.model_runner.shard import Shard
-
-_PAGE_TOKENS = 16
 
 
 def write_random_adapter(
@@ -54,7 +53,7 @@ def measure_staging(
     repeats: int,
 ) -> dict[str, float]:
     """Seconds and MB (1e6) of the file per second."""
-    page_bytes = _PAGE_TOKENS * model.kv_elements_per_token * dtype.itemsize
+    page_bytes = PAGE_TOKENS * model.kv_elements_per_token * dtype.itemsize
     host = HostAdapters(Shard.whole(model), page_bytes=page_bytes, dtype=dtype, pin=pin)
     host.layout(manifest)
     copies = [

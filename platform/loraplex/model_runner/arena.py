@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from loraplex_kernels import KvLayout, KvPages, view_kv_pages
+from loraplex_kernels.gpu.lora_tiles import MAX_RANK
 
 from loraplex.core.errors import BadConfig
 from loraplex.core.model import LORA_MODULES, ModelSpec
@@ -18,8 +19,6 @@ from loraplex.model_runner.config import ExecutorConfig
 
 _DEFAULT_CPU_BYTES = 1 << 30
 _MOST_PAGE_TOKENS = 64
-_UNCUT_RANKS = 64
-"""Of a matrix that the LoRA kernels take in one part."""
 
 
 class Arena:
@@ -68,7 +67,7 @@ def page_tokens(config: ExecutorConfig, parts: Iterable[ModelSpec]) -> int:
 
 def _page_tokens(part: ModelSpec) -> int:
     # KV and adapters are of one dtype: elements will do.
-    matrix = _UNCUT_RANKS * max(max(part.projection_shape(module)) for module in LORA_MODULES)
+    matrix = MAX_RANK * max(max(part.projection_shape(module)) for module in LORA_MODULES)
     tokens = PAGE_TOKENS
     while tokens < _MOST_PAGE_TOKENS and tokens * part.kv_elements_per_token < matrix:
         tokens *= 2

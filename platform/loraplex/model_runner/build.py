@@ -88,6 +88,12 @@ def build_executor(
     return build_rank(config, shard, weights, num_pages=num_pages, dtype=dtype, device=device, sampler=sampler)
 
 
+def group_page_tokens(config: ExecutorConfig, spec: ModelSpec) -> int:
+    """Tokens of a page on the ranks that ``build_executor`` gives the model ``spec``. Pure."""
+    _, shards = _cut(config, spec)
+    return page_tokens(config, [shard.local for shard in shards])
+
+
 def build_rank(
     config: ExecutorConfig,
     shard: Shard,
@@ -161,6 +167,12 @@ def rank_dtype(config: ExecutorConfig, device: torch.device) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[config.dtype]
 
 
+def _cut(config: ExecutorConfig, spec: ModelSpec) -> tuple[tuple[int, ...], tuple[Shard, ...]]:
+    """Layers of each stage, and the ranks' parts."""
+    cut = stage_layers(spec, config.pp) if config.stage_layers is None else config.stage_layers
+    return cut, plan_shards(spec, Shape(tp=config.tp, pp=config.pp), cut)
+
+
 def _build_group(
     config: ExecutorConfig,
     shape: Shape,
@@ -177,9 +189,8 @@ def _build_group(
         rank_device(config, shape.num_ranks - 1)
     if config.batch_invariant:
         raise BadConfig("batch_invariant is for one rank", param="batch_invariant")
-    cut = stage_layers(spec, shape.pp) if config.stage_layers is None else config.stage_layers
     num_threads = config.num_threads or max(1, torch.get_num_threads() // shape.num_ranks)
-    shards = plan_shards(spec, shape, cut)
+    cut, shards = _cut(config, spec)
     # Ranks see their own part alone, and must not differ.
     page_size = page_tokens(config, [shard.local for shard in shards])
     return GroupExecutor(

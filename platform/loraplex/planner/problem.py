@@ -14,7 +14,7 @@ from loraplex.core.errors import InvalidInput
 from loraplex.core.ids import BaseModelId
 from loraplex.core.plan import Plan, Shape
 from loraplex.cost.loads import Tier
-from loraplex.cost.memory import shared_arena_bytes
+from loraplex.cost.memory import PAGE_TOKENS, shared_arena_bytes
 from loraplex.engine import EngineConfig
 from loraplex.router.config import RouterConfig
 from loraplex.simulator.types import AdapterSize, CostKey, IntArray, ReplicaCost, SimulationInput, Slo
@@ -219,7 +219,7 @@ def _fits(problem: Problem, kind: Kind, longest: Mapping[BaseModelId, tuple[int,
         memory = problem.costs[CostKey(gpu=kind.gpu, base_model_id=base, shape=kind.shape)].memory
         tokens, sizes = longest[base]
         adapter = max((memory.adapter_pages(size.lora_rank, size.modules) for size in sizes), default=0)
-        if arena // memory.page_bytes < -(-tokens // 16) + adapter:
+        if arena // memory.page_bytes < -(-tokens // PAGE_TOKENS) + adapter:
             return False
     return True
 

@@ -95,8 +95,8 @@ def _measure(session: BenchSession, options: ProfileOptions, *, say: Callable[[s
 
 def _run(session: BenchSession, case: ProfileCase, options: ProfileOptions) -> Samples:
     """The steps and their pace. With a fresh engine; the case's adapters are on the accelerator, and on a GPU the case
-    ran twice before: kernels are compiled the first time that a size comes, and graphs captured the second time, within
-    the step."""
+    ran twice before: kernels are compiled the first time that a size comes, and graphs captured the second time, where
+    no wider one serves, within the step."""
     load = EngineLoad(
         requests=case.concurrency,
         adapters=max(case.adapters) + 1,

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from loraplex.bench.fleet.memory import fleet_memory
 from loraplex.bench.fleet.options import Experiment
 from loraplex.bench.fleet.prepared import lone_requests
 from loraplex.bench.fleet.traffic import Traffic
@@ -60,7 +59,14 @@ def fleet_costs(experiment: Experiment, profile: CostProfile) -> dict[CostKey, R
             raise BadConfig(f"base {base.name}: no profile of it on at most {experiment.gpus} {experiment.gpu}")
         for shape in shapes:
             key = CostKey(gpu=experiment.gpu, base_model_id=BaseModelId(base.name), shape=shape)
-            memory = fleet_memory(experiment, profile, base.name, shape)
+            memory = profile.memory(
+                base.name,
+                experiment.gpu,
+                shape,
+                memory_fraction=experiment.memory_fraction,
+                max_step_tokens=engine.max_step_tokens,
+                max_rows=engine.max_running,
+            )
             found[key] = dataclasses.replace(ReplicaCost.of(profile, key, engine), memory=memory)
     return found
 

@@ -68,7 +68,7 @@ class MeasureOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     largest_wave: Annotated[int, msgspec.Meta(ge=1)] = 64
     """Requests at once, per replica, that a fresh layout warms up with."""
     waves: Annotated[int, msgspec.Meta(ge=1)] = 3
-    """Of each size: kernels are compiled, and graphs captured when their sizes come a second time."""
+    """Of each size: kernels are compiled, and graphs captured where one comes again that no wider graph serves."""
 
 
 def measure(prepared: PreparedFleet, out: Path, options: MeasureOptions, *, say: Say) -> FleetTable:
@@ -86,7 +86,7 @@ def measure(prepared: PreparedFleet, out: Path, options: MeasureOptions, *, say:
                 continue
             say(f"{groups_line(cells[0].plan)}: starting")
             begun_s = time.monotonic()
-            with FleetReplicas(prepared.experiment, prepared.profile, cells[0]) as replicas:
+            with FleetReplicas(prepared.experiment, cells[0]) as replicas:
                 say(f"replicas are up after {time.monotonic() - begun_s:.1f} s")
                 for number, cell in enumerate(cells):
                     if not _fits(prepared, cell, options, started_s):

@@ -15,15 +15,15 @@ from typing import TypeVar
 
 import msgspec
 
-from loraplex.bench.fleet.memory import fleet_memory
-from loraplex.bench.fleet.options import Experiment
+from loraplex.bench.fleet.options import Experiment, FleetBase
 from loraplex.bench.fleet.prepared import Cell, Workload
 from loraplex.bench.fleet.replica import HOST, AdaptersStaged, ReplicaReady, ReplicaStart, StageAdapters
 from loraplex.core.control import ReplicaRoute
 from loraplex.core.errors import BadConfig, LoraplexError
-from loraplex.core.ids import ReplicaId
+from loraplex.core.ids import BaseModelId, ReplicaId
 from loraplex.core.plan import BasePlacement, GroupPlan
-from loraplex.cost.profile import CostProfile
+from loraplex.cost.memory import PAGE_TOKENS
+from loraplex.model_runner.build import group_page_tokens, load_model_spec
 from loraplex.model_runner.config import ExecutorConfig
 
 _STOP_S = 30.0
@@ -40,30 +40,31 @@ def layout_of(cell: Cell) -> object:
 
 
 def executor_config(
-    experiment: Experiment, profile: CostProfile, group: GroupPlan, base: str, *, pages: int, first_device: int
+    experiment: Experiment, group: GroupPlan, base: FleetBase, *, pages: int, first_device: int
 ) -> ExecutorConfig:
     """Of the replica of ``base`` in ``group``. ``pages``: of its arena, as the simulator counts them; the executor's
-    own may be larger, so it is given their bytes."""
+    own may be larger and are so many fewer."""
     engine = experiment.replica_engine
     config = ExecutorConfig(
         device="cpu" if experiment.device == "cpu" else f"{experiment.device}:{first_device}",
         tp=group.shape.tp,
         pp=group.shape.pp,
         num_threads=experiment.threads,
-        arena_bytes=pages * fleet_memory(experiment, profile, base, group.shape).page_bytes,
         max_rows=engine.max_running,
         max_step_tokens=engine.max_step_tokens,
     )
-    return msgspec.convert({**msgspec.structs.asdict(config), "dtype": experiment.dtype}, ExecutorConfig)
+    page_tokens = group_page_tokens(config, load_model_spec(base.model, BaseModelId(base.name)))
+    filled_in = {"dtype": experiment.dtype, "num_pages": pages * PAGE_TOKENS // page_tokens}
+    return msgspec.convert({**msgspec.structs.asdict(config), **filled_in}, ExecutorConfig)
 
 
 class FleetReplicas:
     """Context manager: the processes end with it."""
 
-    def __init__(self, experiment: Experiment, profile: CostProfile, cell: Cell) -> None:
+    def __init__(self, experiment: Experiment, cell: Cell) -> None:
         """Starts them; their devices are taken one after the other, in the order of the groups. BadConfig when one
         says that its options are wrong; LoraplexError when one ends."""
-        self._experiment, self._profile = experiment, profile
+        self._experiment = experiment
         self.secret = secrets.token_hex(16)
         self._folder = tempfile.TemporaryDirectory(prefix="loraplex-turns-")
         self._processes: list[_Process] = []
@@ -173,7 +174,7 @@ class FleetReplicas:
             replica_id=f"{group.name}/{base.name}",
             base=base.name,
             model=base.model,
-            executor=executor_config(experiment, self._profile, group, base.name, pages=pages, first_device=first),
+            executor=executor_config(experiment, group, base, pages=pages, first_device=first),
             engine=experiment.replica_engine,
             secret=self.secret,
             turns=str(Path(self._folder.name) / group.name) if len(group.bases) > 1 else None,

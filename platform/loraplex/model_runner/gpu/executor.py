@@ -193,7 +193,7 @@ class GpuExecutor(RankExecutor):
     @torch.inference_mode()
     def warm_up(self) -> None:
         """Captures the graphs of decode steps, and of small steps with prompts, with and without adapters; for those of
-        more than 16 ranks some that serve all. Others are captured when they come again."""
+        more than 16 ranks some that serve most. Others are captured when they come again."""
         for step in self._inputs.idle_steps():
             body = partial(self._decoder.run_captured, step, self._hidden(step))
             logits_BV = body()

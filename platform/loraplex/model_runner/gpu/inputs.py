@@ -216,8 +216,8 @@ class StepInputs:
 
     def idle_steps(self) -> Iterator[DeviceStep]:
         """Steps of padding alone, one for each graph that is to exist before it is needed: adapters of up to 16 ranks
-        on any projection; in tiles of one row also less, which saves most there; of more ranks such that each step has
-        a wider one."""
+        on any projection; in tiles of one row also less, which saves most there; of more ranks some that serve most
+        others."""
         none = AdapterRuns((), self._adapters)
         widest, most, *less = (
             AdapterRuns((), self._adapters, at_least=sites, max_rank=max_rank)
@@ -260,16 +260,20 @@ class StepInputs:
         key, lora = step.key, step.lora
         if key is None:
             return
-        singles = single_buckets(self._max_rows)
-        for num_singles in (None,) if key.num_singles is None else singles[singles.index(key.num_singles) :]:
-            if lora is None:
-                yield key._replace(num_singles=num_singles)
-                continue
+        loras = [key]
+        if lora is not None:
             tiles, caps = self._buckets_of_tiles(key), self._caps(lora.tile_rows)
-            for rank_cap in caps[caps.index(lora.rank_cap) :]:
-                for sites in dict.fromkeys((lora.sites, ALL_SITES)):
-                    for num_tiles in tiles[tiles.index(lora.num_tiles) :]:
-                        yield key._replace(num_singles=num_singles, num_tiles=num_tiles, rank_cap=rank_cap, sites=sites)
+            loras = [
+                key._replace(num_tiles=num_tiles, rank_cap=rank_cap, sites=sites)
+                for rank_cap in caps[caps.index(lora.rank_cap) :]
+                for sites in dict.fromkeys((lora.sites, ALL_SITES))
+                for num_tiles in tiles[tiles.index(lora.num_tiles) :]
+            ]
+        yield from loras
+        if key.num_singles is not None:
+            singles = single_buckets(self._max_rows)
+            for num_singles in singles[singles.index(key.num_singles) + 1 :]:
+                yield from (other._replace(num_singles=num_singles) for other in loras)
 
     def _buckets_of_tiles(self, key: StepKey) -> tuple[int, ...]:
         """That steps of these sizes may have, with tiles of the same height."""
