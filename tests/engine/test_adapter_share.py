@@ -8,13 +8,13 @@ from loraplex.core.ids import BaseModelId, Digest, RequestId, TenantName
 from loraplex.core.request import EngineRequest, FinishReason, SamplingParams
 from loraplex.engine import Engine, EngineConfig
 from loraplex.replica.driver import StepDriver
-from loraplex.testing.fake_executor import FakeExecutor, fake_manifest, fake_model
+from loraplex.testing.fake_executor import PAGE_BYTES, FakeExecutor, fake_manifest, fake_model
 
 
 class World:
     def __init__(self, max_adapter_pages: int) -> None:
         self.executor = FakeExecutor(model=fake_model(max_context_tokens=256), num_pages=200)
-        config = EngineConfig(max_adapter_pages=max_adapter_pages, max_running=8, max_step_tokens=64)
+        config = EngineConfig(max_adapter_bytes=max_adapter_pages * PAGE_BYTES, max_running=8, max_step_tokens=64)
         self.engine = Engine(config, model=self.executor.model, arena=self.executor.arena)
         self.driver = StepDriver(self.engine, self.executor, clock=SystemClock(), unstage=self.executor.unstage_adapter)
         self.most_resident = 0

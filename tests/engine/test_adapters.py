@@ -6,12 +6,13 @@ from loraplex.core.errors import (
 )
 from loraplex.core.ids import Digest
 from loraplex.core.request import FinishReason
+from loraplex.testing.fake_executor import PAGE_BYTES
 
 from tests.engine.harness import A, B, Harness, make
 
 
 def test_a_cold_adapter_costs_a_price_but_waits_a_bounded_time() -> None:
-    harness = Harness(max_running=2, overdue_s=12.0, adapter_page_price=1e6, prefix_cache=False)
+    harness = Harness(max_running=2, overdue_s=12.0, adapter_token_price=1e6, prefix_cache=False)
     harness.stage(A)
     harness.stage(B)
     harness.add(make("long", adapter=A, max_tokens=100, tenant="long"))
@@ -70,7 +71,7 @@ def test_adapters_take_the_pages_of_cached_prefixes() -> None:
 
 
 def test_host_memory_is_bounded() -> None:
-    harness = Harness(max_host_pages=3, num_pages=16)
+    harness = Harness(max_host_bytes=3 * PAGE_BYTES, num_pages=16)
     digests = [Digest(f"{i:064d}") for i in range(6)]
     for digest in digests:
         harness.stage(digest)

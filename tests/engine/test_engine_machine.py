@@ -17,7 +17,7 @@ from loraplex.core.ids import BaseModelId, Digest, RequestId, TenantName
 from loraplex.core.request import EngineRequest, FinishReason, Priority, RequestOutput, SamplingParams
 from loraplex.engine import Engine, EngineConfig
 from loraplex.replica.driver import StepDriver
-from loraplex.testing.fake_executor import FakeExecutor, expected_tokens, fake_manifest, fake_model
+from loraplex.testing.fake_executor import PAGE_BYTES, FakeExecutor, expected_tokens, fake_manifest, fake_model
 
 ADAPTERS = {"a" * 64: 8, "b" * 64: 16, "c" * 64: 40, "d" * 64: 8, "e" * 64: 16}
 """Digest -> lora rank. The fourth raises in its steps, the fifth cannot be loaded."""
@@ -78,11 +78,11 @@ class EngineMachine(RuleBasedStateMachine):
             max_step_tokens=max_step_tokens,
             max_running=max_running,
             prefix_cache=prefix_cache,
-            max_host_pages=max_host_pages,
-            max_adapter_pages=max_adapter_pages,
-            max_ahead_pages=max_ahead_pages,
+            max_host_bytes=max_host_pages * PAGE_BYTES,
+            max_adapter_bytes=None if max_adapter_pages is None else max_adapter_pages * PAGE_BYTES,
+            max_ahead_bytes=max_ahead_pages * PAGE_BYTES,
             overdue_s=3.0,
-            adapter_page_price=2.0,
+            adapter_token_price=0.5,
         )
         self.engine = Engine(
             config, model=self.executor.model, arena=self.executor.arena, num_stages=self.executor.num_stages

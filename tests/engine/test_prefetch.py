@@ -4,6 +4,7 @@ import pytest
 from loraplex.core.errors import LoraplexError
 from loraplex.core.ids import Digest, RequestId, TenantName
 from loraplex.core.request import EngineRequest, FinishReason
+from loraplex.testing.fake_executor import PAGE_BYTES
 
 from tests.engine.harness import A, B, Harness, make
 
@@ -83,7 +84,7 @@ def test_what_a_nearer_request_needs_is_not_taken(num_pages: int, loaded: bool) 
 
 
 def test_adapters_that_nobody_waits_for_give_way_and_those_of_nearer_requests_do_not() -> None:
-    world = World(num_pages=16, max_adapter_pages=4)
+    world = World(num_pages=16, max_adapter_bytes=4 * PAGE_BYTES)
     for digest in (A, B):
         world.stage_pages(digest)
         world.ask(digest[0], digest, max_tokens=1)
@@ -122,7 +123,7 @@ def test_cached_prefixes_of_nearer_requests_outlive_a_load_ahead() -> None:
 
 
 def test_so_many_pages_ahead_and_no_more() -> None:
-    world = World(max_ahead_pages=4)
+    world = World(max_ahead_bytes=4 * PAGE_BYTES)
     digests = [Digest(f"{i:064d}") for i in range(5)]
     world.ask("base", max_tokens=6)
     for digest in digests:
@@ -132,7 +133,7 @@ def test_so_many_pages_ahead_and_no_more() -> None:
     assert world.loads == [tuple(digests[:2]), (), ()]
     world.run()
     assert world.counts == (0, 5, 5), "as one is used the next one comes"
-    off = World(max_ahead_pages=0)
+    off = World(max_ahead_bytes=0)
     off.stage_pages(A)
     off.ask("base")
     off.ask("a", A)
@@ -141,7 +142,7 @@ def test_so_many_pages_ahead_and_no_more() -> None:
 
 
 def test_an_adapter_larger_than_the_bound_is_loaded_ahead_alone() -> None:
-    world = World(max_ahead_pages=1)
+    world = World(max_ahead_bytes=PAGE_BYTES)
     for digest in (A, B):
         world.stage_pages(digest, pages=3)
     world.ask("base")
@@ -165,7 +166,7 @@ def test_pages_that_are_lost_again_are_not_loaded_ahead_twice() -> None:
 
 
 def test_an_aborted_request_leaves_its_adapter_resident_and_out_of_the_count() -> None:
-    world = World(max_ahead_pages=2)
+    world = World(max_ahead_bytes=2 * PAGE_BYTES)
     for digest in (A, B):
         world.stage_pages(digest)
     world.ask("base", max_tokens=9)
@@ -199,9 +200,9 @@ def test_a_load_ahead_that_fails_ends_those_who_wait_for_it_and_nobody_else() ->
     assert world.engine.wanted_adapters() == (A,)
 
 
-@pytest.mark.parametrize("max_ahead_pages", [0, 512])
+@pytest.mark.parametrize("max_ahead_bytes", [0, 512 * PAGE_BYTES])
 @pytest.mark.parametrize("num_pages", [12, 64])
-def test_a_cold_adapter_runs_in_bounded_time_under_a_flood(num_pages: int, max_ahead_pages: int) -> None:
+def test_a_cold_adapter_runs_in_bounded_time_under_a_flood(num_pages: int, max_ahead_bytes: int) -> None:
     """Hot requests never end and take every page that they can; the cold one's turn comes when it is overdue, and then
     nobody passes it: it runs as soon as those that run have ended."""
     overdue, hot_tokens, max_running = 8, 6, 3
@@ -209,8 +210,8 @@ def test_a_cold_adapter_runs_in_bounded_time_under_a_flood(num_pages: int, max_a
         num_pages=num_pages,
         max_running=max_running,
         overdue_s=float(overdue),
-        adapter_page_price=1e6,
-        max_ahead_pages=max_ahead_pages,
+        adapter_token_price=1e6,
+        max_ahead_bytes=max_ahead_bytes,
     )
     for digest in (A, B, C):
         world.stage_pages(digest, pages=3)

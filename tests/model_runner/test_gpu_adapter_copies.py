@@ -196,7 +196,8 @@ def test_only_the_read_back_of_tokens_waits_for_the_device(graphs: bool, tmp_pat
     adapters = make_adapters(TINY, tmp_path)
     executor = build(TINY, num_pages=64, kernels=True, max_rows=8, graphs=graphs)
     assert isinstance(executor, GpuExecutor)
-    load = Load(executor, adapters, seed=3, max_running=8, max_step_tokens=64, max_adapter_pages=24)
+    cap = 24 * executor.arena.page_bytes
+    load = Load(executor, adapters, seed=3, max_running=8, max_step_tokens=64, max_adapter_bytes=cap)
     captures = 0
 
     def marked(name: str) -> None:

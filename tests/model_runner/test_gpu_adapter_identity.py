@@ -81,9 +81,9 @@ def test_every_token_is_of_its_requests_adapter(tmp_path: Path) -> None:
         seed=1,
         max_running=4,
         max_step_tokens=48,
-        max_host_pages=12,
-        max_adapter_pages=None if CUDA else 6,
-        max_ahead_pages=6,
+        max_host_bytes=12 * executor.arena.page_bytes,
+        max_adapter_bytes=None if CUDA else 6 * executor.arena.page_bytes,
+        max_ahead_bytes=6 * executor.arena.page_bytes,
     )
     with ThreadPoolExecutor(2) as staging:
         load.run(300 if CUDA else 10, at_once=6, staging=staging)
@@ -111,14 +111,15 @@ def test_every_token_is_of_its_requests_adapter_at_size(graphs: bool, tmp_path: 
     adapters = make_adapters(LARGE, tmp_path)
     executor = build(LARGE, num_pages=1200, kernels=True, max_rows=64, graphs=graphs)
     num_pages = executor.adapter_pages(adapters[0].manifest)
+    adapter_bytes = num_pages * executor.arena.page_bytes
     load = Load(
         executor,
         adapters,
         seed=2,
         max_running=64,
         max_step_tokens=256,
-        max_host_pages=80 * num_pages,
-        max_adapter_pages=48 * num_pages,
+        max_host_bytes=80 * adapter_bytes,
+        max_adapter_bytes=48 * adapter_bytes,
     )
     with ThreadPoolExecutor(4) as staging:
         load.run(3000, at_once=96, staging=staging)

@@ -6,7 +6,7 @@ import pytest
 from loraplex.core.errors import NotFound
 from loraplex.core.ids import Digest
 from loraplex.engine import EngineConfig
-from loraplex.testing.fake_executor import FakeExecutor, fake_manifest
+from loraplex.testing.fake_executor import PAGE_BYTES, FakeExecutor, fake_manifest
 
 from tests.replica.harness import Harness, make
 
@@ -17,7 +17,7 @@ A, B, C = (Digest(letter * 64) for letter in "abc")
 def harness() -> Iterator[Harness]:
     executor = FakeExecutor(num_pages=64, step_s=0.001)
     pages = executor.adapter_pages(fake_manifest(A))
-    harness = Harness(executor, EngineConfig(max_running=8, max_waiting=4, max_adapter_pages=2 * pages))
+    harness = Harness(executor, EngineConfig(max_running=8, max_waiting=4, max_adapter_bytes=2 * pages * PAGE_BYTES))
     harness.loop.open_session(1)
     yield harness
     harness.loop.stop()

@@ -241,7 +241,7 @@ inputs = st.builds(
         max_waiting=st.sampled_from([1, 30]),
         max_step_tokens=st.sampled_from([64, 300, 2048]),
         prefix_cache=st.booleans(),
-        max_adapter_pages=st.sampled_from([None, 90, 400]),
+        max_adapter_bytes=st.sampled_from([None, 90 << 21, 400 << 21]),
     ),
     in_flight=st.sampled_from([1, 2]),
     tier=st.sampled_from([Tier.HOST, Tier.DISK]),

@@ -28,15 +28,14 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """What one prompt token adds to its tenant's counter (cached prefix tokens add nothing)."""
     decode_token_cost: _NotNegative = 2.0
     """What one generated token adds to its tenant's counter."""
-    adapter_page_price: _NotNegative = 4.0
-    """Added to the counter of a request, per page of its adapter, while that adapter is in no running request: its
-    bytes would be read in every step. In units of the counters."""
-    max_adapter_pages: _Positive | None = None
-    """Arena pages that resident adapters may hold together, the rest being left to KV; None: as many as there are."""
-    max_host_pages: _Positive = 1 << 14
-    """Staged adapters kept in host memory, in arena pages (2 MiB each for an 8B base: 32 GiB); beyond it idle ones go,
-    least recently used first."""
-    max_ahead_pages: Annotated[int, msgspec.Meta(ge=0)] = 512
-    """Adapters of waiting requests are loaded before their turn, into pages that nobody nearer needs: so many pages of
-    them may be resident and not yet used (one adapter may be larger); 0: none. What is on its way is in the way of who
-    comes next: 512 pages of 2 MiB are 24 ms of copying at 45 GB/s."""
+    adapter_token_price: _NotNegative = 0.25
+    """Added to the counter of a request, per token whose KV would fit where its adapter is, while that adapter is in no
+    running request: its bytes would be read in every step. In units of the counters."""
+    max_adapter_bytes: _Positive | None = None
+    """Of the arena (of each rank), that resident adapters may hold together, the rest being left to KV; None: all."""
+    max_host_bytes: _Positive = 32 << 30
+    """Staged adapters kept in host memory (of each rank); beyond it idle ones go, least recently used first."""
+    max_ahead_bytes: Annotated[int, msgspec.Meta(ge=0)] = 1 << 30
+    """Adapters of waiting requests are loaded before their turn, into pages that nobody nearer needs: so much of them
+    may be resident and not yet used (one adapter may be larger); 0: nothing. What is on its way is in the way of who
+    comes next: 1 GiB is 24 ms of copying at 45 GB/s."""

@@ -314,8 +314,8 @@ class Engine:
         )
 
     def _check_fits(self, sequence: Sequence, adapter_pages: int) -> None:
-        share = self._config.max_adapter_pages
-        if share is not None and adapter_pages > share:
+        share = self._memory.max_adapter_pages
+        if self._config.max_adapter_bytes is not None and adapter_pages > share:
             raise InvalidInput(
                 f"the adapter takes {adapter_pages} pages of memory; this replica keeps {share} for adapters",
                 param="model",

@@ -21,9 +21,12 @@ from loraplex.engine.sequence import Sequence
 class Memory:
     def __init__(self, config: EngineConfig, *, model: ModelSpec, arena: ArenaSpec) -> None:
         self.page_size = arena.page_size
-        self.max_adapter_pages = config.max_adapter_pages or arena.num_pages
+        self.max_adapter_pages = arena.num_pages
+        if config.max_adapter_bytes is not None:
+            self.max_adapter_pages = min(config.max_adapter_bytes // arena.page_bytes, arena.num_pages)
+        self.max_ahead_pages = config.max_ahead_bytes // arena.page_bytes
         self.pool = PagePool(arena.num_pages)
-        self.adapters = AdapterResidency(self.pool, max_host_pages=config.max_host_pages)
+        self.adapters = AdapterResidency(self.pool, max_host_pages=config.max_host_bytes // arena.page_bytes)
         self.prefix = PrefixCache(
             self.pool, page_size=arena.page_size, base_model_id=model.base_model_id, enabled=config.prefix_cache
         )

@@ -12,12 +12,12 @@ from loraplex.engine.memory import Memory
 from loraplex.engine.sequence import Sequence
 
 
-def prefetch_adapters(memory: Memory, waiting: Iterable[Sequence], *, reserve: int, max_ahead_pages: int) -> None:
+def prefetch_adapters(memory: Memory, waiting: Iterable[Sequence], *, reserve: int) -> None:
     """Starts loads for ``waiting``: requests in the order of their turn, whose adapters are staged.
 
-    ``reserve``: pages that stay available whatever happens. ``max_ahead_pages``: of adapters that are loaded and not
-    yet used, those from before included. The first request whose adapter does not fit beside what the nearer ones need
-    ends it: who comes after waits as well. Changes ``memory``.
+    ``reserve``: pages that stay available whatever happens. The first request whose adapter does not fit beside what
+    the nearer ones need, or beside those that are loaded and not yet used, ends it: who comes after waits as well.
+    Changes ``memory``.
     """
     adapters = memory.adapters
     claimed_pages = reserve
@@ -35,7 +35,7 @@ def prefetch_adapters(memory: Memory, waiting: Iterable[Sequence], *, reserve: i
             if claimed_pages > memory.num_available or claimed_share > memory.max_adapter_pages:
                 return
             if adapters.is_loadable(digest):
-                if adapters.num_ahead_pages and adapters.num_ahead_pages + num_pages > max_ahead_pages:
+                if adapters.num_ahead_pages and adapters.num_ahead_pages + num_pages > memory.max_ahead_pages:
                     return
                 memory.load_adapter(digest, ahead=True)
         shared = memory.prefix.match(sequence)

@@ -272,7 +272,7 @@ class Scheduler:
 
     def _prefetch(self, now_s: float) -> None:
         """Loads adapters of those who are next; nobody gives way for that."""
-        if not self._config.max_ahead_pages or not self._memory.adapters.any_loadable or self.quarantine:
+        if not self._memory.max_ahead_pages or not self._memory.adapters.any_loadable or self.quarantine:
             return
         nearest = (
             nsmallest(
@@ -286,7 +286,6 @@ class Scheduler:
             self._memory,
             chain.from_iterable(nearest),
             reserve=self._reserve(len(self.running)),
-            max_ahead_pages=self._config.max_ahead_pages,
         )
 
     def warm(self, digest: Digest, wanted: Collection[Digest]) -> bool:

@@ -17,6 +17,7 @@ class Turns:
     def __init__(self, config: EngineConfig, memory: Memory) -> None:
         self._config = config
         self._adapters = memory.adapters
+        self._page_price = config.adapter_token_price * memory.page_size
         self._admitted: deque[defaultdict[TenantName, float]] = deque()
         """Of each step in flight, and last of the one being planned: what its newly admitted cost, not yet charged."""
         self.counters = ServiceCounters()
@@ -60,4 +61,4 @@ class Turns:
     def _price(self, adapter: Digest) -> float:
         if self._adapters.num_users(adapter):
             return 0.0
-        return self._adapters.num_pages(adapter) * self._config.adapter_page_price
+        return self._adapters.num_pages(adapter) * self._page_price

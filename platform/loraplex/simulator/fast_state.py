@@ -129,7 +129,7 @@ def knobs_of(given: SimulationInput, cluster: Cluster) -> Knobs:
         overdue_s=float(engine.overdue_s),
         prefill_cost=float(engine.prefill_token_cost),
         decode_cost=float(engine.decode_token_cost),
-        page_price=float(engine.adapter_page_price),
+        page_price=float(engine.adapter_token_price * PAGE_SIZE),
         ahead=given.max_in_flight - 1,
         turn_s=float(given.turn_s),
         decode_weight=float(router.decode_weight),
@@ -200,7 +200,11 @@ def _replicas(given: SimulationInput, cluster: Cluster, cost_of: dict[int, int])
     records["cost"] = [cost_of[id(table)] for table in cluster.tables]
     records["num_stages"] = [replica.shape.pp for replica in cluster.replicas]
     records["num_pages"] = records["num_free"] = [replica.num_pages for replica in cluster.replicas]
-    records["max_adapter_pages"] = given.engine.max_adapter_pages or records["num_pages"]
+    records["max_adapter_pages"] = records["num_pages"]
+    if given.engine.max_adapter_bytes is not None:
+        page_bytes = np.array([replica.cost.memory.page_bytes for replica in cluster.replicas])
+        most = given.engine.max_adapter_bytes // page_bytes
+        records["max_adapter_pages"] = np.minimum(most, records["num_pages"])
     records["max_context"] = [replica.cost.model.max_context_tokens for replica in cluster.replicas]
     for name in ("kv_head", "kv_tail", "idle_head", "idle_tail"):
         records[name] = NONE

@@ -19,6 +19,8 @@ from loraplex.traces.arrivals import AdapterName, Arrivals
 
 GPU = "h100-80gb"
 SMALL, LARGE = BaseModelId("llama3-8b"), BaseModelId("llama3-70b")
+_PAGE_BYTES = 2 << 20
+"""Of the small base."""
 _RANKS = (8, 16, 32, 64)
 _SLO = Slo(ttft_s=0.05, tpot_s=0.011)
 """Within the spread of the latencies, as each scenario's: a shift of them shows in the attainment."""
@@ -154,14 +156,14 @@ def _short_of_kv(seed: int) -> SimulationInput:
 
 
 def _adapter_churn(seed: int) -> SimulationInput:
-    engine = EngineConfig(max_adapter_pages=2500)
+    engine = EngineConfig(max_adapter_bytes=2500 * _PAGE_BYTES)
     arrivals = make_arrivals(seed=seed, num_requests=2500, rate=20, num_adapters=300, zipf=0.7, output=64)
     return make_input(arrivals, num_groups=2, engine=engine)
 
 
 def _adapter_thrashing(seed: int) -> SimulationInput:
     """Adapters have a fifth of the room of the scenario above: most requests load theirs."""
-    engine = EngineConfig(max_adapter_pages=600)
+    engine = EngineConfig(max_adapter_bytes=600 * _PAGE_BYTES)
     arrivals = make_arrivals(seed=seed, num_requests=2500, rate=14, num_adapters=300, zipf=0.4, output=64)
     return make_input(arrivals, num_groups=2, engine=engine)
 

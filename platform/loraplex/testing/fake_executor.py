@@ -22,6 +22,8 @@ from loraplex.core.model import ModelSpec
 from loraplex.core.request import EngineRequest
 from loraplex.core.step import PENDING, ArenaSpec, Row, RowStart, SampledToken, StepPlan, StepResult
 
+PAGE_BYTES = 1024
+
 _Cell = tuple[int, int, int]
 """What one token leaves behind: (position, token id, key of the adapter that computed it)."""
 
@@ -115,7 +117,7 @@ class FakeExecutor:
         unstageable: Iterable[str] = (),
     ) -> None:
         self._model = model or fake_model()
-        self._arena = ArenaSpec(num_pages=num_pages, page_size=page_size, page_bytes=1024)
+        self._arena = ArenaSpec(num_pages=num_pages, page_size=page_size, page_bytes=PAGE_BYTES)
         self._step_s = step_s
         self._stage_s = stage_s
         self.poisoned = frozenset(map(Digest, poisoned))

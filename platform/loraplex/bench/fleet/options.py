@@ -125,7 +125,7 @@ class Experiment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     @property
     def replica_engine(self) -> EngineConfig:
         """All adapters stay in host memory."""
-        return msgspec.structs.replace(self.engine, max_host_pages=sys.maxsize)
+        return msgspec.structs.replace(self.engine, max_host_bytes=sys.maxsize)
 
     @property
     def steps_in_flight(self) -> int:
