@@ -78,6 +78,7 @@ def platform_config(options: ServeBenchOptions, setup: EngineSetup, folder: Path
             "max_rows": setup.max_running,
             "max_step_tokens": setup.max_step_tokens,
             "batch_invariant": setup.batch_invariant,
+            "graph_patience": 0,
         },
         "engine": {"max_running": setup.max_running, "max_step_tokens": setup.max_step_tokens},
     }

@@ -1,6 +1,7 @@
 """The executor on Triton kernels equals transformers + PEFT: interpreted on the CPU, compiled where there is CUDA."""
 
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import pytest
@@ -9,7 +10,14 @@ import torch
 pytest.importorskip("triton")
 
 from loraplex.core.errors import BadConfig
-from loraplex.model_runner.gpu.buckets import MAX_SEVERAL
+from loraplex.model_runner.gpu.buckets import (
+    MAX_SEVERAL,
+    MixedBucket,
+    mixed_token_buckets,
+    row_buckets,
+    single_buckets,
+)
+from loraplex.model_runner.gpu.host_step import AdapterRuns
 from loraplex.model_runner.gpu.inputs import DecodeRows, DeviceStep
 from loraplex_kernels.gpu import lora_project, tuning
 from loraplex_kernels.gpu.lora import ALL_SITES, ATTENTION_SITES, Site, lora_shrink
@@ -159,6 +167,30 @@ def test_the_widest_graph_of_a_step_computes_the_same(
     assert kinds >= {(True, True), (False, True), (False, False)}
     for request in (plain, *requests):
         check(base, driver, request)
+
+
+@pytest.mark.parametrize("batch_invariant", [False, True])
+@pytest.mark.parametrize("max_rows", [256, 100, 16])
+def test_after_the_start_every_step_has_a_graph(max_rows: int, batch_invariant: bool, make_driver: Any) -> None:
+    """Its own or a wider one: of all decode steps and of steps with prompts of up to 1,024 tokens."""
+    options = {"kernels": True, "cuda_graphs": True, "batch_invariant": batch_invariant}
+    driver = make_driver("random:tiny-llama", page_size=16, device=DEVICE, max_rows=max_rows, **options)
+    inputs = driver.executor._inputs
+    captured = {step.key for step in inputs.idle_steps()}
+    runs = [
+        AdapterRuns((), inputs._adapters, at_least=sites, max_rank=max_rank)
+        for sites in (ALL_SITES, ATTENTION_SITES, frozenset({Site.DOWN}))
+        for max_rank in (8, 16, 64)
+    ]
+    for num_rows in row_buckets(max_rows):
+        steps = [inputs._decode_step(num_rows, 0, runs[0])]
+        steps += [inputs._decode_step(num_rows, n, run) for run in runs for n in inputs._decode_tile_buckets(num_rows)]
+        assert all(captured.intersection(inputs.wider(step)) for step in steps)
+    for num_tokens, num_singles in product(mixed_token_buckets(1024), single_buckets(max_rows)):
+        bucket = MixedBucket(num_tokens, num_singles)
+        steps = [inputs._mixed_step(bucket, 0, runs[0])]
+        steps += [inputs._mixed_step(bucket, n, run) for run in runs for n in inputs._tile_buckets(bucket)]
+        assert all(captured.intersection(inputs.wider(step)) for step in steps), bucket
 
 
 def test_projections_in_which_no_adapter_of_the_step_has_anything_run_without_lora(

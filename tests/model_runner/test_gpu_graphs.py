@@ -4,7 +4,6 @@ from collections.abc import Callable, Hashable
 
 import pytest
 import torch
-from loraplex.model_runner.gpu import graphs
 from loraplex.model_runner.gpu.graphs import GraphCache
 
 Ran = list[tuple[str, Hashable]]
@@ -21,8 +20,8 @@ class Replay:
 class NotedCaptures(GraphCache):
     """Notes how steps ran."""
 
-    def __init__(self) -> None:
-        super().__init__(torch.device("cuda"), enabled=True)
+    def __init__(self, patience: int) -> None:
+        super().__init__(torch.device("cuda"), enabled=True, patience=patience)
         self.ran: Ran = []
 
     def capture(self, key: Hashable, body: Callable[[], torch.Tensor]) -> None:
@@ -42,16 +41,15 @@ class NotedCaptures(GraphCache):
 
 
 def test_a_step_without_a_wider_graph_is_captured_when_it_comes_again() -> None:
-    cache = NotedCaptures()
+    cache = NotedCaptures(patience=3)
     assert cache.take("a", "bc") == [("eager", "a")]
     assert cache.take("a", "bc") == [("captured", "a"), ("replayed", "a")]
     assert cache.take("a", "bc") == [("replayed", "a")]
     assert cache.num_captured == 1
 
 
-def test_the_closest_wider_graph_serves_until_a_step_has_come_often(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graphs, "_PATIENCE", 3)
-    cache = NotedCaptures()
+def test_the_closest_wider_graph_serves_until_a_step_has_come_often() -> None:
+    cache = NotedCaptures(patience=3)
     for key in "cd":
         cache.capture(key, torch.Tensor)
     for _ in range(3):
@@ -61,8 +59,15 @@ def test_the_closest_wider_graph_serves_until_a_step_has_come_often(monkeypatch:
     assert cache.take("b", "d") == [("replayed", "d")]
 
 
+def test_without_patience_a_step_has_its_own_graph_at_once() -> None:
+    cache = NotedCaptures(patience=0)
+    cache.capture("b", torch.Tensor)
+    assert cache.take("a", "b") == [("eager", "a")]
+    assert cache.take("a", "b") == [("captured", "a"), ("replayed", "a")]
+
+
 def test_without_graphs_all_steps_are_eager() -> None:
-    cache = GraphCache(torch.device("cpu"), enabled=True)
+    cache = GraphCache(torch.device("cpu"), enabled=True, patience=3)
     ones = torch.ones(1)
     for _ in range(3):
         assert cache.run("a", lambda: ones, lambda: pytest.fail("nobody has a graph")) is ones

@@ -56,6 +56,8 @@ class BenchSession:
                 "max_rows": setup.max_running,
                 "max_step_tokens": setup.max_step_tokens,
                 "batch_invariant": setup.batch_invariant,
+                # What the warm-up runs is captured there.
+                "graph_patience": 0,
             },
             ExecutorConfig,
         )
@@ -238,14 +240,13 @@ class BenchSession:
             last_step = self._engine.last_step
             for digest in self._engine.resident_adapters():
                 self.executor.drop_adapter(digest)
-        arena = self.executor.arena
         config = EngineConfig(
             max_running=self.setup.max_running,
             max_step_tokens=self.setup.max_step_tokens,
             max_waiting=max(load.requests, len(manifests)),
             # All adapters stay staged: nobody would stage one again.
-            max_host_pages=sys.maxsize,
-            max_adapter_pages=None if load.adapter_bytes_cap is None else load.adapter_bytes_cap // arena.page_bytes,
+            max_host_bytes=sys.maxsize,
+            max_adapter_bytes=load.adapter_bytes_cap,
         )
         engine = self._engine = RecordingEngine(
             config, self.executor, itemsize=self.itemsize, shape=self.setup.shape, last_step=last_step

@@ -134,6 +134,7 @@ def build_rank(
         max_rows=config.max_rows,
         max_step_tokens=config.max_step_tokens,
         cuda_graphs=config.cuda_graphs,
+        graph_patience=config.graph_patience,
         batch_invariant=config.batch_invariant,
         peers=peers,
     )
@@ -151,6 +152,8 @@ def rank_device(config: ExecutorConfig, rank: int = 0) -> torch.device:
         raise BadConfig(f"device {name!r}: {error}", param="device") from error
     if device.type not in ("cpu", "cuda"):
         raise BadConfig(f"device {name!r} is not supported: cpu or cuda", param="device")
+    if device.type == "cpu" and device.index is not None:
+        raise BadConfig(f"device {name!r}: there is one CPU device, cpu", param="device")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise BadConfig("device cuda: torch sees no CUDA device", param="device")
     if device.type == "cuda":

@@ -68,6 +68,7 @@ class GpuExecutor(RankExecutor):
         max_rows: int,
         max_step_tokens: int,
         cuda_graphs: bool = True,
+        graph_patience: int = 0,
         batch_invariant: bool = False,
         peers: Peers | None = None,
     ) -> None:
@@ -101,7 +102,7 @@ class GpuExecutor(RankExecutor):
             max_step_tokens=max_step_tokens,
             batch_invariant=batch_invariant,
         )
-        self._graphs = GraphCache(device, enabled=cuda_graphs)
+        self._graphs = GraphCache(device, enabled=cuda_graphs, patience=graph_patience)
         self._hidden_TD: torch.Tensor | None = None
         """Of the stage before; at one address, for graphs."""
         if not shard.is_first:
@@ -193,7 +194,7 @@ class GpuExecutor(RankExecutor):
     @torch.inference_mode()
     def warm_up(self) -> None:
         """Captures the graphs of decode steps, and of small steps with prompts, with and without adapters; for those of
-        more than 16 ranks some that serve most. Others are captured when they come again."""
+        more than 16 ranks some that serve all others. Those are captured when they have come often."""
         for step in self._inputs.idle_steps():
             body = partial(self._decoder.run_captured, step, self._hidden(step))
             logits_BV = body()

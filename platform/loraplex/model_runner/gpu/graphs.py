@@ -11,15 +11,13 @@ from typing import Any
 
 import torch
 
-_PATIENCE = 256
-"""Times that a wider graph serves before a step gets its own: to run eagerly once and to be captured takes 0.1 s, a
-wider graph some tenths of a millisecond longer."""
-
 
 class GraphCache:
-    def __init__(self, device: torch.device, *, enabled: bool) -> None:
+    def __init__(self, device: torch.device, *, enabled: bool, patience: int = 0) -> None:
+        """``patience``: times that a wider graph serves a step before it gets its own."""
         self._enabled = enabled and device.type == "cuda"
         self._device = device
+        self._patience = patience
         self._graphs: dict[Hashable, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
         self._ran: set[Hashable] = set()
         """Eagerly."""
@@ -39,7 +37,7 @@ class GraphCache:
         captured = self._graphs.get(key)
         if captured is None and self._enabled:
             self._missed[key] += 1
-            if self._missed[key] <= _PATIENCE:
+            if self._missed[key] <= self._patience:
                 captured = next((self._graphs[other] for other in wider() if other in self._graphs), None)
             if captured is None and key in self._ran:
                 self.capture(key, body)

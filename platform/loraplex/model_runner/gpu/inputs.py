@@ -216,7 +216,7 @@ class StepInputs:
 
     def idle_steps(self) -> Iterator[DeviceStep]:
         """Steps of padding alone, one for each graph that is to exist before it is needed: adapters of up to 16 ranks
-        on any projection; in tiles of one row also less, which saves most there; of more ranks some that serve most
+        on any projection; in tiles of one row also less, which saves most there; of more ranks some that serve all
         others."""
         none = AdapterRuns((), self._adapters)
         widest, most, *less = (
@@ -240,18 +240,20 @@ class StepInputs:
                 for num_tiles in (*shared[::-_COARSE], single):
                     yield self._decode_step(num_rows, num_tiles, widest)
         empty = MixedArrays.of((), self._prefill_block)
-        singles = single_buckets(self._max_rows)[:3]
+        singles = single_buckets(self._max_rows)
         for num_tokens in self._token_buckets:
             if num_tokens > _WARM_TOKENS:
                 break
             self._mixed.send(empty.padded_sections(num_tokens, self._max_rows))
-            for num_singles in singles if num_tokens <= _WARM_CLOSELY_TOKENS else singles[-1:]:
+            for num_singles in singles if num_tokens <= _WARM_CLOSELY_TOKENS else singles[-2:]:
                 bucket = MixedBucket(num_tokens, num_singles)
                 tiles = self._tile_buckets(bucket)
                 yield self._mixed_step(bucket, 0, none)
                 if self._batch_invariant or num_singles in singles[:2]:
                     yield self._mixed_step(bucket, tiles[0], most)
-                if not self._batch_invariant:
+                if num_singles == self._max_rows:
+                    yield self._mixed_step(bucket, tiles[-1], widest)
+                elif not self._batch_invariant:
                     yield self._mixed_step(bucket, tiles[:2][-1], widest)
 
     def wider(self, step: DeviceStep) -> Iterator[StepKey]:
