@@ -64,7 +64,8 @@ class MeasureOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     placements: tuple[str, ...] = ()
     """Cells of which one is among these; none given: all."""
     budget_s: float | None = None
-    """No cell starts that would not end within this after the start."""
+    """No cell starts that would not end within this after the start, if it takes beside its arrivals what others took:
+    of the first nothing is known."""
     largest_wave: Annotated[int, msgspec.Meta(ge=1)] = 64
     """Requests at once, per replica, that a fresh layout warms up with."""
     waves: Annotated[int, msgspec.Meta(ge=1)] = 3
@@ -74,14 +75,14 @@ class MeasureOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 def measure(prepared: PreparedFleet, out: Path, options: MeasureOptions, *, say: Say) -> FleetTable:
     """Runs what ``out`` does not hold yet. BadConfig (unknown workload; ``out`` is of another experiment; options of a
     replica); LoraplexError when a replica ends."""
-    started_s = time.monotonic()
+    budget = _Budget(options.budget_s)
     table = FleetTable.open(out, prepared)
     table.left = []
     with tempfile.TemporaryDirectory(prefix="loraplex-fleet-") as folder:
         profile = Path(folder) / "profile.json"
         profile.write_bytes(prepared.profile.to_json())
         for cells in _by_layout(prepared, options, table):
-            if not _fits(prepared, cells[0], options, started_s):
+            if not budget.holds(prepared.workloads[cells[0].workload], fresh=True):
                 table.left += map(_label, cells)
                 continue
             say(f"{groups_line(cells[0].plan)}: starting")
@@ -89,12 +90,15 @@ def measure(prepared: PreparedFleet, out: Path, options: MeasureOptions, *, say:
             with FleetReplicas(prepared.experiment, cells[0]) as replicas:
                 say(f"replicas are up after {time.monotonic() - begun_s:.1f} s")
                 for number, cell in enumerate(cells):
-                    if not _fits(prepared, cell, options, started_s):
+                    workload, fresh = prepared.workloads[cell.workload], number == 0
+                    if not fresh and not budget.holds(workload, fresh=False):
                         table.left.append(_label(cell))
                         continue
-                    row = asyncio.run(_Run(prepared, cell, replicas, profile, options, say=say).row(fresh=number == 0))
+                    row = asyncio.run(_Run(prepared, cell, replicas, profile, options, say=say).row(fresh=fresh))
                     table.rows.append(row)
                     table.write(out)
+                    budget.took(time.monotonic() - begun_s, workload, fresh=fresh)
+                    begun_s = time.monotonic()
                     for line in row_lines(row):
                         say(line)
     table.write(out)
@@ -314,11 +318,20 @@ def _by_layout(prepared: PreparedFleet, options: MeasureOptions, table: FleetTab
     return list(found.values())
 
 
-def _fits(prepared: PreparedFleet, cell: Cell, options: MeasureOptions, started_s: float) -> bool:
-    if options.budget_s is None:
-        return True
-    takes_s = prepared.workloads[cell.workload].arrival_s[-1]
-    return time.monotonic() - started_s + takes_s <= options.budget_s
+class _Budget:
+    def __init__(self, budget_s: float | None) -> None:
+        self._budget_s = budget_s
+        self._started_s = time.monotonic()
+        self._beside_s = {True: 0.0, False: 0.0}
+        """The longest that a cell has taken beside its arrivals: on fresh replicas, their start included, and on
+        others."""
+
+    def holds(self, workload: Workload, *, fresh: bool) -> bool:
+        takes_s = workload.arrival_s[-1] + self._beside_s[fresh]
+        return self._budget_s is None or time.monotonic() - self._started_s + takes_s <= self._budget_s
+
+    def took(self, seconds: float, workload: Workload, *, fresh: bool) -> None:
+        self._beside_s[fresh] = max(self._beside_s[fresh], seconds - workload.arrival_s[-1])
 
 
 def _label(cell: Cell) -> str:
