@@ -5,7 +5,7 @@ import pytest
 from loraplex.core.errors import BadConfig
 from loraplex.cost.ceilings import FloatArray
 from loraplex.cost.step_cost import StepCoefficients, StepComposition
-from loraplex.profiler.fit import TOKEN_KNOTS, fit_coefficients, fit_mean, held_out_error
+from loraplex.profiler.fit import TOKEN_KNOTS, fit_coefficients, fit_latency, fit_mean, held_out_error
 
 TRUE = StepCoefficients(
     fixed_s=5.5e-3,
@@ -100,6 +100,21 @@ def test_the_mean_holds_what_held_steps_up_for_each_kind() -> None:
         assert mean[kind].sum() == pytest.approx(seconds[kind].sum(), rel=0.01)
     # What a decode step takes by itself lies well below.
     assert typical[decodes].sum() < 0.92 * seconds[decodes].sum()
+
+
+@pytest.mark.parametrize(("factor", "constant_s"), [(1.7, 0.0015), (2.0, 0.0), (1.0, 0.004)])
+def test_the_way_through_a_pipeline_follows_from_its_pace(factor: float, constant_s: float) -> None:
+    steps, unseen = _steps(300, 1), _steps(100, 2)
+    seconds = factor * _noisy(steps, 3) + constant_s
+    seconds[::50] *= 10
+    found = fit_latency(TRUE, steps, seconds)
+    np.testing.assert_allclose(found.seconds(unseen), factor * TRUE.seconds(unseen) + constant_s, rtol=0.02)
+
+
+def test_no_step_is_through_a_pipeline_before_the_next_may_begin() -> None:
+    steps = _steps(300, 1)
+    found = fit_latency(TRUE, steps, 0.5 * TRUE.seconds(steps))
+    np.testing.assert_allclose(found.array(), TRUE.array())
 
 
 def test_nothing_is_negative_where_time_falls_with_size() -> None:

@@ -81,3 +81,23 @@ def test_what_lies_between_steps_counts_while_requests_run(monkeypatch: pytest.M
     driver.step()
     assert engine.step_seconds().tolist() == [1.0, 1.25, 1.25, 1.0, 1.0]
     assert engine.step_starts().tolist() == [0.0, 1.0, 2.25, 10.0, 20.0]
+    assert engine.lone().all()
+
+
+def test_a_request_by_itself_has_the_pipeline_for_itself() -> None:
+    executor = FakeExecutor(max_in_flight=2, num_stages=2)
+    engine = RecordingEngine(EngineConfig(max_running=4), executor, itemsize=2, shape=Shape(pp=2))
+    driver = StepDriver(engine, executor, clock=SystemClock(), unstage=executor.unstage_adapter)
+    engine.add(_request("alone", 4), 0.0)
+    while driver.step().progressed:
+        pass
+    assert engine.lone().tolist() == [True] * 4
+    for name in ("first", "second"):
+        engine.add(_request(name, 1), 0.0)
+        plan = engine.schedule(0.0).plan
+        assert plan is not None
+        executor.submit(plan)
+    for _ in range(2):
+        engine.complete(executor.collect(), 0.0)
+    assert engine.lone().tolist() == [True] * 4 + [False] * 2
+    assert engine.overlapped().tolist() == [False] * 5 + [True]

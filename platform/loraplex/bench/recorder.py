@@ -135,6 +135,12 @@ class RecordingEngine(Engine):
         """(S,) whether the step was planned while the one before it was under way."""
         return np.array(self._overlapped, dtype=bool)
 
+    def lone(self) -> BoolArray:
+        """(S,) whether no other step was under way at any time of the step."""
+        overlapped = np.append(self.overlapped(), False)
+        lone: BoolArray = ~(overlapped[:-1] | overlapped[1:])
+        return lone
+
     def work(self, manifests: Sequence[AdapterManifest]) -> StepWork:
         """Of the recorded steps; ``manifests`` holds every adapter that they used."""
         by_blocks = {manifest.blocks: AdapterWork.of_blocks(manifest.blocks, self._spec) for manifest in manifests}

@@ -2,10 +2,12 @@
 
 Relative, so that a decode step of 6 ms counts as much as a prefill of 60. Of what a step takes by itself
 (``fit_coefficients``): one that the system held up (garbage collection, another process), and the one behind it, whose
-end was then seen too soon after, are weighed down as in Huber's estimator. Of what steps took in the mean
-(``fit_mean``): held-up ones count like all others. Pure. Called by ``measure`` and ``simulated``.
+end was then seen too soon after, are weighed down as in Huber's estimator. What a step takes through
+all stages of a pipeline (``fit_latency``) follows from its pace. Of what steps took in the mean (``fit_mean``): held-up
+ones count like all others. Pure. Called by ``measure`` and ``simulated``.
 """
 
+import msgspec
 import numpy as np
 from scipy.optimize import nnls
 
@@ -25,7 +27,12 @@ _STRAY = 3.0
 def fit_coefficients(steps: StepComposition, seconds: FloatArray) -> StepCoefficients:
     """``seconds``: (S,), greater than 0, with S at least the number of coefficients. BadConfig when there are fewer."""
     knots, table = _table(steps)
-    weights = np.ones(len(steps))
+    return _coefficients(_robust(table, seconds), knots)
+
+
+def _robust(table: FloatArray, seconds: FloatArray) -> FloatArray:
+    """The x >= 0 for which ``table`` @ x is ``seconds``, held-up steps aside."""
+    weights = np.ones(len(seconds))
     scales = np.maximum(seconds, np.median(seconds))
     for _ in range(_ROUNDS):
         found = _solve(table / scales[:, None], seconds / scales, weights)
@@ -35,7 +42,18 @@ def fit_coefficients(steps: StepComposition, seconds: FloatArray) -> StepCoeffic
         errors = np.abs(expected - seconds) / scales
         bound = _STRAY * max(float(np.median(errors)), 1e-9)
         weights = np.sqrt(np.minimum(1.0, bound / np.maximum(errors, 1e-12)))
-    return _coefficients(found, knots)
+    return found
+
+
+def fit_latency(interval: StepCoefficients, steps: StepComposition, seconds: FloatArray) -> StepCoefficients:
+    """``interval`` times a factor, at least 1, plus a constant. ``steps``: at least one, each alone in the pipeline;
+    ``seconds``: (S,), greater than 0, from the step's beginning to its tokens."""
+    table = np.stack([interval.seconds(steps), np.ones(len(steps))], axis=1)
+    factor, constant_s = map(float, _robust(table, seconds))
+    if factor < 1.0:
+        factor, constant_s = 1.0, max(0.0, float(np.median(seconds - table[:, 0])))
+    slowed = interval.slowed(factor)
+    return msgspec.structs.replace(slowed, fixed_s=slowed.fixed_s + constant_s)
 
 
 def fit_mean(steps: StepComposition, seconds: FloatArray) -> StepCoefficients:

@@ -63,6 +63,7 @@ def _measure(session: BenchSession, options: ProfileOptions, *, say: Callable[[s
     limits = _limits(session, options)
     load_s = _cold_load_s(session)
     fitted: list[Samples] = []
+    lone: list[Samples] = []
     judged: list[Samples] = []
     cases = _plan(limits, options.seed)
     # What compiles or allocates at its first use does so here.
@@ -71,8 +72,10 @@ def _measure(session: BenchSession, options: ProfileOptions, *, say: Callable[[s
         if options.budget_s is not None and time.monotonic() - started_s > options.budget_s:
             say(f"the budget is spent: {len(cases) - number + 1} of {len(cases)} cases left out")
             break
-        samples = _run(session, case, options)
+        samples, alone = _run(session, case, options)
         (judged if judges else fitted).append(samples)
+        if not judges:
+            lone.append(alone)
         say(_line(number, len(cases), case, samples, judges=judges))
     if not fitted or not judged:
         raise BadConfig("the budget ended before a case of the grid and one to judge by had run", param="budget_s")
@@ -84,6 +87,7 @@ def _measure(session: BenchSession, options: ProfileOptions, *, say: Callable[[s
         note=f"{session.machine.device_name}, torch {session.machine.torch_version}, {options.setup.model}",
         fitted=_joined(fitted),
         held_out=_joined(judged),
+        lone=_joined(lone) if session.setup.pp > 1 else None,
         decoding=time_decoding(
             session,
             gpu=gpu.name,
@@ -93,8 +97,9 @@ def _measure(session: BenchSession, options: ProfileOptions, *, say: Callable[[s
     )
 
 
-def _run(session: BenchSession, case: ProfileCase, options: ProfileOptions) -> Samples:
-    """The steps and their pace. With a fresh engine; the case's adapters are on the accelerator, and on a GPU the case
+def _run(session: BenchSession, case: ProfileCase, options: ProfileOptions) -> tuple[Samples, Samples]:
+    """The steps and their pace; and of them, or of others where a pipeline has a pace only while several steps are in
+    it, those that were alone. With a fresh engine; the case's adapters are on the accelerator, and on a GPU the case
     ran twice before: kernels are compiled the first time that a size comes, and graphs captured the second time, where
     no wider one serves, within the step."""
     load = EngineLoad(
@@ -119,9 +124,11 @@ def _run(session: BenchSession, case: ProfileCase, options: ProfileOptions) -> S
         session.engine.clear()
         session.drive(requests, concurrency=case.concurrency)
     engine, steps = session.engine, session.engine.composition(manifests)
-    # A pipeline has a pace only while several steps are in it.
     paced = engine.overlapped() if session.setup.pp > 1 else np.ones(len(steps), dtype=bool)
-    return Samples.of(steps.take(paced), engine.step_seconds()[paced])
+    paced_samples, lone_samples = (
+        Samples.of(steps.take(chosen), engine.step_seconds()[chosen]) for chosen in (paced, engine.lone())
+    )
+    return paced_samples, lone_samples
 
 
 def _limits(session: BenchSession, options: ProfileOptions) -> Limits:

@@ -15,11 +15,11 @@ from loraplex.cost.ceilings import FloatArray
 from loraplex.cost.profile import BaseProfile, CostProfile, GpuProfile, StepProfile
 from loraplex.cost.step_cost import StepComposition, StepCost
 from loraplex.profiler.decoding import DecodeRows
-from loraplex.profiler.fit import fit_coefficients, held_out_error
+from loraplex.profiler.fit import fit_coefficients, fit_latency, held_out_error
 
 
 class Samples(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """S steps; of a pipeline those that were under way while the one before them was."""
+    """S steps; of a pipeline those that were under way while the one before them was, or those that were alone."""
 
     composition: dict[str, list[float]]
     """Field of ``StepComposition`` -> S values."""
@@ -46,6 +46,8 @@ class Measurement(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     fitted: Samples
     held_out: Samples
     """Of loads that are not among the fitted ones."""
+    lone: Samples | None = None
+    """Of a pipeline: steps that had it for themselves, of the loads that are fitted."""
     decoding: DecodeRows | None = None
     """Decode steps of full batches; not fitted."""
 
@@ -61,16 +63,19 @@ class Measurement(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     def profile(self) -> CostProfile:
         """Fits the one set of steps, judges by the other. BadConfig when there are too few steps."""
-        coefficients = fit_coefficients(*self.fitted.arrays())
+        interval = fit_coefficients(*self.fitted.arrays())
+        # As many stages, each as slow as the slowest, where no step was alone.
+        latency = interval.slowed(self.shape.pp)
+        if self.lone is not None and self.lone.seconds:
+            # One that enters a pipeline that was empty finds its GPUs rested, and waits for the host before it.
+            latency = fit_latency(interval, *self.lone.arrays())
         step = StepProfile(
             base=self.base.name,
             gpu=self.gpu.name,
             shape=self.shape,
             source="measured",
             note=self.note,
-            # As many stages, each as slow as the slowest. From its planning to its end a step takes longer, by its wait
-            # for the first stage; and a lone request's by what the host does in between, which other steps hide.
-            cost=StepCost(interval=coefficients, latency=coefficients.slowed(self.shape.pp)),
-            held_out=held_out_error(coefficients, *self.held_out.arrays()),
+            cost=StepCost(interval=interval, latency=latency),
+            held_out=held_out_error(interval, *self.held_out.arrays()),
         )
         return CostProfile(gpus=(self.gpu,), bases=(self.base,), steps=(step,))
