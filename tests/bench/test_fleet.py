@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -14,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from loraplex.bench.fleet import measure as fleet_measure
 from loraplex.bench.fleet.costs import fleet_costs, fleet_profile
 from loraplex.bench.fleet.measure import MeasureOptions, measure, row_lines
 from loraplex.bench.fleet.options import Experiment, read_experiment
@@ -215,6 +217,25 @@ def test_what_is_there_is_not_run_again(measured: tuple[PreparedFleet, Path, lis
     for options in (MeasureOptions(workloads=("nosuch",)), MeasureOptions(placements=("nosuch",))):
         with pytest.raises(BadConfig, match="'nosuch' is not prepared"):
             measure(prepared, tmp_path / "new.json", options, say=print)
+
+
+def test_a_cell_starts_only_where_one_like_those_before_it_would_end_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s = 0.0
+    monkeypatch.setattr(fleet_measure, "time", SimpleNamespace(monotonic=lambda: now_s))
+    budget = fleet_measure._Budget(300.0)
+    cell: Any = SimpleNamespace(arrival_s=[1.0, 40.0])
+    assert budget.holds(cell, fresh=True)
+    # 30 s to start, 20 s to warm up.
+    now_s = 90.0
+    budget.took(60.0, cell, start_s=30.0)
+    for at_s, fresh, holds in ((210.0, True, True), (211.0, True, False), (240.0, False, True), (241.0, False, False)):
+        now_s = at_s
+        assert budget.holds(cell, fresh=fresh) == holds
+    budget.took(45.0, cell, start_s=None)
+    now_s = 255.0
+    assert budget.holds(cell, fresh=False)
+    assert not budget.holds(cell, fresh=True)
+    assert fleet_measure._Budget(None).holds(cell, fresh=True)
 
 
 def test_a_replica_that_cannot_start_or_ends_is_noticed(measured: tuple[PreparedFleet, Path, list[str]]) -> None:

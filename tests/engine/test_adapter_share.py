@@ -3,7 +3,7 @@
 import pytest
 from loraplex.core.adapter import AdapterRef
 from loraplex.core.clock import SystemClock
-from loraplex.core.errors import InvalidInput
+from loraplex.core.errors import BadConfig, InvalidInput
 from loraplex.core.ids import BaseModelId, Digest, RequestId, TenantName
 from loraplex.core.request import EngineRequest, FinishReason, SamplingParams
 from loraplex.engine import Engine, EngineConfig
@@ -67,6 +67,12 @@ def test_idle_adapters_make_room_within_the_share() -> None:
         world.add(name, adapter)
         assert world.run() == {name: FinishReason.LENGTH}
         assert world.engine.resident_adapters() == (adapter,)
+
+
+def test_a_share_that_holds_no_page_is_refused() -> None:
+    executor = FakeExecutor()
+    with pytest.raises(BadConfig, match=str(PAGE_BYTES)):
+        Engine(EngineConfig(max_adapter_bytes=PAGE_BYTES - 1), model=executor.model, arena=executor.arena)
 
 
 def test_an_adapter_that_can_never_be_resident_is_refused() -> None:

@@ -172,7 +172,7 @@ def test_the_widest_graph_of_a_step_computes_the_same(
 @pytest.mark.parametrize("batch_invariant", [False, True])
 @pytest.mark.parametrize("max_rows", [256, 100, 16])
 def test_after_the_start_every_step_has_a_graph(max_rows: int, batch_invariant: bool, make_driver: Any) -> None:
-    """Its own or a wider one: of all decode steps and of steps with prompts of up to 1,024 tokens."""
+    """Its own or a wider one: with adapters of up to 64 ranks, all decode steps and steps of up to 1,024 tokens."""
     options = {"kernels": True, "cuda_graphs": True, "batch_invariant": batch_invariant}
     driver = make_driver("random:tiny-llama", page_size=16, device=DEVICE, max_rows=max_rows, **options)
     inputs = driver.executor._inputs

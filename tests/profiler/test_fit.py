@@ -1,5 +1,6 @@
 """The fit finds coefficients that are known, and is not led astray."""
 
+import msgspec
 import numpy as np
 import pytest
 from loraplex.core.errors import BadConfig
@@ -102,19 +103,48 @@ def test_the_mean_holds_what_held_steps_up_for_each_kind() -> None:
     assert typical[decodes].sum() < 0.92 * seconds[decodes].sum()
 
 
-@pytest.mark.parametrize(("factor", "constant_s"), [(1.7, 0.0015), (2.0, 0.0), (1.0, 0.004)])
-def test_the_way_through_a_pipeline_follows_from_its_pace(factor: float, constant_s: float) -> None:
-    steps, unseen = _steps(300, 1), _steps(100, 2)
-    seconds = factor * _noisy(steps, 3) + constant_s
-    seconds[::50] *= 10
-    found = fit_latency(TRUE, steps, seconds)
-    np.testing.assert_allclose(found.seconds(unseen), factor * TRUE.seconds(unseen) + constant_s, rtol=0.02)
-
-
-def test_no_step_is_through_a_pipeline_before_the_next_may_begin() -> None:
+def _lone(factor: float, host_s: float) -> tuple[StepComposition, FloatArray]:
+    """Steps through two stages that do the work of prompts in ``factor`` times what one takes in a row."""
     steps = _steps(300, 1)
-    found = fit_latency(TRUE, steps, 0.5 * TRUE.seconds(steps))
-    np.testing.assert_allclose(found.array(), TRUE.array())
+    in_a_row = TRUE.seconds(steps)
+    prompts = msgspec.structs.replace(
+        TRUE,
+        **dict.fromkeys(("fixed_s", "lora_s", "row_s", "kv_token_s", "adapter_s", "adapter_byte_s"), 0.0),
+        lora_token_s=0.0,
+        token_slopes=tuple(s if k >= 256 else 0.0 for k, s in zip(TRUE.token_knots, TRUE.token_slopes, strict=True)),
+    ).seconds(steps)
+    seconds = 2 * (in_a_row - prompts) + factor * prompts + host_s
+    noise = np.random.default_rng(4).normal(0.0, 0.01, size=len(steps))
+    seconds *= np.exp(noise)
+    seconds[::50] *= 10
+    return steps, seconds
+
+
+@pytest.mark.parametrize(("factor", "host_s"), [(1.6, 0.0012), (2.0, 0.0), (1.2, 0.004)])
+def test_rested_stages_take_less_for_prompts(factor: float, host_s: float) -> None:
+    steps, seconds = _lone(factor, host_s)
+    found = fit_latency(TRUE, steps, seconds, stages=2)
+    held_up = np.zeros(len(steps), dtype=bool)
+    held_up[::50] = True
+    errors = np.abs(found.seconds(steps) + host_s - seconds)[~held_up] / seconds[~held_up]
+    assert np.median(errors) < 0.015
+    assert np.percentile(errors, 90) < 0.04
+
+
+@pytest.mark.parametrize("factor", [0.5, 1.6, 5.0])
+def test_a_full_pipeline_keeps_its_pace(factor: float) -> None:
+    """Through two stages no step takes more than two intervals, nor less than one."""
+    steps, seconds = _lone(factor, 0.0012)
+    found = fit_latency(TRUE, steps, seconds, stages=2).seconds(steps)
+    assert (found <= 2 * TRUE.seconds(steps) * (1 + 1e-9)).all()
+    assert (found >= TRUE.seconds(steps) * (1 - 1e-9)).all()
+
+
+def test_without_lone_prompts_each_stage_takes_an_interval() -> None:
+    steps, seconds = _lone(1.6, 0.0)
+    for few in (steps.prefill_rows == 0, np.arange(len(steps)) < 3):
+        found = fit_latency(TRUE, steps.take(few), seconds[few], stages=2)
+        np.testing.assert_allclose(found.array(), TRUE.slowed(2).array())
 
 
 def test_nothing_is_negative_where_time_falls_with_size() -> None:

@@ -98,9 +98,9 @@ def test_a_group_is_measured_in_its_shape(tmp_path: Path, tp: int, pp: int) -> N
     else:
         assert measurement.lone is not None
         lone, seconds = measurement.lone.arrays()
-        assert len(lone) > 20
-        assert np.median(np.abs(step.cost.latency_s(lone) / seconds - 1)) < 0.3
-        assert (step.cost.latency_s(fitted) >= step.cost.interval_s(fitted)).all()
+        assert len(lone) == len(seconds) > 20
+        ratios = step.cost.latency_s(fitted) / step.cost.interval_s(fitted)
+        assert 1 <= ratios.min() <= ratios.max() <= pp + 1e-9
 
 
 def test_samples_are_the_engine_s_own_steps(files: tuple[Path, Path]) -> None:

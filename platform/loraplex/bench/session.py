@@ -56,7 +56,7 @@ class BenchSession:
                 "max_rows": setup.max_running,
                 "max_step_tokens": setup.max_step_tokens,
                 "batch_invariant": setup.batch_invariant,
-                # What the warm-up runs is captured there.
+                # What runs twice in the warm-up is captured there.
                 "graph_patience": 0,
             },
             ExecutorConfig,
@@ -129,13 +129,16 @@ class BenchSession:
         )
 
     def prepare(self, load: EngineLoad) -> tuple[AdapterManifest, ...]:
-        """A fresh engine that has run the load's warm-up and knows its adapters, which are where the load says."""
+        """A fresh engine that has run the load's warm-up and knows its adapters, which are where the load says.
+
+        On a GPU the warm-up runs twice: steps that come again are captured."""
         load.check()
         manifests = self.stage(load)
         self._open(load, manifests)
         at_once = min(load.concurrency or load.requests, load.requests, self.setup.max_running)
         count = at_once if load.warmup_requests is None else min(load.warmup_requests, load.requests)
-        self.drive(self.requests(load, manifests, output_tokens=min(_WARMUP_TOKENS, load.output_tokens))[:count])
+        for _ in range(1 if self.setup.device == "cpu" else 2):
+            self.drive(self.requests(load, manifests, output_tokens=min(_WARMUP_TOKENS, load.output_tokens))[:count])
         if not load.resident:
             self._open(load, manifests)
         else:

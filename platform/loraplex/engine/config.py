@@ -34,7 +34,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     max_adapter_bytes: _Positive | None = None
     """Of the arena (of each rank), that resident adapters may hold together, the rest being left to KV; None: all."""
     max_host_bytes: _Positive = 32 << 30
-    """Staged adapters kept in host memory (of each rank); beyond it idle ones go, least recently used first."""
+    """Staged adapters kept in host memory; beyond it idle ones go, least recently used first. Each rank of a group may
+    hold so much, which only adds up where adapters are many: a rank has its part of an adapter."""
     max_ahead_bytes: Annotated[int, msgspec.Meta(ge=0)] = 1 << 30
     """Adapters of waiting requests are loaded before their turn, into pages that nobody nearer needs: so much of them
     may be resident and not yet used (one adapter may be larger); 0: nothing. What is on its way is in the way of who

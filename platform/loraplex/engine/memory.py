@@ -7,6 +7,7 @@ nothing of queues or budgets; called by ``scheduler``.
 from collections import Counter
 from collections.abc import Collection, Iterable
 
+from loraplex.core.errors import BadConfig
 from loraplex.core.ids import Digest
 from loraplex.core.model import ModelSpec
 from loraplex.core.step import ArenaSpec
@@ -23,8 +24,10 @@ class Memory:
         self.page_size = arena.page_size
         self.max_adapter_pages = arena.num_pages
         if config.max_adapter_bytes is not None:
+            if config.max_adapter_bytes < arena.page_bytes:
+                raise BadConfig(f"a page of the arena has {arena.page_bytes} bytes", param="max_adapter_bytes")
             self.max_adapter_pages = min(config.max_adapter_bytes // arena.page_bytes, arena.num_pages)
-        self.max_ahead_pages = config.max_ahead_bytes // arena.page_bytes
+        self.max_ahead_pages = -(-config.max_ahead_bytes // arena.page_bytes)
         self.pool = PagePool(arena.num_pages)
         self.adapters = AdapterResidency(self.pool, max_host_pages=config.max_host_bytes // arena.page_bytes)
         self.prefix = PrefixCache(

@@ -45,8 +45,8 @@ class ExecutorConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """Run decode steps as captured CUDA graphs; without, every kernel is launched by itself."""
     graph_patience: Annotated[int, msgspec.Meta(ge=0)] = 256
     """Times that a graph of a wider step serves a step that has none before the step gets its own. To run eagerly once
-    and to be captured takes 0.1 s, a wider graph some tenths of a millisecond longer. 0: at once, so that a warm-up
-    captures what it runs."""
+    and to be captured takes 0.1 s, a wider graph some tenths of a millisecond longer. 0: none, so that what a warm-up
+    runs twice is captured there."""
     batch_invariant: bool = False
     """On CUDA: the logits of a request are the same bits whatever else runs, at some cost: other requests, adapters
     and their ranks, the order of the rows, the size of the step, graph or not. The request must be computed in the same

@@ -18,6 +18,11 @@ from loraplex.cost.step_cost import NUM_SCALARS, StepCoefficients, StepCompositi
 
 TOKEN_KNOTS = (0.0, 16.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0)
 """Those below the largest step that was measured are used."""
+_BOUND_TOKENS = 256
+"""About where a step's time goes from reading weights to computing."""
+_OF_PROMPTS = ("prefill_s", "prefill_row_s", "pair_s")
+_FEWEST_LONE, _LARGE_SHARE, _SMALL_SHARE = 6, 0.3, 0.05
+"""Lone steps with, and without, that much work of prompts, to tell how much faster a GPU does it that has rested."""
 _ROUNDS = 40
 _MEAN_ROUNDS = 8
 _STRAY = 3.0
@@ -45,15 +50,43 @@ def _robust(table: FloatArray, seconds: FloatArray) -> FloatArray:
     return found
 
 
-def fit_latency(interval: StepCoefficients, steps: StepComposition, seconds: FloatArray) -> StepCoefficients:
-    """``interval`` times a factor, at least 1, plus a constant. ``steps``: at least one, each alone in the pipeline;
-    ``seconds``: (S,), greater than 0, from the step's beginning to its tokens."""
-    table = np.stack([interval.seconds(steps), np.ones(len(steps))], axis=1)
-    factor, constant_s = map(float, _robust(table, seconds))
-    if factor < 1.0:
-        factor, constant_s = 1.0, max(0.0, float(np.median(seconds - table[:, 0])))
-    slowed = interval.slowed(factor)
-    return msgspec.structs.replace(slowed, fixed_s=slowed.fixed_s + constant_s)
+def fit_latency(
+    interval: StepCoefficients, steps: StepComposition, seconds: FloatArray, *, stages: int
+) -> StepCoefficients:
+    """The way through ``stages`` stages, each at the pace of ``interval``, but for the work of prompts: GPUs that rest
+    between steps do it faster than in a row. ``steps``: each alone in the pipeline, from its beginning to its tokens
+    ``seconds``: (S,). What the host does before a lone step is in none of it: other steps hide it.
+    """
+    prompts, rest = _split(interval)
+    prompts_s, rest_s = prompts.seconds(steps), stages * rest.seconds(steps)
+    share = prompts_s / (prompts_s + rest_s / stages)
+    large, small = share >= _LARGE_SHARE, share <= _SMALL_SHARE
+    if np.count_nonzero(large) < _FEWEST_LONE or np.count_nonzero(small) < _FEWEST_LONE:
+        return interval.slowed(stages)
+    host_s = max(0.0, float(np.median((seconds - rest_s)[small])))
+    factor = float(np.median((seconds - rest_s - host_s)[large] / prompts_s[large]))
+    parts = prompts.slowed(min(max(factor, 1.0), stages)), rest.slowed(stages)
+    total = parts[0].array() + parts[1].array()
+    knots = slice(NUM_SCALARS, NUM_SCALARS + len(interval.token_knots))
+    total[knots] = interval.token_knots
+    return StepCoefficients.from_array(total)
+
+
+def _split(interval: StepCoefficients) -> tuple[StepCoefficients, StepCoefficients]:
+    """What prompts add to steps, tokens beyond the first ``_BOUND_TOKENS`` among it; and the rest."""
+    slopes, knots = interval.token_slopes, interval.token_knots
+    prompts = StepCoefficients(
+        **dict.fromkeys(interval.__struct_fields__[:NUM_SCALARS], 0.0),
+        token_knots=knots,
+        token_slopes=tuple(slope if knot >= _BOUND_TOKENS else 0.0 for knot, slope in zip(knots, slopes, strict=True)),
+    )
+    own = {name: getattr(interval, name) for name in _OF_PROMPTS}
+    rest = msgspec.structs.replace(
+        interval,
+        **dict.fromkeys(_OF_PROMPTS, 0.0),
+        token_slopes=tuple(a - b for a, b in zip(slopes, prompts.token_slopes, strict=True)),
+    )
+    return msgspec.structs.replace(prompts, **own), rest
 
 
 def fit_mean(steps: StepComposition, seconds: FloatArray) -> StepCoefficients:

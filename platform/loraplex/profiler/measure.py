@@ -100,8 +100,8 @@ def _measure(session: BenchSession, options: ProfileOptions, *, say: Callable[[s
 def _run(session: BenchSession, case: ProfileCase, options: ProfileOptions) -> tuple[Samples, Samples]:
     """The steps and their pace; and of them, or of others where a pipeline has a pace only while several steps are in
     it, those that were alone. With a fresh engine; the case's adapters are on the accelerator, and on a GPU the case
-    ran twice before: kernels are compiled the first time that a size comes, and graphs captured the second time, where
-    no wider one serves, within the step."""
+    ran twice before: kernels are compiled the first time that a size comes, and graphs captured the second time, within
+    the step."""
     load = EngineLoad(
         requests=case.concurrency,
         adapters=max(case.adapters) + 1,

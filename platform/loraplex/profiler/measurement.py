@@ -64,11 +64,10 @@ class Measurement(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     def profile(self) -> CostProfile:
         """Fits the one set of steps, judges by the other. BadConfig when there are too few steps."""
         interval = fit_coefficients(*self.fitted.arrays())
-        # As many stages, each as slow as the slowest, where no step was alone.
+        # As many stages, each as slow as the slowest.
         latency = interval.slowed(self.shape.pp)
-        if self.lone is not None and self.lone.seconds:
-            # One that enters a pipeline that was empty finds its GPUs rested, and waits for the host before it.
-            latency = fit_latency(interval, *self.lone.arrays())
+        if self.lone is not None:
+            latency = fit_latency(interval, *self.lone.arrays(), stages=self.shape.pp)
         step = StepProfile(
             base=self.base.name,
             gpu=self.gpu.name,

@@ -1,8 +1,9 @@
 """The stages of a group on a virtual clock: when each step begins and when its tokens are there.
 
-Steps pass the stages one behind the other, each taking as long in every stage as in the slowest; with equal stages that
-is a flow line, exactly. A step begins when the tokens of the one as many steps before as there are stages are back at
-the first stage. Called by ``exact_replica`` and by the paced executor of ``testing``; pure.
+Steps pass the stages one behind the other, each taking as long in every stage as in the slowest: where the way through
+takes as many intervals, a flow line of equal stages, exactly. A step begins when the tokens of the one as many steps
+before as there are stages are back at the first stage. Called by ``exact_replica`` and by the paced executor of
+``testing``; pure.
 """
 
 from collections import deque

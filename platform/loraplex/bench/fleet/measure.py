@@ -88,17 +88,18 @@ def measure(prepared: PreparedFleet, out: Path, options: MeasureOptions, *, say:
             say(f"{groups_line(cells[0].plan)}: starting")
             begun_s = time.monotonic()
             with FleetReplicas(prepared.experiment, cells[0]) as replicas:
-                say(f"replicas are up after {time.monotonic() - begun_s:.1f} s")
+                start_s = time.monotonic() - begun_s
+                say(f"replicas are up after {start_s:.1f} s")
                 for number, cell in enumerate(cells):
                     workload, fresh = prepared.workloads[cell.workload], number == 0
                     if not fresh and not budget.holds(workload, fresh=False):
                         table.left.append(_label(cell))
                         continue
+                    begun_s = time.monotonic()
                     row = asyncio.run(_Run(prepared, cell, replicas, profile, options, say=say).row(fresh=fresh))
                     table.rows.append(row)
                     table.write(out)
-                    budget.took(time.monotonic() - begun_s, workload, fresh=fresh)
-                    begun_s = time.monotonic()
+                    budget.took(time.monotonic() - begun_s, workload, start_s=start_s if fresh else None)
                     for line in row_lines(row):
                         say(line)
     table.write(out)
@@ -322,16 +323,26 @@ class _Budget:
     def __init__(self, budget_s: float | None) -> None:
         self._budget_s = budget_s
         self._started_s = time.monotonic()
-        self._beside_s = {True: 0.0, False: 0.0}
-        """The longest that a cell has taken beside its arrivals: on fresh replicas, their start included, and on
-        others."""
+        self._start_s = 0.0
+        """The longest that replicas took to start."""
+        self._fresh_s = 0.0
+        """The longest that a cell took beside its arrivals on replicas that had just started: they warm up."""
+        self._used_s: float | None = None
+        """And on others; None: there was none."""
 
     def holds(self, workload: Workload, *, fresh: bool) -> bool:
-        takes_s = workload.arrival_s[-1] + self._beside_s[fresh]
+        """``fresh``: its replicas are still to be started."""
+        used_s = self._fresh_s if self._used_s is None else self._used_s
+        takes_s = workload.arrival_s[-1] + (self._start_s + self._fresh_s if fresh else used_s)
         return self._budget_s is None or time.monotonic() - self._started_s + takes_s <= self._budget_s
 
-    def took(self, seconds: float, workload: Workload, *, fresh: bool) -> None:
-        self._beside_s[fresh] = max(self._beside_s[fresh], seconds - workload.arrival_s[-1])
+    def took(self, seconds: float, workload: Workload, *, start_s: float | None) -> None:
+        """``start_s``: of its replicas before; None: they were not fresh."""
+        beside_s = seconds - workload.arrival_s[-1]
+        if start_s is None:
+            self._used_s = max(self._used_s or 0.0, beside_s)
+        else:
+            self._start_s, self._fresh_s = max(self._start_s, start_s), max(self._fresh_s, beside_s)
 
 
 def _label(cell: Cell) -> str:

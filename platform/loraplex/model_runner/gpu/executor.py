@@ -194,7 +194,7 @@ class GpuExecutor(RankExecutor):
     @torch.inference_mode()
     def warm_up(self) -> None:
         """Captures the graphs of decode steps, and of small steps with prompts, with and without adapters; for those of
-        more than 16 ranks some that serve all others. Those are captured when they have come often."""
+        more than 16 ranks some that serve most others. Those are captured when they have come often."""
         for step in self._inputs.idle_steps():
             body = partial(self._decoder.run_captured, step, self._hidden(step))
             logits_BV = body()

@@ -42,8 +42,8 @@ from loraplex.model_runner.gpu.upload import FixedSections, upload_sections
 _RANK_CAPS = (16, MAX_RANK)
 _SINGLE_ROW_RANK_CAPS = (8, *_RANK_CAPS)
 _WARM_CLOSELY_TOKENS, _WARM_TOKENS = 512, 1024
-"""Of steps with prompts that have graphs from the start: up to the first of each kind, up to the second one that serves
-the others."""
+"""Of steps with prompts that have graphs from the start: up to the first of each kind, up to the second those
+that serve the others."""
 _COARSE = 3
 """Of the tile buckets of adapters of many ranks every third is captured ahead: two and a half times the tiles."""
 
@@ -217,7 +217,7 @@ class StepInputs:
     def idle_steps(self) -> Iterator[DeviceStep]:
         """Steps of padding alone, one for each graph that is to exist before it is needed: adapters of up to 16 ranks
         on any projection; in tiles of one row also less, which saves most there; of more ranks some that serve all
-        others."""
+        others, but for steps with ranks above 64 and with more than ``MAX_SEVERAL`` prompts."""
         none = AdapterRuns((), self._adapters)
         widest, most, *less = (
             AdapterRuns((), self._adapters, at_least=sites, max_rank=max_rank)
