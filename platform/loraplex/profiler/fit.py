@@ -54,39 +54,35 @@ def fit_latency(
     interval: StepCoefficients, steps: StepComposition, seconds: FloatArray, *, stages: int
 ) -> StepCoefficients:
     """The way through ``stages`` stages, each at the pace of ``interval``, but for the work of prompts: GPUs that rest
-    between steps do it faster than in a row. ``steps``: each alone in the pipeline, from its beginning to its tokens
-    ``seconds``: (S,). What the host does before a lone step is in none of it: other steps hide it.
+    between steps do it faster than in a row. ``steps``: each alone in the pipeline; ``seconds``: (S,), from their
+    beginning to their tokens. What the host does before a lone step is in none of it: other steps hide it.
     """
-    prompts, rest = _split(interval)
-    prompts_s, rest_s = prompts.seconds(steps), stages * rest.seconds(steps)
-    share = prompts_s / (prompts_s + rest_s / stages)
-    large, small = share >= _LARGE_SHARE, share <= _SMALL_SHARE
+    prompts = _of_prompts(interval)
+    prompts_s, interval_s = prompts.seconds(steps), interval.seconds(steps)
+    rest_s = stages * (interval_s - prompts_s)
+    large, small = prompts_s >= _LARGE_SHARE * interval_s, prompts_s <= _SMALL_SHARE * interval_s
+    latency = interval.slowed(stages)
     if np.count_nonzero(large) < _FEWEST_LONE or np.count_nonzero(small) < _FEWEST_LONE:
-        return interval.slowed(stages)
+        return latency
     host_s = max(0.0, float(np.median((seconds - rest_s)[small])))
     factor = float(np.median((seconds - rest_s - host_s)[large] / prompts_s[large]))
-    parts = prompts.slowed(min(max(factor, 1.0), stages)), rest.slowed(stages)
-    total = parts[0].array() + parts[1].array()
-    knots = slice(NUM_SCALARS, NUM_SCALARS + len(interval.token_knots))
-    total[knots] = interval.token_knots
-    return StepCoefficients.from_array(total)
-
-
-def _split(interval: StepCoefficients) -> tuple[StepCoefficients, StepCoefficients]:
-    """What prompts add to steps, tokens beyond the first ``_BOUND_TOKENS`` among it; and the rest."""
-    slopes, knots = interval.token_slopes, interval.token_knots
-    prompts = StepCoefficients(
-        **dict.fromkeys(interval.__struct_fields__[:NUM_SCALARS], 0.0),
-        token_knots=knots,
-        token_slopes=tuple(slope if knot >= _BOUND_TOKENS else 0.0 for knot, slope in zip(knots, slopes, strict=True)),
+    less = prompts.slowed(stages - min(max(factor, 1.0), stages))
+    return msgspec.structs.replace(
+        latency,
+        **{name: getattr(latency, name) - getattr(less, name) for name in _OF_PROMPTS},
+        token_slopes=tuple(a - b for a, b in zip(latency.token_slopes, less.token_slopes, strict=True)),
     )
-    own = {name: getattr(interval, name) for name in _OF_PROMPTS}
-    rest = msgspec.structs.replace(
+
+
+def _of_prompts(interval: StepCoefficients) -> StepCoefficients:
+    """What prompts add to steps, tokens beyond the first ``_BOUND_TOKENS`` among it."""
+    scalars = interval.__struct_fields__[:NUM_SCALARS]
+    pairs = zip(interval.token_knots, interval.token_slopes, strict=True)
+    return msgspec.structs.replace(
         interval,
-        **dict.fromkeys(_OF_PROMPTS, 0.0),
-        token_slopes=tuple(a - b for a, b in zip(slopes, prompts.token_slopes, strict=True)),
+        **dict.fromkeys(set(scalars) - set(_OF_PROMPTS), 0.0),
+        token_slopes=tuple(slope if knot >= _BOUND_TOKENS else 0.0 for knot, slope in pairs),
     )
-    return msgspec.structs.replace(prompts, **own), rest
 
 
 def fit_mean(steps: StepComposition, seconds: FloatArray) -> StepCoefficients:
