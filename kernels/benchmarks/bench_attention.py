@@ -14,7 +14,7 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
@@ -24,7 +24,14 @@ import torch
 import triton
 from loraplex_kernels import KvLayout
 from loraplex_kernels.gpu import attention
-from loraplex_kernels.gpu.attention import AttentionBlocks, build_prefill_tiles, decode_scratch, decode_splits
+from loraplex_kernels.gpu.attention import AttentionBlocks, decode_scratch
+from loraplex_kernels.gpu.attention_tiles import (
+    PART_FIELDS,
+    DecodeCut,
+    build_decode_parts,
+    build_prefill_tiles,
+    decode_budget,
+)
 from loraplex_kernels.gpu.twins import attention as twins
 
 DTYPE = torch.bfloat16
@@ -35,12 +42,12 @@ CACHE_BYTES = 256 << 20
 DECODE_BLOCKS = [
     AttentionBlocks(keys=keys, num_warps=warps, num_stages=stages)
     for keys, warps, stages in (
-        (64, 4, 3),
-        (64, 4, 2),
-        (64, 4, 5),
-        (32, 4, 3),
         (32, 4, 5),
+        (32, 4, 3),
         (32, 2, 3),
+        (64, 4, 2),
+        (64, 4, 3),
+        (64, 4, 5),
         (128, 8, 3),
     )
 ]
@@ -88,6 +95,12 @@ class Model:
 class DecodeCase:
     rows: int
     context: int
+    longest: int | None = None
+    """Of the last row; None: as the others."""
+
+    @property
+    def lengths(self) -> list[int]:
+        return [self.context] * (self.rows - 1) + [self.longest or self.context]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,8 +112,11 @@ class PrefillCase:
 
 LLAMA_8B = Model(layout=KvLayout(num_layers=32, num_kv_heads=8, head_dim=128, page_size=16), num_heads=32)
 DECODE_CASES = [
-    DecodeCase(rows=rows, context=context)
-    for rows, context in ((256, 320), (64, 1024), (32, 320), (1, 320), (1, 8192), (16, 8192), (1, 32768))
+    *(
+        DecodeCase(rows=rows, context=context)
+        for rows, context in ((256, 320), (64, 1024), (32, 320), (8, 1024), (1, 320), (1, 8192), (16, 8192), (1, 32768))
+    ),
+    *(DecodeCase(rows=rows, context=320, longest=8192) for rows in (256, 64, 32, 8, 2)),
 ]
 PREFILL_CASES = [
     PrefillCase(prompts=32, tokens=256),
@@ -124,55 +140,49 @@ class Bench:
         elements = max_pages * model.layout.elements_per_page
         self.arena = torch.empty(elements, dtype=DTYPE, device=device).normal_()
 
-    def page_table(self, rows: int, tokens: int) -> torch.Tensor:
+    def page_table(self, lengths: Sequence[int]) -> torch.Tensor:
         """Random pages; as wide as a multiple of 16, as the table of a server is."""
-        num_pages = -(-tokens // self.model.layout.page_size)
-        table = torch.zeros((rows, -(-num_pages // 16) * 16), dtype=torch.int32, device=self.device)
-        table[:, :num_pages] = torch.randperm(self.max_pages, device=self.device)[: rows * num_pages].view(rows, -1)
+        counts = [-(-length // self.model.layout.page_size) for length in lengths]
+        table = torch.zeros((len(counts), -(-max(counts) // 16) * 16), dtype=torch.int32, device=self.device)
+        pages = torch.randperm(self.max_pages, device=self.device)[: sum(counts)].to(torch.int32)
+        for row, own in enumerate(pages.split(counts)):
+            table[row, : len(own)] = own
         return table
 
     def decode(self, case: DecodeCase, variants: Iterable[tuple[AttentionBlocks, int]]) -> dict[str, Any]:
-        model, layout = self.model, self.model.layout
+        model, layout, lengths = self.model, self.model.layout, case.lengths
         q = torch.randn(case.rows, model.qkv_size, device=self.device).to(DTYPE)
         out = torch.empty(case.rows, model.q_size, dtype=DTYPE, device=self.device)
-        slots = torch.arange(case.rows, dtype=torch.int32, device=self.device)
-        lengths = torch.full((case.rows,), case.context, dtype=torch.int32, device=self.device)
-        layer_bytes = case.rows * case.context * model.kv_bytes
+        layer_bytes = sum(lengths) * model.kv_bytes
         num_tables = math.ceil(CACHE_BYTES / (layer_bytes * layout.num_layers)) if self.repeats > 1 else 1
-        tables = [self.page_table(case.rows, case.context) for _ in range(num_tables)]
-        picked = torch.tensor(sorted({0, case.rows // 2, case.rows - 1}), dtype=torch.int32, device=self.device)
+        tables = [self.page_table(lengths) for _ in range(num_tables)]
+        picked = sorted({0, case.rows // 2, case.rows - 1})
         expected = torch.full_like(out, torch.nan)
-        options = {"scale": model.scale, "num_splits": 1}
+        whole = build_decode_parts([lengths[row] for row in picked], picked, picked, DecodeCut(block_keys=16, budget=1))
         twins.decode_attention(
-            q, picked, picked, lengths[picked], tables[0], self.arena, layout, 1, expected, None, **options
+            q, torch.from_numpy(whole), tables[0], self.arena, layout, 1, expected, None, scale=model.scale
         )
 
-        def measure(blocks: AttentionBlocks, num_splits: int) -> dict[str, Any]:
-            scratch = decode_scratch(case.rows, model.num_heads, layout.head_dim, num_splits, self.device)
+        def measure(blocks: AttentionBlocks, budget: int) -> dict[str, Any]:
+            cut = DecodeCut(block_keys=blocks.keys, budget=budget)
+            live = build_decode_parts(lengths, range(case.rows), range(case.rows), cut)
+            # As a graph has it: room for any lengths.
+            parts = torch.zeros((cut.capacity(case.rows), PART_FIELDS), dtype=torch.int32, device=self.device)
+            parts[: len(live)] = torch.from_numpy(live)
+            scratch = decode_scratch(len(parts), case.rows, model.num_heads, layout, self.device)
 
             def run(layer: int, table: torch.Tensor) -> None:
                 attention.decode_attention(
-                    q,
-                    None,
-                    slots,
-                    lengths,
-                    table,
-                    self.arena,
-                    layout,
-                    layer,
-                    out,
-                    scratch,
-                    num_splits=num_splits,
-                    scale=model.scale,
-                    blocks=blocks,
+                    q, parts, table, self.arena, layout, layer, out, scratch, scale=model.scale, blocks=blocks
                 )
 
-            error = self.check(lambda: run(1, tables[0]), out, expected, picked)
+            error = self.check(lambda: run(1, tables[0]), out, expected, torch.tensor(picked))
             calls = [(layer, table) for table in tables for layer in range(layout.num_layers)]
             ms = self.time(lambda: [run(*call) for call in calls]) / len(calls)
             return {
                 **_shown(blocks, "keys", "num_warps", "num_stages"),
-                "num_splits": num_splits,
+                "budget": budget,
+                "parts": len(live),
                 "layer_us": round(ms * 1e3, 2),
                 "tb_per_s": round(layer_bytes / ms / 1e9, 3),
                 "share_of_bandwidth": round(layer_bytes / ms / 1e9 / self.bandwidth, 3),
@@ -186,7 +196,7 @@ class Bench:
         total = case.prompts * case.tokens
         q = torch.randn(total, model.qkv_size, device=self.device).to(DTYPE)
         out = torch.empty(total, model.q_size, dtype=DTYPE, device=self.device)
-        table = self.page_table(case.prompts, case.prefix + case.tokens)
+        table = self.page_table([case.prefix + case.tokens] * case.prompts)
         layers = range(min(4, layout.num_layers))
         keys_seen = case.tokens * case.prefix + case.tokens * (case.tokens + 1) // 2
         flops = 4 * model.q_size * keys_seen * case.prompts
@@ -277,33 +287,30 @@ def _ranked(case: dict[str, Any], measured: list[dict[str, Any]]) -> dict[str, A
     return {**case, "default": measured[0], "best": ranked[0], "all": ranked}
 
 
-def decode_variants(case: DecodeCase, model: Model, num_sms: int) -> list[tuple[AttentionBlocks, int]]:
-    """The default blocks and splits first."""
-    splits = decode_splits(case.rows, model.layout.num_kv_heads, num_sms)
-    return [(blocks, n) for n in (splits, splits // 2, splits * 2) if n for blocks in DECODE_BLOCKS]
+def decode_variants(model: Model, num_sms: int) -> list[tuple[AttentionBlocks, int]]:
+    """The default blocks and budget first."""
+    budget = decode_budget(model.layout.num_kv_heads, num_sms)
+    return [(blocks, number) for number in (budget, budget * 2 // 3, budget * 4 // 3) for blocks in DECODE_BLOCKS]
 
 
-def compile_variants(variants: list[tuple[AttentionBlocks, int | None]]) -> None:
-    """Runs each once on a small problem, which leaves its binary in Triton's cache. None: prefill."""
+def compile_variants(variants: list[tuple[str, AttentionBlocks]]) -> None:
+    """Runs each once on a small problem, which leaves its binary in Triton's cache."""
     device = torch.device("cuda")
     bench = Bench(LLAMA_8B, 4, device, 1.0, repeats=1)
     model, layout = bench.model, bench.model.layout
     q = torch.zeros(1, model.qkv_size, dtype=DTYPE, device=device)
     out = torch.empty(1, model.q_size, dtype=DTYPE, device=device)
-    table = bench.page_table(1, 16)
-    zero = torch.zeros(1, dtype=torch.int32, device=device)
-    for blocks, splits in variants:
-        if splits is None:
+    table = bench.page_table([16])
+    nothing = torch.zeros((1, PART_FIELDS), dtype=torch.int32, device=device)
+    scratch = decode_scratch(1, 1, model.num_heads, layout, device)
+    args = (table, bench.arena, layout, 0, out)
+    for op, blocks in variants:
+        if op == "prefill":
             attention.prefill_attention(
-                q, zero.expand(1, 4).contiguous(), table, bench.arena, layout, 0, out,
-                block_tokens=1, scale=model.scale, blocks=blocks,
-            )  # fmt: skip
+                q, nothing[:, :4].contiguous(), *args, block_tokens=1, scale=model.scale, blocks=blocks
+            )
         else:
-            scratch = decode_scratch(1, model.num_heads, layout.head_dim, splits, device)
-            attention.decode_attention(
-                q, None, zero, zero, table, bench.arena, layout, 0, out, scratch,
-                num_splits=splits, scale=model.scale, blocks=blocks,
-            )  # fmt: skip
+            attention.decode_attention(q, nothing, *args, scratch, scale=model.scale, blocks=blocks)
     torch.cuda.synchronize()
 
 
@@ -333,18 +340,17 @@ def main() -> None:
     print(json.dumps({"gpu": properties.name, "torch": torch.__version__, "triton": triton.__version__}), flush=True)
     decode = [] if args.only == "prefill" else DECODE_CASES
     prefill = [] if args.only == "decode" else PREFILL_CASES
-    variants = {case: decode_variants(case, LLAMA_8B, properties.multi_processor_count) for case in decode}
-    binaries: set[tuple[AttentionBlocks, int | None]] = {pair for pairs in variants.values() for pair in pairs}
-    binaries |= {(blocks, None) for blocks in PREFILL_BLOCKS if prefill}
-    ordered = sorted(binaries, key=lambda pair: (pair[1] is None, str(pair)))
+    variants = decode_variants(LLAMA_8B, properties.multi_processor_count)
+    ordered = [("decode", blocks) for blocks in DECODE_BLOCKS if decode]
+    ordered += [("prefill", blocks) for blocks in PREFILL_BLOCKS if prefill]
     with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
         list(pool.map(compile_variants, [ordered[start :: args.jobs] for start in range(args.jobs)]))
     page_size = LLAMA_8B.layout.page_size
-    pages = [case.rows * -(-case.context // page_size) for case in decode]
+    pages = [sum(-(-length // page_size) for length in case.lengths) for case in decode]
     pages += [case.prompts * -(-(case.prefix + case.tokens) // page_size) for case in prefill]
     bench = Bench(LLAMA_8B, max(pages), device, args.bandwidth, args.repeats)
     for case in decode:
-        print(json.dumps(bench.decode(case, variants[case])), flush=True)
+        print(json.dumps(bench.decode(case, variants)), flush=True)
     for prompts in prefill:
         print(json.dumps(bench.prefill(prompts, PREFILL_BLOCKS)), flush=True)
 

@@ -31,6 +31,7 @@ VARIANTS = {
     "1-serial": of(1, Schedule.SERIAL),
     "1-serial-no-overlap": of(1, Schedule.SERIAL, overlap=False),
     "1-serial-norm-apart": of(1, Schedule.SERIAL, fuses_norm=False),
+    "1-serial-norm-fused": of(1, Schedule.SERIAL, fuses_norm=True),
     "16-beside": of(16, Schedule.BESIDE),
     "16-serial": of(16, Schedule.SERIAL),
     "16-serial-no-overlap": of(16, Schedule.SERIAL, overlap=False),

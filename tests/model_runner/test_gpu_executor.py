@@ -18,7 +18,7 @@ from loraplex.model_runner.gpu.buckets import (
     single_buckets,
 )
 from loraplex.model_runner.gpu.host_step import AdapterRuns
-from loraplex.model_runner.gpu.inputs import DecodeRows, DeviceStep
+from loraplex.model_runner.gpu.inputs import DeviceStep
 from loraplex_kernels.gpu import lora_project, tuning
 from loraplex_kernels.gpu.lora import ALL_SITES, ATTENTION_SITES, Site, lora_shrink
 
@@ -138,11 +138,10 @@ def test_the_widest_graph_of_a_step_computes_the_same(
             lora = replace(step.lora, num_tiles=key.num_tiles, rank_cap=key.rank_cap, sites=key.sites)
             step = replace(step, lora=lora)
         if key.num_singles is not None:
-            tokens, slots, lengths = (view[: key.num_singles] for view in inputs._mixed.views[4:7])
             num_sampled = key.num_singles + MAX_SEVERAL
             step = replace(
                 step,
-                decode=DecodeRows(tokens=tokens, slots=slots, context_len=lengths),
+                decode=inputs._decode_parts(inputs._mixed.views[4], key.num_singles),
                 sampled=inputs._mixed.views[3][:num_sampled],
                 num_sampled=num_sampled,
             )

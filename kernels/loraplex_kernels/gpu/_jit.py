@@ -29,18 +29,23 @@ def let_next_start(OVERLAP: tl.constexpr):
 
 @triton.jit
 def load_tile(record_ptr, row_ptr, count_ptr, tile):
-    """(record, first token, tokens, whether it holds any) of a tile."""
-    record = tl.load(record_ptr + tile)
-    count = tl.load(count_ptr + tile)
+    """(record, first token, tokens, whether it holds any) of a tile.
+
+    All that these functions read is read again by each layer: it is to stay in the L2 cache while weights pass by.
+    """
+    record = tl.load(record_ptr + tile, eviction_policy="evict_last")
+    count = tl.load(count_ptr + tile, eviction_policy="evict_last")
+    row = tl.load(row_ptr + tile, eviction_policy="evict_last").to(tl.int64)
     # Every record is at least -1. To ask for it keeps the compiler from loading it after the branch only, one trip to
     # memory later.
-    return record, tl.load(row_ptr + tile).to(tl.int64), count, (count > 0) & (record >= -1)
+    return record, row, count, (count > 0) & (record >= -1)
 
 
 @triton.jit
 def load_block(arena_ptr, entries_ptr, record, entry, RECORD_ENTRIES: tl.constexpr):
     """(pointer to the block's first element, its rank) of ``entry`` (index into a record); rank 0 without a record."""
-    packed = tl.load(entries_ptr + tl.maximum(record, 0).to(tl.int64) * RECORD_ENTRIES + entry)
+    entry_ptr = entries_ptr + tl.maximum(record, 0).to(tl.int64) * RECORD_ENTRIES + entry
+    packed = tl.load(entry_ptr, eviction_policy="evict_last")
     rank = tl.where(record >= 0, (packed & 255).to(tl.int32) * 8, 0)
     return arena_ptr + (packed >> 8) * 8, rank
 

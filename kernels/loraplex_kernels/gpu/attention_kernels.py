@@ -1,8 +1,9 @@
 """The attention kernels: device code alone. ``attention`` checks, chooses blocks and launches.
 
-Loop nest of both: one program = the queries of one KV head (the Q query heads that share it, times one token in decode
-or a tile of tokens in prefill); over blocks of keys: page ids, K, scores, online softmax in fp32 (base 2: the scale
-holds log2 e), V. FlashAttention-2 (Dao 2023) over pages as in PagedAttention (Kwon et al. 2023).
+Loop nest of both: one program = the queries of one KV head (the Q query heads that share it, times one token and a part
+of its context in decode or a tile of tokens in prefill); over blocks of keys: page ids, K, scores, online softmax in
+fp32 (base 2: the scale holds log2 e), V. FlashAttention-2 (Dao 2023) over pages as in PagedAttention (Kwon et al.
+2023).
 Legend: N query heads, G KV heads, Q = N / G, H head dim, M rows of a block of queries, K keys of a block.
 EXACT computes dots in fp32 whatever the inputs are: for fp32 models, and because Triton's interpreter has no bf16.
 """
@@ -112,13 +113,53 @@ def _attend(
     return acc_MH, top_M, total_M
 
 
+@triton.jit
+def _combine(
+    partial_ptr,
+    lse_ptr,
+    first_part,
+    num_parts,
+    kv_head,
+    GROUP: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_QUERIES: tl.constexpr,
+    BLOCK_PARTS: tl.constexpr,
+):
+    """(Q, H): the parts of a row, weighted by exp2 of their sums, in order."""
+    query_Q = tl.arange(0, BLOCK_QUERIES)
+    dim_H = tl.arange(0, HEAD_DIM)
+    acc_QH = tl.zeros([BLOCK_QUERIES, HEAD_DIM], tl.float32)
+    top_Q = tl.full([BLOCK_QUERIES], float("-inf"), tl.float32)
+    total_Q = tl.zeros([BLOCK_QUERIES], tl.float32)
+    for start in tl.range(0, num_parts, BLOCK_PARTS):
+        index_P = start + tl.arange(0, BLOCK_PARTS)
+        at_PQ = ((first_part + index_P) * NUM_KV_HEADS + kv_head)[:, None] * GROUP + query_Q[None, :]
+        present_PQ = (index_P < num_parts)[:, None] & (query_Q < GROUP)[None, :]
+        # What other programs wrote meanwhile is in the L2 cache.
+        lse_PQ = tl.load(lse_ptr + at_PQ, mask=present_PQ, other=float("-inf"), cache_modifier=".cg")
+        part_PQH = tl.load(
+            partial_ptr + (at_PQ[:, :, None] * HEAD_DIM + dim_H[None, None, :]),
+            mask=present_PQ[:, :, None],
+            other=0.0,
+            cache_modifier=".cg",
+        )
+        new_top_Q = tl.maximum(top_Q, tl.max(lse_PQ, 0))
+        # Of queries that are padding the top stays -inf, and -inf - -inf is NaN.
+        base_Q = tl.maximum(new_top_Q, -1e30)
+        weight_PQ = tl.exp2(lse_PQ - base_Q[None, :])
+        shrink_Q = tl.exp2(top_Q - base_Q)
+        acc_QH = acc_QH * shrink_Q[:, None] + tl.sum(part_PQH * weight_PQ[:, :, None], 0)
+        total_Q = total_Q * shrink_Q + tl.sum(weight_PQ, 0)
+        top_Q = new_top_Q
+    return acc_QH / tl.where(total_Q > 0, total_Q, 1.0)[:, None]
+
+
 @triton.jit(do_not_specialize=["layer"])
 def decode_kernel(
     q_ptr,
     q_stride,
-    row_token_ptr,
-    row_slot_ptr,
-    context_len_ptr,
+    parts_ptr,
     page_table_ptr,
     page_table_stride,
     arena_ptr,
@@ -127,39 +168,38 @@ def decode_kernel(
     out_stride,
     partial_ptr,
     lse_ptr,
+    arrived_ptr,
     scale_log2,
     GROUP: tl.constexpr,
-    WINDOW: tl.constexpr,
-    NUM_SPLITS: tl.constexpr,
+    PART_FIELDS: tl.constexpr,
     NUM_LAYERS: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_GROUP: tl.constexpr,
+    BLOCK_QUERIES: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
+    BLOCK_PARTS: tl.constexpr,
     NUM_STAGES: tl.constexpr,
     EXACT: tl.constexpr,
 ):
-    """Grid (G, splits, B). One split: writes ``out``; more: normalised fp32 parts and their log2-sum-exp2."""
+    """Grid (G, parts). A row's only part writes ``out``. Of several each leaves a normalised fp32 result and its
+    log2-sum-exp2; the last that is done adds them up (stream-K's fix-up, Osama et al. 2023)."""
     kv_head = tl.program_id(0)
-    split = tl.program_id(1)
-    row = tl.program_id(2)
-    context_len = tl.load(context_len_ptr + row)
-    slot = tl.load(row_slot_ptr + row).to(tl.int64)
-    token = row.to(tl.int64)
-    if row_token_ptr is not None:
-        token = tl.load(row_token_ptr + row).to(tl.int64)
-
-    # A query at the end of its context: the window only moves the first key.
-    first = 0
-    if WINDOW > 0:
-        first = tl.maximum(context_len - WINDOW, 0)
-    per_split = tl.cdiv(tl.cdiv(context_len - first, NUM_SPLITS), BLOCK_KEYS) * BLOCK_KEYS
-    begin = first + split * per_split
-    end = tl.minimum(begin + per_split, context_len)
+    part = tl.program_id(1)
+    part_ptr = parts_ptr + part * PART_FIELDS
+    token = tl.load(part_ptr).to(tl.int64)
+    slot = tl.load(part_ptr + 1).to(tl.int64)
+    begin = tl.load(part_ptr + 2)
+    end = tl.load(part_ptr + 3)
+    first_part = tl.load(part_ptr + 4)
+    num_parts = tl.load(part_ptr + 5)
+    row = tl.load(part_ptr + 6)
+    if num_parts == 0:
+        return
 
     head_M = tl.arange(0, BLOCK_GROUP)
-    real_M = head_M < tl.where(token >= 0, GROUP, 0)
+    real_M = head_M < GROUP
     dim_H = tl.arange(0, HEAD_DIM)
     column_MH = ((kv_head * GROUP + head_M) * HEAD_DIM)[:, None] + dim_H[None, :]
     q_MH = tl.load(q_ptr + token * q_stride + column_MH, mask=real_M[:, None], other=0.0)
@@ -189,44 +229,39 @@ def decode_kernel(
         NUM_STAGES,
         EXACT,
     )
-    # No key: 0 / 1 is the zero that padding rows get, and top = -inf marks an empty split.
+    # No key: 0 / 1 is the zero that padding rows get.
     divisor_M = tl.where(total_M > 0, total_M, 1.0)
     out_MH = acc_MH / divisor_M[:, None]
-    if NUM_SPLITS == 1:
+    if num_parts == 1:
         tl.store(out_ptr + token * out_stride + column_MH, out_MH.to(out_ptr.dtype.element_ty), mask=real_M[:, None])
     else:
-        part_M = ((row * NUM_KV_HEADS + kv_head) * GROUP + head_M).to(tl.int64) * NUM_SPLITS + split
-        tl.store(lse_ptr + part_M, top_M + tl.log2(divisor_M), mask=head_M < GROUP)
-        filled_M = head_M < tl.where(begin < end, GROUP, 0)
-        tl.store(partial_ptr + (part_M[:, None] * HEAD_DIM + dim_H[None, :]), out_MH, mask=filled_M[:, None])
-
-
-@triton.jit
-def combine_kernel(
-    partial_ptr,
-    lse_ptr,
-    row_token_ptr,
-    out_ptr,
-    out_stride,
-    NUM_SPLITS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-):
-    """Grid (N, B): the parts of one row and head, weighted by exp2 of their sums, in order of the splits."""
-    head = tl.program_id(0)
-    row = tl.program_id(1)
-    token = row.to(tl.int64)
-    if row_token_ptr is not None:
-        token = tl.load(row_token_ptr + row).to(tl.int64)
-    dim_H = tl.arange(0, HEAD_DIM)
-    part_S = (row * tl.num_programs(0) + head).to(tl.int64) * NUM_SPLITS + tl.arange(0, NUM_SPLITS)
-    lse_S = tl.load(lse_ptr + part_S)
-    filled_S = lse_S > float("-inf")
-    weight_S = tl.exp2(lse_S - tl.maximum(tl.max(lse_S, 0), -1e30))
-    partial_SH = tl.load(partial_ptr + (part_S[:, None] * HEAD_DIM + dim_H[None, :]), mask=filled_S[:, None], other=0.0)
-    # The heaviest split weighs 1, so that a sum below 1 is that of a row without keys.
-    out_H = tl.sum(partial_SH * weight_S[:, None], 0) / tl.maximum(tl.sum(weight_S, 0), 1.0)
-    written_H = dim_H < tl.where(token >= 0, HEAD_DIM, 0)
-    tl.store(out_ptr + token * out_stride + head * HEAD_DIM + dim_H, out_H.to(out_ptr.dtype.element_ty), mask=written_H)
+        part_M = (part * NUM_KV_HEADS + kv_head) * GROUP + head_M
+        tl.store(lse_ptr + part_M, top_M + tl.log2(divisor_M), mask=real_M)
+        tl.store(partial_ptr + (part_M[:, None] * HEAD_DIM + dim_H[None, :]), out_MH, mask=real_M[:, None])
+        # All threads have stored before one of them says so.
+        tl.debug_barrier()
+        arrived_ptr += row * NUM_KV_HEADS + kv_head
+        if tl.atomic_add(arrived_ptr, 1, sem="acq_rel", scope="gpu") == num_parts - 1:
+            tl.store(arrived_ptr, 0)
+            out_QH = _combine(
+                partial_ptr,
+                lse_ptr,
+                first_part,
+                num_parts,
+                kv_head,
+                GROUP,
+                NUM_KV_HEADS,
+                HEAD_DIM,
+                BLOCK_QUERIES,
+                BLOCK_PARTS,
+            )
+            query_Q = tl.arange(0, BLOCK_QUERIES)
+            column_QH = ((kv_head * GROUP + query_Q) * HEAD_DIM)[:, None] + dim_H[None, :]
+            tl.store(
+                out_ptr + token * out_stride + column_QH,
+                out_QH.to(out_ptr.dtype.element_ty),
+                mask=(query_Q < GROUP)[:, None],
+            )
 
 
 @triton.jit(do_not_specialize=["layer"])

@@ -15,13 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from loraplex_kernels import AttentionRow, KvLayout, paged_attention, plan_attention, view_kv_pages
 from loraplex_kernels.gpu import attention
-from loraplex_kernels.gpu.attention import (
-    AttentionBlocks,
-    DecodeScratch,
+from loraplex_kernels.gpu.attention import AttentionBlocks, DecodeScratch, decode_scratch, prefill_block_tokens
+from loraplex_kernels.gpu.attention_tiles import (
+    PART_FIELDS,
+    DecodeCut,
+    build_decode_parts,
     build_prefill_tiles,
-    decode_scratch,
-    decode_splits,
-    prefill_block_tokens,
+    decode_budget,
 )
 from loraplex_kernels.gpu.twins import attention as twins
 
@@ -78,16 +78,11 @@ class World:
     def output(self, num_tokens: int) -> torch.Tensor:
         return torch.full((num_tokens, self.heads * self.layout.head_dim), NAN, dtype=self.dtype, device=DEVICE)
 
-    def scratch(self, num_rows: int, num_splits: int) -> DecodeScratch | None:
-        scratch = decode_scratch(num_rows, self.heads, self.layout.head_dim, num_splits, DEVICE)
-        if scratch is not None:
-            scratch.partial.fill_(NAN)
-            scratch.lse.fill_(NAN)
+    def scratch(self, num_parts: int, num_rows: int) -> DecodeScratch:
+        scratch = decode_scratch(num_parts, num_rows, self.heads, self.layout, DEVICE)
+        scratch.partial.fill_(NAN)
+        scratch.lse.fill_(NAN)
         return scratch
-
-
-def ints(values: list[int]) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.int32, device=DEVICE)
 
 
 def check(out: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-5) -> None:
@@ -97,37 +92,42 @@ def check(out: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-5) ->
     assert float(error) <= tolerance
 
 
+def parts_of(
+    lengths: list[int],
+    slots: list[int],
+    *,
+    budget: int,
+    window: int | None = None,
+    tokens: list[int] | None = None,
+    dead: int = 0,
+    block_keys: int = 16,
+) -> torch.Tensor:
+    """On the device; ``dead``: parts of zeros behind them."""
+    cut = DecodeCut(block_keys=block_keys, budget=budget, window=window)
+    parts = build_decode_parts(lengths, range(len(slots)) if tokens is None else tokens, slots, cut)
+    return torch.from_numpy(np.pad(parts, ((0, dead), (0, 0)))).to(DEVICE)
+
+
 def decode_both(
     world: World,
     slots: list[int],
     lengths: list[int],
     *,
-    num_splits: int = 1,
+    budget: int = 1,
     window: int | None = None,
-    row_token: list[int] | None = None,
+    tokens: list[int] | None = None,
     num_tokens: int | None = None,
     blocks: AttentionBlocks | None = DECODE,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     num_tokens = num_tokens or len(slots)
     q, out, expected = world.queries(num_tokens), world.output(num_tokens), world.output(num_tokens)
-    tokens = None if row_token is None else ints(row_token)
+    parts = parts_of(lengths, slots, budget=budget, window=window, tokens=tokens, dead=2)
+    scratch = world.scratch(len(parts), len(slots))
     for function, result in ((attention.decode_attention, out), (twins.decode_attention, expected)):
         function(
-            q,
-            tokens,
-            ints(slots),
-            ints(lengths),
-            world.table,
-            world.arena,
-            world.layout,
-            LAYER,
-            result,
-            world.scratch(len(slots), num_splits),
-            num_splits=num_splits,
-            scale=world.scale,
-            sliding_window=window,
-            blocks=blocks,
+            q, parts, world.table, world.arena, world.layout, LAYER, result, scratch, scale=world.scale, blocks=blocks
         )
+    assert not scratch.arrived.any()
     return out, expected
 
 
@@ -174,39 +174,43 @@ def spans_of(ends: list[int], window: int | None, starts: list[int] | None = Non
 
 
 @pytest.mark.parametrize(
-    ("heads", "window", "num_splits"),
+    ("heads", "window", "budget"),
     [
         *((heads, None, 1) for heads in HEADS),
         (HEADS[0], 5, 1),
         (HEADS[1], 18, 1),
         (HEADS[2], 1, 1),
-        (HEADS[0], None, 2),
+        (HEADS[0], None, 3),
         (HEADS[1], None, 8),
         (HEADS[2], None, 4),
-        (HEADS[1], 18, 4),
+        (HEADS[1], 18, 8),
     ],
 )
-def test_decode(heads: tuple[int, int], window: int | None, num_splits: int) -> None:
-    """Contexts of one key, of part of a page, of a page and of several blocks: with 8 splits most are empty."""
+def test_decode(heads: tuple[int, int], window: int | None, budget: int) -> None:
+    """Contexts of one key, of part of a page, of a page and of several blocks."""
     ends = [37, 1, 3, 4, 16, 66]
     world = World(spans_of(ends, window), *heads)
-    check(*decode_both(world, [*range(len(ends))], ends, num_splits=num_splits, window=window))
+    check(*decode_both(world, [*range(len(ends))], ends, budget=budget, window=window))
 
 
-@pytest.mark.parametrize("num_splits", [1, 4])
-def test_padding_rows_get_zeros(num_splits: int) -> None:
+def test_a_row_of_more_parts_than_are_added_up_at_a_time() -> None:
+    world = World(spans_of([660, 20], None), 2, 1)
+    assert parts_of([660, 20], [0, 1], budget=60)[0].tolist() == [0, 0, 0, 16, 0, 42, 0, 0]
+    check(*decode_both(world, [0, 1], [660, 20], budget=60))
+
+
+@pytest.mark.parametrize("budget", [1, 4])
+def test_padding_rows_get_zeros(budget: int) -> None:
     world = World(spans_of([21], None), 4, 2)
-    out, expected = decode_both(world, [-1, 0, -1], [0, 21, 0], num_splits=num_splits)
+    out, expected = decode_both(world, [-1, 0, -1], [0, 21, 0], budget=budget)
     assert bool((out[[0, 2]] == 0).all())
     check(out, expected)
 
 
-@pytest.mark.parametrize("num_splits", [1, 2])
-def test_decode_rows_of_a_mixed_step_write_their_own_tokens_alone(num_splits: int) -> None:
+@pytest.mark.parametrize("budget", [1, 2])
+def test_decode_rows_of_a_mixed_step_write_their_own_tokens_alone(budget: int) -> None:
     world = World(spans_of([9, 30], None), 4, 2)
-    out, expected = decode_both(
-        world, [1, -1, 0], [30, 0, 9], row_token=[5, -1, 2], num_tokens=7, num_splits=num_splits
-    )
+    out, expected = decode_both(world, [1, 0], [30, 9], tokens=[5, 2], num_tokens=7, budget=budget)
     assert out[:, 0].isnan().tolist() == [True, True, False, True, True, False, True]
     check(out, expected)
 
@@ -223,7 +227,7 @@ def test_prefill(heads: tuple[int, int], window: int | None) -> None:
 
 def test_bf16() -> None:
     world = World(spans_of([40, 17], None), 6, 2, dtype=torch.bfloat16)
-    check(*decode_both(world, [0, 1], [40, 17], num_splits=2), tolerance=1e-2)
+    check(*decode_both(world, [0, 1], [40, 17], budget=3), tolerance=1e-2)
     check(*prefill_both(world, [19, 0], [21, 17]), tolerance=1e-2)
 
 
@@ -256,9 +260,7 @@ def test_the_twins_agree_with_the_cpu_operation(window: int | None) -> None:
     out = paged_attention(q, view_kv_pages(arena, world.layout), LAYER, plan)
     tiles = torch.from_numpy(build_prefill_tiles(starts[1:], counts[1:], [1, 10], [1, 2], 5)).to(DEVICE)
     shared = (world.table, world.arena, world.layout, LAYER, expected)
-    twins.decode_attention(
-        q, ints([0]), ints([0]), ints([29]), *shared, None, num_splits=1, scale=world.scale, sliding_window=window
-    )
+    twins.decode_attention(q, parts_of([29], [0], budget=2, window=window), *shared, None, scale=world.scale)
     twins.prefill_attention(q, tiles, *shared, block_tokens=5, scale=world.scale, sliding_window=window)
     check(out, expected)
 
@@ -289,9 +291,57 @@ def test_tiles_cover_each_token_once_longest_first(rows: list[tuple[int, int]], 
     assert (np.diff(ends) <= 0).all()
 
 
-def test_splits_fill_the_gpu() -> None:
-    assert [decode_splits(rows, 8, 132) for rows in (1, 2, 4, 8, 16, 32, 256)] == [32, 16, 8, 4, 2, 1, 1]
-    assert decode_splits(1, 1, 132) == 64
+def test_the_budget_fills_the_gpu() -> None:
+    assert [decode_budget(kv_heads, 132) for kv_heads in (8, 4, 2, 1)] == [33, 66, 128, 128]
+    assert decode_budget(64, 8) == 1
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    lengths=st.lists(st.integers(0, 9000) | st.integers(0, 40), min_size=1, max_size=40),
+    block_keys=st.sampled_from([16, 64]),
+    budget=st.integers(1, 50),
+    window=st.none() | st.integers(1, 300),
+    per_row=st.none() | st.integers(1, 5),
+)
+def test_parts_cover_each_key_once_longest_rows_first(
+    lengths: list[int], block_keys: int, budget: int, window: int | None, per_row: int | None
+) -> None:
+    cut = DecodeCut(block_keys=block_keys, budget=budget, window=window, per_row=per_row)
+    tokens, slots = [row + 100 for row in range(len(lengths))], [row + 200 for row in range(len(lengths))]
+    parts = build_decode_parts(lengths, tokens, slots, cut)
+    assert parts.shape[1] == PART_FIELDS
+    assert len(parts) <= cut.capacity(len(lengths))
+    seen = [length if window is None else min(length, window) for length in lengths]
+    share = -(-sum(seen) // budget)
+    met, row_of_before = set(), None
+    for index, (token, slot, begin, end, first, count, row, _) in enumerate(parts.tolist()):
+        assert (token, slot) == (row + 100, row + 200)
+        assert first <= index < first + count
+        if index == first:
+            assert begin == lengths[row] - seen[row]
+            assert row_of_before is None or seen[row] <= seen[row_of_before]
+            met.add(row)
+            row_of_before = row
+        else:
+            assert begin == parts[index - 1, 3]
+        if index == first + count - 1:
+            assert end == lengths[row]
+        assert (end - begin) % block_keys == 0 or end == lengths[row]
+        if per_row is None:
+            assert end - begin < share + block_keys
+        assert end > begin or lengths[row] == 0
+    assert met == {*range(len(lengths))}
+
+
+@given(lengths=st.lists(st.integers(0, 3000), min_size=1, max_size=20))
+def test_batch_invariant_parts_of_a_row_do_not_depend_on_the_others(lengths: list[int]) -> None:
+    cut = DecodeCut(block_keys=64, budget=24, per_row=4)
+    together = build_decode_parts(lengths, [0] * len(lengths), [0] * len(lengths), cut)
+    for row, length in enumerate(lengths):
+        alone = build_decode_parts([length], [0], [0], cut)
+        own = together[together[:, 6] == row]
+        assert np.array_equal(own[:, [2, 3, 5]], alone[:, [2, 3, 5]])
 
 
 def test_the_benchmark_runs() -> None:
@@ -308,12 +358,12 @@ LLAMA = {"head_dim": 128, "page_size": 16, "dtype": torch.bfloat16}
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("num_splits", [1, 2, 8, 32])
+@pytest.mark.parametrize("budget", [1, 24, 100])
 @pytest.mark.parametrize("window", [None, 700])
-def test_decode_of_llama_shapes(num_splits: int, window: int | None) -> None:
+def test_decode_of_llama_shapes(budget: int, window: int | None) -> None:
     ends = [320, 1, 65, 1024, 2049, 511]
     world = World(spans_of(ends, window), 32, 8, **LLAMA)
-    check(*decode_both(world, [*range(6)], ends, num_splits=num_splits, window=window, blocks=None), tolerance=1e-2)
+    check(*decode_both(world, [*range(6)], ends, budget=budget, window=window, blocks=None), tolerance=1e-2)
 
 
 @pytest.mark.gpu
@@ -326,7 +376,7 @@ def test_prefill_of_model_shapes(heads: tuple[int, int], head_dim: int, dtype: t
     world = World(spans_of(ends, window, starts), *heads, head_dim=head_dim, page_size=16, dtype=dtype)
     tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-5
     check(*prefill_both(world, starts, counts, window=window, blocks=None), tolerance=tolerance)
-    check(*decode_both(world, [*range(4)], ends, blocks=None, window=window, num_splits=2), tolerance=tolerance)
+    check(*decode_both(world, [*range(4)], ends, blocks=None, window=window, budget=24), tolerance=tolerance)
 
 
 @pytest.mark.gpu
@@ -334,32 +384,25 @@ def test_pages_past_two_billion_elements() -> None:
     # 2 MiB a page: 2300 of them are 2.4 billion elements; the requests get the last ones.
     world = World(spans_of([100, 33], None), 32, 8, num_layers=32, spare_pages=2300, **LLAMA)
     assert int(world.table[0, 0]) * world.layout.elements_per_page > 2**31
-    check(*decode_both(world, [0, 1], [100, 33], blocks=None, num_splits=4), tolerance=1e-2)
+    check(*decode_both(world, [0, 1], [100, 33], blocks=None, budget=8), tolerance=1e-2)
     check(*prefill_both(world, [50, 0], [50, 33], blocks=None), tolerance=1e-2)
 
 
 @pytest.mark.gpu
 def test_results_are_bit_equal_from_run_to_run() -> None:
-    world = World(spans_of([900, 333], None), 32, 8, **LLAMA)
-    q, lengths = world.queries(2), ints([900, 333])
+    """Whichever of a row's parts is done last."""
+    ends = [9000, 333, 2000, 5]
+    world = World(spans_of(ends, None), 32, 8, **LLAMA)
+    q, parts = world.queries(4), parts_of(ends, [0, 1, 2, 3], budget=60, block_keys=64)
+    scratch = world.scratch(len(parts), 4)
     results = []
-    for _ in range(20):
-        out = world.output(2)
+    for _ in range(200):
+        out = world.output(4)
         attention.decode_attention(
-            q,
-            None,
-            ints([0, 1]),
-            lengths,
-            world.table,
-            world.arena,
-            world.layout,
-            LAYER,
-            out,
-            world.scratch(2, 16),
-            num_splits=16,
-            scale=world.scale,
+            q, parts, world.table, world.arena, world.layout, LAYER, out, scratch, scale=world.scale
         )
         results.append(out)
+    assert not results[0].isnan().any()
     assert all(torch.equal(result, results[0]) for result in results)
 
 
@@ -367,18 +410,19 @@ def test_results_are_bit_equal_from_run_to_run() -> None:
 def test_a_captured_graph_serves_other_contexts() -> None:
     world = World(spans_of([900, 333, 5], None), 32, 8, **LLAMA)
     q, out, expected = world.queries(3), world.output(3), world.output(3)
-    slots, lengths = ints([0, 1, 2]), ints([1, 1, 1])
-    scratch = world.scratch(3, 8)
+    capacity = DecodeCut(block_keys=64, budget=8).capacity(3)
+    parts = torch.zeros((capacity, PART_FIELDS), dtype=torch.int32, device=DEVICE)
+    scratch = world.scratch(capacity, 3)
     args = (world.table, world.arena, world.layout, LAYER)
-    options = {"num_splits": 8, "scale": world.scale}
-    attention.decode_attention(q, None, slots, lengths, *args, out, scratch, **options)
+    attention.decode_attention(q, parts, *args, out, scratch, scale=world.scale)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        attention.decode_attention(q, None, slots, lengths, *args, out, scratch, **options)
+        attention.decode_attention(q, parts, *args, out, scratch, scale=world.scale)
     for ends, own in (([900, 333, 5], [0, 1, 2]), ([333, 0, 12], [1, -1, 0])):
-        slots.copy_(ints(own))
-        lengths.copy_(ints(ends))
+        parts.zero_()
+        live = parts_of(ends, own, budget=8, block_keys=64)
+        parts[: len(live)].copy_(live)
         out.fill_(NAN)
         graph.replay()
-        twins.decode_attention(q, None, slots, lengths, *args, expected, scratch, **options)
+        twins.decode_attention(q, parts, *args, expected, scratch, scale=world.scale)
         check(out, expected, tolerance=1e-2)

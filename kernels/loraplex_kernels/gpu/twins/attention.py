@@ -8,9 +8,7 @@ from loraplex_kernels.kv import KvLayout
 
 def decode_attention(
     q: torch.Tensor,
-    row_token: torch.Tensor | None,
-    row_slot: torch.Tensor,
-    context_len: torch.Tensor,
+    parts: torch.Tensor,
     page_table: torch.Tensor,
     arena: torch.Tensor,
     layout: KvLayout,
@@ -18,21 +16,20 @@ def decode_attention(
     out: torch.Tensor,
     scratch: DecodeScratch | None,
     *,
-    num_splits: int,
     scale: float,
-    sliding_window: int | None = None,
     blocks: AttentionBlocks | None = None,
 ) -> None:
-    tokens = range(row_slot.shape[0]) if row_token is None else row_token.tolist()
-    for token, slot, length in zip(tokens, row_slot.tolist(), context_len.tolist(), strict=True):
-        if token < 0:
+    listed = parts.tolist()
+    for index, (token, slot, begin, _, first_part, num_parts, *_) in enumerate(listed):
+        if num_parts == 0 or index > first_part:
             continue
-        if length == 0:
+        end = listed[first_part + num_parts - 1][3]
+        if end == 0:
             out[token].zero_()
             continue
         rows = slice(token, token + 1)
-        kv = _gather(page_table[slot], arena, layout, layer, length - 1, length, sliding_window)
-        out[rows] = _attend(q[rows, : out.shape[1]], *kv, scale, sliding_window).to(out.dtype)
+        kv = _gather(page_table[slot], arena, layout, layer, begin, end)
+        out[rows] = _attend(q[rows, : out.shape[1]], *kv, scale, None).to(out.dtype)
 
 
 def prefill_attention(
@@ -53,7 +50,8 @@ def prefill_attention(
         if count == 0:
             continue
         rows = slice(token, token + count)
-        kv = _gather(page_table[slot], arena, layout, layer, position, position + count, sliding_window)
+        first = 0 if sliding_window is None else max(0, position - sliding_window + 1)
+        kv = _gather(page_table[slot], arena, layout, layer, first, position + count)
         out[rows] = _attend(q[rows, : out.shape[1]], *kv, scale, sliding_window).to(out.dtype)
 
 
@@ -62,12 +60,10 @@ def _gather(
     arena: torch.Tensor,
     layout: KvLayout,
     layer: int,
-    position: int,
+    first: int,
     end: int,
-    sliding_window: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values, (G, K, H) fp64 each, from the first that ``position`` sees up to ``end``."""
-    first = 0 if sliding_window is None else max(0, position - sliding_window + 1)
+    """Keys and values, (G, K, H) fp64 each, from ``first`` up to ``end``."""
     key_K = torch.arange(first, end, device=arena.device)
     shape = (-1, layout.num_layers, 2, layout.num_kv_heads, layout.page_size, layout.head_dim)
     page_K = pages_P[key_K // layout.page_size].long()

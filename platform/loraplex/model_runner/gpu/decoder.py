@@ -1,10 +1,9 @@
 """The decoder body on Triton kernels: one rank's forward pass over a step's tokens, eager or inside a graph capture.
 
 The same order of operations as ``model_runner.decoder``; a projection leaves what its LoRA adds to the operation that
-reads the GEMM's output. Batch-invariant steps take the
-operations of which no row depends on the others, the same in every step: GEMMs of our own, one number of attention
-splits, expands apart. Owns scratch; weights, pages and routes are handed in. Called by the executor
-under ``torch.inference_mode``.
+reads the GEMM's output. Batch-invariant steps take the operations of which no row depends on the others, the same in
+every step: GEMMs of our own, one number of parts of a context, expands apart. Owns scratch; weights, pages and routes
+are handed in. Called by the executor under ``torch.inference_mode``.
 Legend, sizes of the rank's part: T tokens, D hidden, B sampled rows, V vocabulary, C = q + k + v columns, J gate + up
 columns, I = J / 2.
 """
@@ -15,10 +14,8 @@ import loraplex_kernels
 import torch
 from loraplex_kernels.gpu.activation import silu_mul
 from loraplex_kernels.gpu.attention import (
-    DecodeScratch,
     decode_attention,
     decode_scratch,
-    decode_splits,
     prefill_attention,
     prefill_block_tokens,
 )
@@ -38,12 +35,6 @@ from loraplex.model_runner.peers import Peers
 from loraplex.model_runner.shard import Shard
 from loraplex.model_runner.weights import DecoderWeights, LayerWeights
 
-_FALLBACK_SMS = 8
-"""Where there is no GPU to ask: the interpreter."""
-
-_INVARIANT_SPLITS = 4
-"""Of attention in batch-invariant decode: few enough for many rows, enough for one row with a long context."""
-
 
 class GpuDecoder:
     def __init__(
@@ -58,12 +49,14 @@ class GpuDecoder:
         last_token: torch.Tensor,
         frequencies: torch.Tensor,
         max_rows: int,
+        max_parts: int,
         max_step_tokens: int,
         batch_invariant: bool,
     ) -> None:
         """``page_table``: (slots, pages) int32; ``last_token``: (slots,) int32; ``frequencies``: (H / 2,) fp32.
 
-        ``batch_invariant``: steps must come from ``StepInputs`` of the same kind, and no weight may be packed.
+        ``max_parts``: of the contexts of a step's rows of one token. ``batch_invariant``: steps must come from
+        ``StepInputs`` of the same kind, and no weight may be packed.
         """
         device = arena.pages.device
         model = shard.local
@@ -77,9 +70,6 @@ class GpuDecoder:
         self._cos_sin = _cos_sin(frequencies, page_table.shape[1] * arena.spec.page_size)
         self._scale = float(model.head_dim) ** -0.5
         self._block_tokens = prefill_block_tokens(self._layout, model.num_heads, arena.dtype)
-        self._num_sms = _FALLBACK_SMS
-        if device.type == "cuda":
-            self._num_sms = torch.cuda.get_device_properties(device).multi_processor_count
         self._lora = LoraProjections(
             table,
             {
@@ -104,8 +94,7 @@ class GpuDecoder:
         """One for all steps: what graphs put out of their own stays allocated for each of them."""
         if shard.is_last:
             self._logits_BV = weights.layers[0].input_norm.new_empty((max_rows + MAX_SEVERAL, model.vocab_size))
-        self._scratch: dict[int, DecodeScratch | None] = {}
-        self._max_rows = max_rows
+        self._scratch = decode_scratch(max_parts, max_rows, model.num_heads, self._layout, device)
         self._batch_invariant = batch_invariant
 
     def run(self, step: DeviceStep, hidden_TD: torch.Tensor | None) -> torch.Tensor | None:
@@ -249,22 +238,16 @@ class GpuDecoder:
 
     def _attend(self, qkv_TC: torch.Tensor, index: int, step: DeviceStep, attended_TC: torch.Tensor) -> None:
         if step.decode is not None:
-            rows = step.decode
-            num_splits = self._num_splits(rows.slots.shape[0])
             decode_attention(
                 qkv_TC,
-                rows.tokens,
-                rows.slots,
-                rows.context_len,
+                step.decode,
                 self._page_table,
                 self._arena,
                 self._layout,
                 index,
                 attended_TC,
-                self._decode_scratch(num_splits),
-                num_splits=num_splits,
+                self._scratch,
                 scale=self._scale,
-                sliding_window=self._model.sliding_window,
             )
         if step.prefill is not None:
             prefill_attention(
@@ -279,20 +262,6 @@ class GpuDecoder:
                 scale=self._scale,
                 sliding_window=self._model.sliding_window,
             )
-
-    def _num_splits(self, num_rows: int) -> int:
-        if self._batch_invariant:
-            return _INVARIANT_SPLITS
-        return decode_splits(num_rows, self._layout.num_kv_heads, self._num_sms)
-
-    def _decode_scratch(self, num_splits: int) -> DecodeScratch | None:
-        """One for each number of splits, made for the most rows that are split so often."""
-        if num_splits not in self._scratch:
-            rows = max(count for count in range(1, self._max_rows + 1) if self._num_splits(count) == num_splits)
-            self._scratch[num_splits] = decode_scratch(
-                rows, self._model.num_heads, self._model.head_dim, num_splits, self._page_table.device
-            )
-        return self._scratch[num_splits]
 
 
 def _wait(arrivals: Sequence[Arrival], layer: int) -> None:

@@ -99,6 +99,7 @@ class GpuExecutor(RankExecutor):
             last_token=self._inputs.last_token,
             frequencies=model_frequencies(model, device),
             max_rows=max_rows,
+            max_parts=self._inputs.decode_cut.capacity(max_rows),
             max_step_tokens=max_step_tokens,
             batch_invariant=batch_invariant,
         )

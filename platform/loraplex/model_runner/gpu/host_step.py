@@ -10,7 +10,7 @@ from typing import Self
 
 import numpy as np
 import numpy.typing as npt
-from loraplex_kernels.gpu.attention import build_prefill_tiles
+from loraplex_kernels.gpu.attention_tiles import DecodeCut, build_decode_parts, build_prefill_tiles
 from loraplex_kernels.gpu.lora import ALL_SITES, ATTENTION_SITES, Site
 from loraplex_kernels.gpu.lora_tiles import TileArrays, build_tiles
 
@@ -82,17 +82,17 @@ class MixedArrays:
     position: Ints
     sampled: Ints
     """Tokens after which one is drawn."""
-    single_token: Ints
-    """Rows of one token: which token, whose slot, how many keys it sees."""
-    single_slot: Ints
-    context_len: Ints
+    decode_parts: Ints
+    """(parts, PART_FIELDS) of the rows of one token."""
+    num_singles: int
+    """How many rows that are."""
     prefill_tiles: Ints
     """(tiles, 4) of the rows of several tokens."""
     num_several: int
     """How many rows that are."""
 
     @classmethod
-    def of(cls, rows: Sequence[Row], prefill_block: int) -> Self:
+    def of(cls, rows: Sequence[Row], prefill_block: int, cut: DecodeCut) -> Self:
         """``prefill_block``: query tokens of a tile of ``prefill_attention``."""
         counts = np.array([len(row.token_ids) for row in rows], dtype=np.int32)
         starts = np.array([row.start for row in rows], dtype=np.int32)
@@ -110,9 +110,8 @@ class MixedArrays:
             token_slot=np.repeat(slots, counts),
             position=np.repeat(starts, counts) + within,
             sampled=(first_tokens + counts - 1)[samples],
-            single_token=first_tokens[single],
-            single_slot=slots[single],
-            context_len=starts[single] + 1,
+            decode_parts=build_decode_parts(starts[single] + 1, first_tokens[single], slots[single], cut),
+            num_singles=int(single.sum()),
             prefill_tiles=build_prefill_tiles(
                 starts[several], counts[several], first_tokens[several], slots[several], prefill_block
             ),
@@ -130,22 +129,12 @@ class MixedArrays:
             self.token_slot,
             self.position,
             self.sampled,
-            self.single_token,
-            self.single_slot,
-            self.context_len,
+            self.decode_parts.reshape(-1),
             self.prefill_tiles.reshape(-1),
         ]
 
-    def padded_sections(self, num_tokens: int, max_singles: int) -> list[Ints]:
-        """The same for graphs of ``num_tokens`` and any number of rows of one token: padding does nothing but take part
-        in the GEMMs."""
+    def padded_sections(self, num_tokens: int) -> list[Ints]:
+        """The same for graphs of ``num_tokens``: padding does nothing but take part in the GEMMs."""
         sections = self.sections()
-        sections[1] = _padded(self.token_slot, num_tokens)
-        sections[4] = _padded(self.single_token, max_singles)
-        sections[5] = _padded(self.single_slot, max_singles)
+        sections[1] = np.pad(self.token_slot, (0, num_tokens - self.num_tokens), constant_values=-1)
         return sections
-
-
-def _padded(values: Ints, size: int) -> Ints:
-    """With -1 behind its end."""
-    return np.pad(values, (0, size - len(values)), constant_values=-1)

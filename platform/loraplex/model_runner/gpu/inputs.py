@@ -12,7 +12,8 @@ from typing import NamedTuple, Self
 import numpy as np
 import torch
 from loraplex_kernels import KvLayout
-from loraplex_kernels.gpu.attention import prefill_block_tokens
+from loraplex_kernels.gpu.attention import decode_blocks, prefill_block_tokens
+from loraplex_kernels.gpu.attention_tiles import PART_FIELDS, DecodeCut, build_decode_parts, decode_budget
 from loraplex_kernels.gpu.lora import ALL_SITES, ATTENTION_SITES, MAX_RANK, LoraTiles, Site
 from loraplex_kernels.gpu.lora_tiles import TileArrays, decode_tile_rows, shared_tiles
 
@@ -38,6 +39,12 @@ from loraplex.model_runner.gpu.host_step import (
 )
 from loraplex.model_runner.gpu.page_tables import PageTables
 from loraplex.model_runner.gpu.upload import FixedSections, upload_sections
+
+_FALLBACK_SMS = 8
+"""Where there is no GPU to ask: the interpreter."""
+
+_INVARIANT_PARTS = 4
+"""Of each row in batch-invariant steps: few enough for many rows, enough for one row with a long context."""
 
 _RANK_CAPS = (16, MAX_RANK)
 _SINGLE_ROW_RANK_CAPS = (8, *_RANK_CAPS)
@@ -68,18 +75,6 @@ class StepKey(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DecodeRows:
-    """Rows of one token each."""
-
-    tokens: torch.Tensor | None
-    """(B,) token of each row, -1 for padding; None: token b is row b."""
-    slots: torch.Tensor
-    """(B,), -1 for padding."""
-    context_len: torch.Tensor
-    """(B,) keys to attend to, the row's own included; 0 for padding."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceStep:
     """Inputs of one forward pass; int32 device tensors."""
 
@@ -89,7 +84,8 @@ class DeviceStep:
     """(T,), -1 for padding."""
     position: torch.Tensor
     """(T,)"""
-    decode: DecodeRows | None
+    decode: torch.Tensor | None
+    """(parts, PART_FIELDS) from ``build_decode_parts``: the rows of one token."""
     prefill: torch.Tensor | None
     """(tiles, 4) from ``build_prefill_tiles``: the rows of several tokens."""
     lora: LoraTiles | None
@@ -125,23 +121,25 @@ class StepInputs:
         self._mixed_tile_rows = DECODE_TILE_ROWS if batch_invariant else PREFILL_TILE_ROWS
         self._rank_caps = (MAX_RANK,) if batch_invariant else _RANK_CAPS
         self._max_rows = max_rows
+        self.decode_cut = DecodeCut(
+            block_keys=decode_blocks(layout, dtype).keys,
+            budget=decode_budget(layout.num_kv_heads, _num_sms(device)),
+            window=model.sliding_window,
+            per_row=_INVARIANT_PARTS if batch_invariant else None,
+        )
+        parts = PART_FIELDS * self.decode_cut.capacity(max_rows)
         self.page_tables = PageTables(max_rows, -(-model.max_context_tokens // layout.page_size), device)
         self.last_token = torch.zeros(max_rows, dtype=torch.int32, device=device)
         """(S,)"""
         self._row_buckets = row_buckets(max_rows)
-        # Token ids, slots, positions, context lengths; record, row, count, planes of tiles; records of tokens.
-        self._decode = FixedSections([max_rows] * 9, device)
+        # Token ids, slots, positions; parts of contexts; record, row, count, planes of tiles; records of tokens.
+        self._decode = FixedSections([max_rows] * 3 + [parts] + [max_rows] * 5, device)
         self._token_buckets = mixed_token_buckets(max_step_tokens)
         most = self._token_buckets[-1]
         tiles = mixed_tile_buckets(most, max_rows, self._mixed_tile_rows)[-1]
         # As MixedArrays.sections, then tiles and records of tokens.
         self._mixed = FixedSections(
-            [most] * 3
-            + [max_rows + MAX_SEVERAL]
-            + [max_rows] * 3
-            + [4 * self._prefill_capacity(most)]
-            + [tiles] * 4
-            + [most],
+            [most] * 3 + [max_rows + MAX_SEVERAL] + [parts] + [4 * self._prefill_capacity(most)] + [tiles] * 4 + [most],
             device,
         )
 
@@ -149,14 +147,16 @@ class StepInputs:
         """Every row holds one token and samples. Conflict: an adapter is not loaded."""
         runs = AdapterRuns(rows, self._adapters)
         num_rows = bucket_of(len(rows), self._row_buckets)
-        fields = np.zeros((4, num_rows), dtype=np.int32)
+        fields = np.zeros((3, num_rows), dtype=np.int32)
         fields[1] = -1
         live = fields[:, : len(rows)]
         live[0] = [row.token_ids[0] for row in rows]
         live[1] = [row.slot for row in rows]
         live[2] = [row.start for row in rows]
-        live[3] = live[2] + 1
-        sections: list[Ints] = list(fields)
+        ids, slots, positions = fields
+        # Padding has a slot of -1 and sees no key.
+        parts = build_decode_parts(positions + (slots >= 0), np.arange(num_rows), slots, self.decode_cut)
+        sections: list[Ints] = [ids, slots, positions, parts.reshape(-1)]
         num_tiles = 0
         if runs.digests:
             tiles, num_tiles = self._decode_tiles(runs, len(rows), num_rows)
@@ -181,13 +181,13 @@ class StepInputs:
     def mixed(self, rows: Sequence[Row]) -> DeviceStep:
         """Any rows. Conflict: an adapter is not loaded."""
         runs = AdapterRuns(rows, self._adapters)
-        arrays = MixedArrays.of(rows, self._prefill_block)
+        arrays = MixedArrays.of(rows, self._prefill_block, self.decode_cut)
         if self._padded and arrays.num_tokens <= self._token_buckets[-1] and arrays.num_several <= MAX_SEVERAL:
             bucket = MixedBucket(
                 bucket_of(arrays.num_tokens, self._token_buckets),
-                bucket_of(len(arrays.single_token), single_buckets(self._max_rows)),
+                bucket_of(arrays.num_singles, single_buckets(self._max_rows)),
             )
-            sections = arrays.padded_sections(bucket.num_tokens, self._max_rows)
+            sections = arrays.padded_sections(bucket.num_tokens)
             num_tiles = 0
             if runs.digests:
                 tiles = runs.tiles(arrays.row_tokens, bucket.num_tokens - arrays.num_tokens, self._mixed_tile_rows)
@@ -206,9 +206,9 @@ class StepInputs:
             token_ids=views[0],
             token_slot=views[1],
             position=views[2],
-            decode=DecodeRows(tokens=views[4], slots=views[5], context_len=views[6]) if len(sections[4]) else None,
-            prefill=views[7].view(-1, 4) if arrays.num_several else None,
-            lora=self._tiles(views[8:], num_tiles, self._mixed_tile_rows, runs) if runs.digests else None,
+            decode=views[4].view(-1, PART_FIELDS) if arrays.num_singles else None,
+            prefill=views[5].view(-1, 4) if arrays.num_several else None,
+            lora=self._tiles(views[6:], num_tiles, self._mixed_tile_rows, runs) if runs.digests else None,
             sampled=views[3],
             num_sampled=len(arrays.sampled),
             arrivals=tuple(self._adapters.arrivals(runs.digests)),
@@ -239,12 +239,12 @@ class StepInputs:
                 *shared, single = self._decode_tile_buckets(num_rows)
                 for num_tiles in (*shared[::-_COARSE], single):
                     yield self._decode_step(num_rows, num_tiles, widest)
-        empty = MixedArrays.of((), self._prefill_block)
+        empty = MixedArrays.of((), self._prefill_block, self.decode_cut)
         singles = single_buckets(self._max_rows)
         for num_tokens in self._token_buckets:
             if num_tokens > _WARM_TOKENS:
                 break
-            self._mixed.send(empty.padded_sections(num_tokens, self._max_rows))
+            self._mixed.send(empty.padded_sections(num_tokens))
             for num_singles in singles if num_tokens <= _WARM_CLOSELY_TOKENS else singles[-2:]:
                 bucket = MixedBucket(num_tokens, num_singles)
                 tiles = self._tile_buckets(bucket)
@@ -287,14 +287,14 @@ class StepInputs:
         return buckets[-1:] if key.num_tiles == key.num_tokens else buckets[:-1]
 
     def _decode_step(self, num_rows: int, num_tiles: int, runs: AdapterRuns) -> DeviceStep:
-        ids, slots, positions, lengths, *tile_views = self._decode.views
+        ids, slots, positions, parts, *tile_views = self._decode.views
         single_rows = num_tiles == num_rows and not self._batch_invariant
         lora = self._tiles(tile_views, num_tiles, 1 if single_rows else DECODE_TILE_ROWS, runs) if num_tiles else None
         return DeviceStep(
             token_ids=ids[:num_rows],
             token_slot=slots[:num_rows],
             position=positions[:num_rows],
-            decode=DecodeRows(tokens=None, slots=slots[:num_rows], context_len=lengths[:num_rows]),
+            decode=self._decode_parts(parts, num_rows),
             prefill=None,
             lora=lora,
             sampled=None,
@@ -304,15 +304,14 @@ class StepInputs:
         )
 
     def _mixed_step(self, bucket: MixedBucket, num_tiles: int, runs: AdapterRuns) -> DeviceStep:
-        ids, token_slots, positions, sampled, tokens, slots, lengths, prefill, *tile_views = self._mixed.views
+        ids, token_slots, positions, sampled, parts, prefill, *tile_views = self._mixed.views
         lora = self._tiles(tile_views, num_tiles, self._mixed_tile_rows, runs) if num_tiles else None
         num_tokens, singles = bucket.num_tokens, bucket.num_singles
-        decode = DecodeRows(tokens=tokens[:singles], slots=slots[:singles], context_len=lengths[:singles])
         return DeviceStep(
             token_ids=ids[:num_tokens],
             token_slot=token_slots[:num_tokens],
             position=positions[:num_tokens],
-            decode=decode if singles else None,
+            decode=self._decode_parts(parts, singles) if singles else None,
             prefill=prefill[: 4 * self._prefill_capacity(num_tokens)].view(-1, 4),
             lora=lora,
             sampled=sampled[: bucket.num_sampled],
@@ -320,6 +319,9 @@ class StepInputs:
             arrivals=tuple(self._adapters.arrivals(runs.digests)),
             key=StepKey.of(num_tokens, singles, lora),
         )
+
+    def _decode_parts(self, section: torch.Tensor, num_rows: int) -> torch.Tensor:
+        return section[: PART_FIELDS * self.decode_cut.capacity(num_rows)].view(-1, PART_FIELDS)
 
     def _prefill_capacity(self, num_tokens: int) -> int:
         return -(-num_tokens // self._prefill_block) + MAX_SEVERAL
@@ -345,3 +347,9 @@ class StepInputs:
 
     def _caps(self, tile_rows: int) -> tuple[int, ...]:
         return _SINGLE_ROW_RANK_CAPS if tile_rows == 1 else self._rank_caps
+
+
+def _num_sms(device: torch.device) -> int:
+    if device.type != "cuda":
+        return _FALLBACK_SMS
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
