@@ -30,7 +30,7 @@ from loraplex_kernels.gpu.attention_tiles import (
     DecodeCut,
     build_decode_parts,
     build_prefill_tiles,
-    decode_budget,
+    decode_concurrency,
 )
 from loraplex_kernels.gpu.twins import attention as twins
 
@@ -158,13 +158,15 @@ class Bench:
         tables = [self.page_table(lengths) for _ in range(num_tables)]
         picked = sorted({0, case.rows // 2, case.rows - 1})
         expected = torch.full_like(out, torch.nan)
-        whole = build_decode_parts([lengths[row] for row in picked], picked, picked, DecodeCut(block_keys=16, budget=1))
+        whole = build_decode_parts(
+            [lengths[row] for row in picked], picked, picked, DecodeCut(block_keys=16, concurrency=1)
+        )
         twins.decode_attention(
             q, torch.from_numpy(whole), tables[0], self.arena, layout, 1, expected, None, scale=model.scale
         )
 
-        def measure(blocks: AttentionBlocks, budget: int) -> dict[str, Any]:
-            cut = DecodeCut(block_keys=blocks.keys, budget=budget)
+        def measure(blocks: AttentionBlocks, concurrency: int) -> dict[str, Any]:
+            cut = DecodeCut(block_keys=blocks.keys, concurrency=concurrency)
             live = build_decode_parts(lengths, range(case.rows), range(case.rows), cut)
             # As a graph has it: room for any lengths.
             parts = torch.zeros((cut.capacity(case.rows), PART_FIELDS), dtype=torch.int32, device=self.device)
@@ -181,7 +183,7 @@ class Bench:
             ms = self.time(lambda: [run(*call) for call in calls]) / len(calls)
             return {
                 **_shown(blocks, "keys", "num_warps", "num_stages"),
-                "budget": budget,
+                "concurrency": concurrency,
                 "parts": len(live),
                 "layer_us": round(ms * 1e3, 2),
                 "tb_per_s": round(layer_bytes / ms / 1e9, 3),
@@ -288,9 +290,13 @@ def _ranked(case: dict[str, Any], measured: list[dict[str, Any]]) -> dict[str, A
 
 
 def decode_variants(model: Model, num_sms: int) -> list[tuple[AttentionBlocks, int]]:
-    """The default blocks and budget first."""
-    budget = decode_budget(model.layout.num_kv_heads, num_sms)
-    return [(blocks, number) for number in (budget, budget * 2 // 3, budget * 4 // 3) for blocks in DECODE_BLOCKS]
+    """The default blocks and concurrency first."""
+    concurrency = decode_concurrency(model.layout.num_kv_heads, num_sms)
+    return [
+        (blocks, number)
+        for number in (concurrency, concurrency * 2 // 3, concurrency * 4 // 3)
+        for blocks in DECODE_BLOCKS
+    ]
 
 
 def compile_variants(variants: list[tuple[str, AttentionBlocks]]) -> None:

@@ -14,14 +14,12 @@ import torch
 import triton
 
 from loraplex_kernels.gpu.attention_kernels import decode_kernel, prefill_kernel
-from loraplex_kernels.gpu.attention_tiles import PART_FIELDS
+from loraplex_kernels.gpu.attention_tiles import BLOCK_PARTS, PART_FIELDS
 from loraplex_kernels.gpu.tuning import exact
 from loraplex_kernels.kv import KvLayout
 
 _LOG2_E = math.log2(math.e)
 _MIN_DOT_ROWS = 16
-_BLOCK_PARTS = 32
-"""Parts of a row that are added up at a time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,7 +126,7 @@ def decode_attention(
         BLOCK_GROUP=max(_MIN_DOT_ROWS, triton.next_power_of_2(group)),
         BLOCK_QUERIES=triton.next_power_of_2(group),
         BLOCK_KEYS=blocks.keys,
-        BLOCK_PARTS=_BLOCK_PARTS,
+        BLOCK_PARTS=BLOCK_PARTS,
         NUM_STAGES=blocks.num_stages,
         EXACT=exact(q.dtype),
         num_warps=blocks.num_warps,

@@ -21,7 +21,7 @@ from loraplex_kernels.gpu.attention_tiles import (
     DecodeCut,
     build_decode_parts,
     build_prefill_tiles,
-    decode_budget,
+    decode_concurrency,
 )
 from loraplex_kernels.gpu.twins import attention as twins
 
@@ -96,14 +96,15 @@ def parts_of(
     lengths: list[int],
     slots: list[int],
     *,
-    budget: int,
+    concurrency: int,
+    per_row: int | None = None,
     window: int | None = None,
     tokens: list[int] | None = None,
     dead: int = 0,
     block_keys: int = 16,
 ) -> torch.Tensor:
     """On the device; ``dead``: parts of zeros behind them."""
-    cut = DecodeCut(block_keys=block_keys, budget=budget, window=window)
+    cut = DecodeCut(block_keys=block_keys, concurrency=concurrency, window=window, per_row=per_row)
     parts = build_decode_parts(lengths, range(len(slots)) if tokens is None else tokens, slots, cut)
     return torch.from_numpy(np.pad(parts, ((0, dead), (0, 0)))).to(DEVICE)
 
@@ -113,7 +114,8 @@ def decode_both(
     slots: list[int],
     lengths: list[int],
     *,
-    budget: int = 1,
+    concurrency: int = 1,
+    per_row: int | None = None,
     window: int | None = None,
     tokens: list[int] | None = None,
     num_tokens: int | None = None,
@@ -121,7 +123,7 @@ def decode_both(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     num_tokens = num_tokens or len(slots)
     q, out, expected = world.queries(num_tokens), world.output(num_tokens), world.output(num_tokens)
-    parts = parts_of(lengths, slots, budget=budget, window=window, tokens=tokens, dead=2)
+    parts = parts_of(lengths, slots, concurrency=concurrency, window=window, tokens=tokens, per_row=per_row, dead=2)
     scratch = world.scratch(len(parts), len(slots))
     for function, result in ((attention.decode_attention, out), (twins.decode_attention, expected)):
         function(
@@ -174,7 +176,7 @@ def spans_of(ends: list[int], window: int | None, starts: list[int] | None = Non
 
 
 @pytest.mark.parametrize(
-    ("heads", "window", "budget"),
+    ("heads", "window", "concurrency"),
     [
         *((heads, None, 1) for heads in HEADS),
         (HEADS[0], 5, 1),
@@ -186,31 +188,31 @@ def spans_of(ends: list[int], window: int | None, starts: list[int] | None = Non
         (HEADS[1], 18, 8),
     ],
 )
-def test_decode(heads: tuple[int, int], window: int | None, budget: int) -> None:
+def test_decode(heads: tuple[int, int], window: int | None, concurrency: int) -> None:
     """Contexts of one key, of part of a page, of a page and of several blocks."""
     ends = [37, 1, 3, 4, 16, 66]
     world = World(spans_of(ends, window), *heads)
-    check(*decode_both(world, [*range(len(ends))], ends, budget=budget, window=window))
+    check(*decode_both(world, [*range(len(ends))], ends, concurrency=concurrency, window=window))
 
 
 def test_a_row_of_more_parts_than_are_added_up_at_a_time() -> None:
-    world = World(spans_of([660, 20], None), 2, 1)
-    assert parts_of([660, 20], [0, 1], budget=60)[0].tolist() == [0, 0, 0, 16, 0, 42, 0, 0]
-    check(*decode_both(world, [0, 1], [660, 20], budget=60))
+    world = World(spans_of([340, 20], None), 2, 1)
+    assert parts_of([340, 20], [0, 1], concurrency=1, per_row=22)[0].tolist() == [0, 0, 0, 16, 0, 22, 0, 0]
+    check(*decode_both(world, [0, 1], [340, 20], per_row=22))
 
 
-@pytest.mark.parametrize("budget", [1, 4])
-def test_padding_rows_get_zeros(budget: int) -> None:
+@pytest.mark.parametrize("concurrency", [1, 4])
+def test_padding_rows_get_zeros(concurrency: int) -> None:
     world = World(spans_of([21], None), 4, 2)
-    out, expected = decode_both(world, [-1, 0, -1], [0, 21, 0], budget=budget)
+    out, expected = decode_both(world, [-1, 0, -1], [0, 21, 0], concurrency=concurrency)
     assert bool((out[[0, 2]] == 0).all())
     check(out, expected)
 
 
-@pytest.mark.parametrize("budget", [1, 2])
-def test_decode_rows_of_a_mixed_step_write_their_own_tokens_alone(budget: int) -> None:
+@pytest.mark.parametrize("concurrency", [1, 2])
+def test_decode_rows_of_a_mixed_step_write_their_own_tokens_alone(concurrency: int) -> None:
     world = World(spans_of([9, 30], None), 4, 2)
-    out, expected = decode_both(world, [1, 0], [30, 9], tokens=[5, 2], num_tokens=7, budget=budget)
+    out, expected = decode_both(world, [1, 0], [30, 9], tokens=[5, 2], num_tokens=7, concurrency=concurrency)
     assert out[:, 0].isnan().tolist() == [True, True, False, True, True, False, True]
     check(out, expected)
 
@@ -227,7 +229,7 @@ def test_prefill(heads: tuple[int, int], window: int | None) -> None:
 
 def test_bf16() -> None:
     world = World(spans_of([40, 17], None), 6, 2, dtype=torch.bfloat16)
-    check(*decode_both(world, [0, 1], [40, 17], budget=3), tolerance=1e-2)
+    check(*decode_both(world, [0, 1], [40, 17], concurrency=3), tolerance=1e-2)
     check(*prefill_both(world, [19, 0], [21, 17]), tolerance=1e-2)
 
 
@@ -260,7 +262,7 @@ def test_the_twins_agree_with_the_cpu_operation(window: int | None) -> None:
     out = paged_attention(q, view_kv_pages(arena, world.layout), LAYER, plan)
     tiles = torch.from_numpy(build_prefill_tiles(starts[1:], counts[1:], [1, 10], [1, 2], 5)).to(DEVICE)
     shared = (world.table, world.arena, world.layout, LAYER, expected)
-    twins.decode_attention(q, parts_of([29], [0], budget=2, window=window), *shared, None, scale=world.scale)
+    twins.decode_attention(q, parts_of([29], [0], concurrency=2, window=window), *shared, None, scale=world.scale)
     twins.prefill_attention(q, tiles, *shared, block_tokens=5, scale=world.scale, sliding_window=window)
     check(out, expected)
 
@@ -291,29 +293,55 @@ def test_tiles_cover_each_token_once_longest_first(rows: list[tuple[int, int]], 
     assert (np.diff(ends) <= 0).all()
 
 
-def test_the_budget_fills_the_gpu() -> None:
-    assert [decode_budget(kv_heads, 132) for kv_heads in (8, 4, 2, 1)] == [33, 66, 128, 128]
-    assert decode_budget(64, 8) == 1
+def test_as_many_parts_at_a_time_as_the_gpu_has_room_for() -> None:
+    assert [decode_concurrency(kv_heads, 132) for kv_heads in (8, 4, 2, 1)] == [33, 66, 128, 128]
+    assert decode_concurrency(64, 8) == 1
+
+
+@pytest.mark.parametrize(
+    ("lengths", "num_parts", "longest"),
+    [
+        # So many of like length that the memory is busy.
+        ([320] * 32, 32, 320),
+        ([1000, 980, 901] * 6, 18, 1000),
+        # Too few: all their parts at a time.
+        ([8192] * 16, 32, 4096),
+        ([1024] * 8, 32, 256),
+        ([8192], 16, 512),
+        ([32768], 32, 1024),
+        # One that many others are not long enough to run beside.
+        ([320] * 31 + [8192], 47, 512),
+        ([320] * 255 + [8192], 260, 1664),
+        # One that is no longer than its fair share.
+        ([320] * 127 + [1200], 128, 1200),
+    ],
+)
+def test_long_contexts_are_cut_where_they_would_keep_the_step_waiting(
+    lengths: list[int], num_parts: int, longest: int
+) -> None:
+    rows = range(len(lengths))
+    parts = build_decode_parts(lengths, rows, rows, DecodeCut(block_keys=32, concurrency=33))
+    assert len(parts) == num_parts
+    assert (parts[:, 3] - parts[:, 2]).max() == longest
 
 
 @settings(max_examples=100, deadline=None)
 @given(
     lengths=st.lists(st.integers(0, 9000) | st.integers(0, 40), min_size=1, max_size=40),
     block_keys=st.sampled_from([16, 64]),
-    budget=st.integers(1, 50),
+    concurrency=st.integers(1, 50),
     window=st.none() | st.integers(1, 300),
     per_row=st.none() | st.integers(1, 5),
 )
 def test_parts_cover_each_key_once_longest_rows_first(
-    lengths: list[int], block_keys: int, budget: int, window: int | None, per_row: int | None
+    lengths: list[int], block_keys: int, concurrency: int, window: int | None, per_row: int | None
 ) -> None:
-    cut = DecodeCut(block_keys=block_keys, budget=budget, window=window, per_row=per_row)
+    cut = DecodeCut(block_keys=block_keys, concurrency=concurrency, window=window, per_row=per_row)
     tokens, slots = [row + 100 for row in range(len(lengths))], [row + 200 for row in range(len(lengths))]
     parts = build_decode_parts(lengths, tokens, slots, cut)
     assert parts.shape[1] == PART_FIELDS
     assert len(parts) <= cut.capacity(len(lengths))
     seen = [length if window is None else min(length, window) for length in lengths]
-    share = -(-sum(seen) // budget)
     met, row_of_before = set(), None
     for index, (token, slot, begin, end, first, count, row, _) in enumerate(parts.tolist()):
         assert (token, slot) == (row + 100, row + 200)
@@ -328,15 +356,13 @@ def test_parts_cover_each_key_once_longest_rows_first(
         if index == first + count - 1:
             assert end == lengths[row]
         assert (end - begin) % block_keys == 0 or end == lengths[row]
-        if per_row is None:
-            assert end - begin < share + block_keys
         assert end > begin or lengths[row] == 0
     assert met == {*range(len(lengths))}
 
 
 @given(lengths=st.lists(st.integers(0, 3000), min_size=1, max_size=20))
 def test_batch_invariant_parts_of_a_row_do_not_depend_on_the_others(lengths: list[int]) -> None:
-    cut = DecodeCut(block_keys=64, budget=24, per_row=4)
+    cut = DecodeCut(block_keys=64, concurrency=24, per_row=4)
     together = build_decode_parts(lengths, [0] * len(lengths), [0] * len(lengths), cut)
     for row, length in enumerate(lengths):
         alone = build_decode_parts([length], [0], [0], cut)
@@ -358,12 +384,12 @@ LLAMA = {"head_dim": 128, "page_size": 16, "dtype": torch.bfloat16}
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("budget", [1, 24, 100])
+@pytest.mark.parametrize("concurrency", [1, 24, 100])
 @pytest.mark.parametrize("window", [None, 700])
-def test_decode_of_llama_shapes(budget: int, window: int | None) -> None:
+def test_decode_of_llama_shapes(concurrency: int, window: int | None) -> None:
     ends = [320, 1, 65, 1024, 2049, 511]
     world = World(spans_of(ends, window), 32, 8, **LLAMA)
-    check(*decode_both(world, [*range(6)], ends, budget=budget, window=window, blocks=None), tolerance=1e-2)
+    check(*decode_both(world, [*range(6)], ends, concurrency=concurrency, window=window, blocks=None), tolerance=1e-2)
 
 
 @pytest.mark.gpu
@@ -376,7 +402,7 @@ def test_prefill_of_model_shapes(heads: tuple[int, int], head_dim: int, dtype: t
     world = World(spans_of(ends, window, starts), *heads, head_dim=head_dim, page_size=16, dtype=dtype)
     tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-5
     check(*prefill_both(world, starts, counts, window=window, blocks=None), tolerance=tolerance)
-    check(*decode_both(world, [*range(4)], ends, blocks=None, window=window, budget=24), tolerance=tolerance)
+    check(*decode_both(world, [*range(4)], ends, blocks=None, window=window, concurrency=24), tolerance=tolerance)
 
 
 @pytest.mark.gpu
@@ -384,7 +410,7 @@ def test_pages_past_two_billion_elements() -> None:
     # 2 MiB a page: 2300 of them are 2.4 billion elements; the requests get the last ones.
     world = World(spans_of([100, 33], None), 32, 8, num_layers=32, spare_pages=2300, **LLAMA)
     assert int(world.table[0, 0]) * world.layout.elements_per_page > 2**31
-    check(*decode_both(world, [0, 1], [100, 33], blocks=None, budget=8), tolerance=1e-2)
+    check(*decode_both(world, [0, 1], [100, 33], blocks=None, concurrency=8), tolerance=1e-2)
     check(*prefill_both(world, [50, 0], [50, 33], blocks=None), tolerance=1e-2)
 
 
@@ -393,7 +419,7 @@ def test_results_are_bit_equal_from_run_to_run() -> None:
     """Whichever of a row's parts is done last."""
     ends = [9000, 333, 2000, 5]
     world = World(spans_of(ends, None), 32, 8, **LLAMA)
-    q, parts = world.queries(4), parts_of(ends, [0, 1, 2, 3], budget=60, block_keys=64)
+    q, parts = world.queries(4), parts_of(ends, [0, 1, 2, 3], concurrency=60, block_keys=64)
     scratch = world.scratch(len(parts), 4)
     results = []
     for _ in range(200):
@@ -410,7 +436,7 @@ def test_results_are_bit_equal_from_run_to_run() -> None:
 def test_a_captured_graph_serves_other_contexts() -> None:
     world = World(spans_of([900, 333, 5], None), 32, 8, **LLAMA)
     q, out, expected = world.queries(3), world.output(3), world.output(3)
-    capacity = DecodeCut(block_keys=64, budget=8).capacity(3)
+    capacity = DecodeCut(block_keys=64, concurrency=8).capacity(3)
     parts = torch.zeros((capacity, PART_FIELDS), dtype=torch.int32, device=DEVICE)
     scratch = world.scratch(capacity, 3)
     args = (world.table, world.arena, world.layout, LAYER)
@@ -420,7 +446,7 @@ def test_a_captured_graph_serves_other_contexts() -> None:
         attention.decode_attention(q, parts, *args, out, scratch, scale=world.scale)
     for ends, own in (([900, 333, 5], [0, 1, 2]), ([333, 0, 12], [1, -1, 0])):
         parts.zero_()
-        live = parts_of(ends, own, budget=8, block_keys=64)
+        live = parts_of(ends, own, concurrency=8, block_keys=64)
         parts[: len(live)].copy_(live)
         out.fill_(NAN)
         graph.replay()

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from loraplex_kernels import KvLayout
 from loraplex_kernels.gpu.attention import decode_blocks, prefill_block_tokens
-from loraplex_kernels.gpu.attention_tiles import PART_FIELDS, DecodeCut, build_decode_parts, decode_budget
+from loraplex_kernels.gpu.attention_tiles import PART_FIELDS, DecodeCut, build_decode_parts, decode_concurrency
 from loraplex_kernels.gpu.lora import ALL_SITES, ATTENTION_SITES, MAX_RANK, LoraTiles, Site
 from loraplex_kernels.gpu.lora_tiles import TileArrays, decode_tile_rows, shared_tiles
 
@@ -123,7 +123,7 @@ class StepInputs:
         self._max_rows = max_rows
         self.decode_cut = DecodeCut(
             block_keys=decode_blocks(layout, dtype).keys,
-            budget=decode_budget(layout.num_kv_heads, _num_sms(device)),
+            concurrency=decode_concurrency(layout.num_kv_heads, _num_sms(device)),
             window=model.sliding_window,
             per_row=_INVARIANT_PARTS if batch_invariant else None,
         )
