@@ -171,9 +171,10 @@ def test_the_widest_graph_of_a_step_computes_the_same(
 @pytest.mark.parametrize("batch_invariant", [False, True])
 @pytest.mark.parametrize("max_rows", [256, 100, 16])
 def test_after_the_start_every_step_has_a_graph(max_rows: int, batch_invariant: bool, make_driver: Any) -> None:
-    """Its own or a wider one: with adapters of up to 64 ranks, all decode steps and steps of up to 1,024 tokens."""
+    """Its own or a wider one: with adapters of up to 64 ranks, all decode steps and those with prompts."""
     options = {"kernels": True, "cuda_graphs": True, "batch_invariant": batch_invariant}
-    driver = make_driver("random:tiny-llama", page_size=16, device=DEVICE, max_rows=max_rows, **options)
+    options |= {"max_rows": max_rows, "max_step_tokens": 2048}
+    driver = make_driver("random:tiny-llama", page_size=16, device=DEVICE, **options)
     inputs = driver.executor._inputs
     captured = {step.key for step in inputs.idle_steps()}
     runs = [
@@ -185,7 +186,7 @@ def test_after_the_start_every_step_has_a_graph(max_rows: int, batch_invariant: 
         steps = [inputs._decode_step(num_rows, 0, runs[0])]
         steps += [inputs._decode_step(num_rows, n, run) for run in runs for n in inputs._decode_tile_buckets(num_rows)]
         assert all(captured.intersection(inputs.wider(step)) for step in steps)
-    for num_tokens, num_singles in product(mixed_token_buckets(1024), single_buckets(max_rows)):
+    for num_tokens, num_singles in product(mixed_token_buckets(2048), single_buckets(max_rows)):
         bucket = MixedBucket(num_tokens, num_singles)
         steps = [inputs._mixed_step(bucket, 0, runs[0])]
         steps += [inputs._mixed_step(bucket, n, run) for run in runs for n in inputs._tile_buckets(bucket)]

@@ -97,7 +97,9 @@ def _parts(seen_B: _Int64Array, cut: DecodeCut) -> tuple[_Int64Array, _Int64Arra
 
 
 def _longest_part(seen_B: _Int64Array, cut: DecodeCut) -> int:
-    total, longest = int(seen_B.sum()), max(1, int(seen_B.max(initial=0)))
+    total, longest = int(seen_B.sum()), int(seen_B.max(initial=0))
+    if longest == 0:
+        return 1
     num_like = int(np.count_nonzero(seen_B >= _LIKE * longest))
     if longest * cut.concurrency <= total or 2 * num_like > cut.concurrency:
         return longest

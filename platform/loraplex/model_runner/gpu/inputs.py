@@ -49,8 +49,8 @@ _INVARIANT_PARTS = 4
 _RANK_CAPS = (16, MAX_RANK)
 _SINGLE_ROW_RANK_CAPS = (8, *_RANK_CAPS)
 _WARM_CLOSELY_TOKENS, _WARM_TOKENS = 512, 1024
-"""Of steps with prompts that have graphs from the start: up to the first of each kind, up to the second those
-that serve the others."""
+"""Of steps with prompts: up to the first graphs of each kind exist from the start, up to the second fewer that serve
+the others, of longer ones one for each kind of adapters."""
 _COARSE = 3
 """Of the tile buckets of adapters of many ranks every third is captured ahead: two and a half times the tiles."""
 
@@ -241,10 +241,17 @@ class StepInputs:
                     yield self._decode_step(num_rows, num_tiles, widest)
         empty = MixedArrays.of((), self._prefill_block, self.decode_cut)
         singles = single_buckets(self._max_rows)
+        kinds = (widest,) if self._batch_invariant else (most, widest)
         for num_tokens in self._token_buckets:
-            if num_tokens > _WARM_TOKENS:
-                break
             self._mixed.send(empty.padded_sections(num_tokens))
+            if num_tokens > _WARM_TOKENS:
+                for num_singles in dict.fromkeys((singles[1], singles[-1])):
+                    bucket = MixedBucket(num_tokens, num_singles)
+                    tiles = self._tile_buckets(bucket)
+                    num_tiles = tiles[-1] if num_singles == self._max_rows else tiles[:2][-1]
+                    yield self._mixed_step(bucket, 0, none)
+                    yield from (self._mixed_step(bucket, num_tiles, runs) for runs in kinds)
+                continue
             for num_singles in singles if num_tokens <= _WARM_CLOSELY_TOKENS else singles[-2:]:
                 bucket = MixedBucket(num_tokens, num_singles)
                 tiles = self._tile_buckets(bucket)
