@@ -39,8 +39,9 @@ _WARMUP_TOKENS = 4
 
 
 class BenchSession:
-    def __init__(self, setup: EngineSetup) -> None:
-        """Loads the model and answers one request. Raises BadConfig."""
+    def __init__(self, setup: EngineSetup, *, graph_patience: int = 0) -> None:
+        """Loads the model and answers one request. Raises BadConfig. ``graph_patience``: of the executor; 0: what runs
+        twice in the warm-up is captured there."""
         self.setup = setup
         # Before the model: a file that is not there should not cost a minute.
         given = None if setup.ceilings is None else _given_ceilings(setup.ceilings)
@@ -56,8 +57,7 @@ class BenchSession:
                 "max_rows": setup.max_running,
                 "max_step_tokens": setup.max_step_tokens,
                 "batch_invariant": setup.batch_invariant,
-                # What runs twice in the warm-up is captured there.
-                "graph_patience": 0,
+                "graph_patience": graph_patience,
             },
             ExecutorConfig,
         )

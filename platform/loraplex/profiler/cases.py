@@ -8,6 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+_CASE_TOKENS = 1 << 17
+"""Of about so many a case has no more requests than run at a time: one of many long prompts ends in seconds."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProfileCase:
@@ -101,7 +104,8 @@ def _draw(
     room = limits.max_kv_tokens // (longest_input + longest_output)
     concurrency = max(1, min(concurrency, limits.max_running, room))
     longest_input = max(2, min(longest_input, limits.max_kv_tokens // concurrency - longest_output))
-    count = max(4, 2 * concurrency)
+    mean_tokens = 5 * (longest_input + longest_output) // 8
+    count = max(4, concurrency, min(2 * concurrency, _CASE_TOKENS // mean_tokens))
     inputs = random.integers(max(1, longest_input // 4), longest_input + 1, size=count)
     outputs = random.integers(max(1, longest_output // 4), longest_output + 1, size=count)
     adapters = np.full(count, -1)

@@ -24,6 +24,7 @@ from loraplex.cost.ceilings import ceilings_of_device
 from loraplex.cost.memory import DEFAULT_MEMORY_FRACTION, memory_model, whole_adapter_bytes
 from loraplex.cost.profile import BaseProfile, GpuProfile
 from loraplex.cost.step_cost import StepComposition
+from loraplex.model_runner import ExecutorConfig
 from loraplex.profiler.cases import Limits, ProfileCase, grid, held_out
 from loraplex.profiler.decoding import time_decoding
 from loraplex.profiler.measurement import Measurement, Samples
@@ -50,7 +51,7 @@ class ProfileOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
 def measure(options: ProfileOptions, *, say: Callable[[str], None]) -> Measurement:
     """``say`` is told of each case. BadConfig when the options contradict, or nothing could be measured in time."""
-    session = BenchSession(options.setup)
+    session = BenchSession(options.setup, graph_patience=ExecutorConfig().graph_patience)
     try:
         return _measure(session, options, say=say)
     finally:
@@ -100,8 +101,7 @@ def _measure(session: BenchSession, options: ProfileOptions, *, say: Callable[[s
 def _run(session: BenchSession, case: ProfileCase, options: ProfileOptions) -> tuple[Samples, Samples]:
     """The steps and their pace; and of them, or of others where a pipeline has a pace only while several steps are in
     it, those that were alone. With a fresh engine; the case's adapters are on the accelerator, and on a GPU the case
-    ran twice before: kernels are compiled the first time that a size comes, and graphs captured the second time, within
-    the step."""
+    ran once before, for what is compiled or allocated at its first use. Steps have the graphs that a replica's have."""
     load = EngineLoad(
         requests=case.concurrency,
         adapters=max(case.adapters) + 1,
@@ -113,7 +113,7 @@ def _run(session: BenchSession, case: ProfileCase, options: ProfileOptions) -> t
         seed=options.seed,
     )
     manifests = session.prepare(load)
-    for _ in range(1 if options.setup.device == "cpu" else 3):
+    for _ in range(1 if options.setup.device == "cpu" else 2):
         requests = [
             session.request(
                 manifests[adapter] if adapter >= 0 else None, input_tokens=tokens_in, output_tokens=tokens_out
