@@ -99,6 +99,31 @@ def test_base_only_decode_after_warm_up(make_base: Any, add_adapter: Any, make_d
         check(base, driver, request)
 
 
+@pytest.mark.parametrize("batch_invariant", [False, True])
+def test_a_long_context_is_cut_beside_short_ones(
+    batch_invariant: bool, make_base: Any, add_adapter: Any, make_driver: Any, check: Any
+) -> None:
+    """In decode steps and in steps with a prompt."""
+    base = make_base("llama", num_hidden_layers=1, hidden_size=32, intermediate_size=64, num_attention_heads=2)
+    add_adapter(base, "unused", **ADAPTERS["attention"])
+    options = {"kernels": True, "max_rows": 4, "batch_invariant": batch_invariant}
+    driver = make_driver(base.directory, page_size=16, device=DEVICE, **options)
+    cut, run_step = [], driver.executor._run_step
+
+    def noted(step: DeviceStep, hidden: torch.Tensor | None) -> torch.Tensor | None:
+        if step.decode is not None:
+            cut.append((step.prefill is None, int(step.decode[:, 5].max())))
+        return run_step(step, hidden)
+
+    driver.executor._run_step = noted
+    long, short, later = (driver.open(prompt(length, length)) for length in (90, 3, 5))
+    driver.run([long, short], num_tokens=2)
+    driver.step([(long, 1), (short, 1), (later, 5)])
+    assert cut == [(True, 3), (False, 3)]
+    for request in (long, short, later):
+        check(base, driver, request)
+
+
 @pytest.mark.parametrize(("num_several", "prepares"), [(1, False), (2, True)])
 def test_steps_padded_for_graphs_equal_transformers(
     num_several: int, prepares: bool, make_base: Any, add_adapter: Any, make_driver: Any, check: Any
