@@ -47,9 +47,14 @@ class DecodeCut:
     per_row: int | None = None
     """Batch-invariant: a row is cut into so many parts whatever the others are."""
 
+    @property
+    def finest(self) -> int:
+        """All keys over the length of the shortest parts."""
+        return int(_FINENESS * self.concurrency)
+
     def capacity(self, num_rows: int) -> int:
         """The most parts that ``num_rows`` have."""
-        return num_rows + int(_FINENESS * self.concurrency) if self.per_row is None else num_rows * self.per_row
+        return num_rows + self.finest if self.per_row is None else num_rows * self.per_row
 
 
 def decode_concurrency(num_kv_heads: int, num_sms: int) -> int:
@@ -107,7 +112,7 @@ def _longest_part(seen_B: _Int64Array, cut: DecodeCut) -> int:
         # Hardly more than these: all parts run at a time.
         share = -(-longest // (cut.concurrency // num_like))
     else:
-        share = -(-total // int(_FINENESS * cut.concurrency))
+        share = -(-total // cut.finest)
     most_parts = BLOCK_PARTS if longest < _MANY_KEYS else 2 * BLOCK_PARTS
     return max(share, -(-longest // most_parts))
 
