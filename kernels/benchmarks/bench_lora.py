@@ -1,11 +1,11 @@
-"""What LoRA adds to a decode step on one GPU: all layers and projections of Llama-3.1-8B's shape, a CUDA graph a case.
+"""What LoRA adds to a step on one GPU, of decode or with a prompt in it: all layers and projections of Llama-3.1-8B's
+shape, a CUDA graph a case.
 
 A step here is its GEMMs and the operations between them (no attention, no sampling), with and without LoRA;
-``added_ms`` is the difference. Weights and adapters of all layers are distinct, so that each step reads them from
-memory. The floor is the time in which ``--bandwidth`` reads the step's adapters once. One layer of each case is checked
-against the twins first. Variants change the choices of ``tuning``, so that one run
-tells which defaults to set. One JSON
-object a line.
+``added_ms`` is the difference, the median over rounds in which they alternate. Weights and adapters of all layers are
+distinct, so that each step reads them from memory. The floor is the time in which ``--bandwidth`` reads the step's
+adapters once. One layer of each case is checked against the twins first. Variants change the choices of ``tuning``, so
+that one run tells which defaults to set. One JSON object a line.
 
     python kernels/benchmarks/bench_lora.py                                  # defaults, all cases: about a minute
     python kernels/benchmarks/bench_lora.py --variants all --cases 64x64,256x32
@@ -15,21 +15,23 @@ object a line.
 
 import argparse
 import json
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Self
 
 import numpy as np
 import torch
 import triton
-from graph_timing import compile_apart, median_ms, relative_error
+from graph_timing import alternating_ms, compile_apart, median_ms, relative_error
 from lora_variants import VARIANTS, Variant, chosen
 from loraplex_kernels import KvLayout
 from loraplex_kernels.gpu.activation import silu_mul
 from loraplex_kernels.gpu.lora import LoraTable, LoraTiles, PendingExpand, Site, lora_expand_, lora_shrink, view_partial
 from loraplex_kernels.gpu.lora_project import LoraProjections
 from loraplex_kernels.gpu.lora_random import Adapter, LayerShape, device_tiles, random_table
-from loraplex_kernels.gpu.lora_tiles import decode_tile_rows
+from loraplex_kernels.gpu.lora_tiles import decode_tile_rows, mixed_tile_rows
 from loraplex_kernels.gpu.norm import add_rms_norm
 from loraplex_kernels.gpu.rotary_kv import rotary_table, rotary_write_kv
 from loraplex_kernels.gpu.twins import activation as activation_twin
@@ -55,13 +57,33 @@ class Model:
 @dataclass(frozen=True, slots=True)
 class Case:
     rows: int
+    """Of one token each, their adapters in turn."""
     adapters: int
     ranks: tuple[int, ...]
     """Of the adapters in turn."""
+    prompt: int = 0
+    """Tokens of one more row, with the first adapter."""
+
+    @classmethod
+    def parse(cls, text: str, ranks: tuple[int, ...]) -> Self:
+        rows, _, rest = text.partition("x")
+        adapters, _, prompt = rest.partition("+")
+        return cls(int(rows), int(adapters), ranks, int(prompt or 0))
+
+    @property
+    def num_tokens(self) -> int:
+        return self.rows + self.prompt
+
+    @property
+    def num_adapters(self) -> int:
+        """In the step."""
+        return min(max(self.rows, 1), self.adapters)
 
     @property
     def name(self) -> str:
-        return f"{self.rows}x{self.adapters}" + ("" if self.ranks == (16,) else f"r{'-'.join(map(str, self.ranks))}")
+        prompt = f"+{self.prompt}" if self.prompt else ""
+        ranks = "" if self.ranks == (16,) else f"r{'-'.join(map(str, self.ranks))}"
+        return f"{self.rows}x{self.adapters}{prompt}{ranks}"
 
     def rank_cap(self, tile_rows: int) -> int:
         return next(cap for cap in ((8, 16, 64) if tile_rows == 1 else (16, 64)) if max(self.ranks) <= cap)
@@ -73,16 +95,18 @@ class Step:
     def __init__(self, model: Model, case: Case, table: LoraTable, records: np.ndarray, weights: int) -> None:
         """``weights``: layers with GEMM weights of their own; 0 leaves the GEMMs out."""
         self.model, self.case, self.table = model, case, table
-        shape, rows, device, dtype = model.shape, case.rows, model.device, model.dtype
-        used = np.sort(records[np.arange(rows) % case.adapters]).astype(np.int32)
-        ones = np.ones(rows, dtype=np.int32)
+        shape, rows, device, dtype = model.shape, case.num_tokens, model.device, model.dtype
+        used = np.sort(records[np.arange(case.rows) % case.adapters]).astype(np.int32)
+        lengths = np.ones(case.rows, dtype=np.int32)
+        if case.prompt:
+            used, lengths = np.insert(used, 0, records[0]), np.insert(lengths, 0, case.prompt)
         self.tiles_of: dict[int, LoraTiles] = {
             tile_rows: device_tiles(
-                used, ones, ones, tile_rows=tile_rows, rank_cap=case.rank_cap(tile_rows), device=device
+                used, np.ones_like(used), lengths, tile_rows=tile_rows, rank_cap=case.rank_cap(tile_rows), device=device
             )
-            for tile_rows in (1, 16)
+            for tile_rows in (1, 16, 32, 64)
         }
-        self.tile_rows = decode_tile_rows(rows, self.tiles_of[16].num_tiles)
+        self.tile_rows = mixed_tile_rows(rows) if case.prompt else decode_tile_rows(rows, self.tiles_of[16].num_tiles)
         self.x = {site: self._randn(rows, shape.inputs(site)) for site in Site}
         self.out = {site: self._randn(rows, sum(shape.outputs(site))) for site in Site}
         self.projections = LoraProjections(
@@ -97,10 +121,15 @@ class Step:
         self.norm_weight = self._randn(shape.hidden)
         head_dim = model.layout.head_dim
         self.cos_sin = rotary_table(rotary_frequencies(head_dim, 5e5, None, device), 512, dtype)
-        self.slots = torch.arange(rows, dtype=torch.int32, device=device)
-        self.positions = self.slots % (2 * model.layout.page_size)
-        self.page_table = torch.randperm(2 * rows, device=device).to(torch.int32).view(rows, 2)
-        self.pages = torch.zeros(2 * rows * model.layout.elements_per_page, dtype=dtype, device=device)
+        # Two pages a slot: the prompt's tokens fill theirs, each other row has one to itself.
+        in_prompt, two_pages = torch.arange(case.prompt), 2 * model.layout.page_size
+        first = -(-case.prompt // two_pages)
+        num_slots = first + case.rows
+        own = torch.arange(first, num_slots)
+        self.slots = torch.cat((in_prompt // two_pages, own)).to(device, torch.int32)
+        self.positions = torch.cat((in_prompt % two_pages, own % two_pages)).to(device, torch.int32)
+        self.page_table = torch.randperm(2 * num_slots, device=device).to(torch.int32).view(num_slots, 2)
+        self.pages = torch.zeros(2 * num_slots * model.layout.elements_per_page, dtype=dtype, device=device)
         self.weights = [
             {site: self._randn(sum(shape.outputs(site)), shape.inputs(site)) for site in Site} for _ in range(weights)
         ]
@@ -232,7 +261,7 @@ class Step:
 
 def adapter_bytes(case: Case, shape: LayerShape, layers: int, itemsize: int) -> int:
     """Of the adapters that the rows of the case name, all layers and modules."""
-    ranks = sum(case.ranks[index % len(case.ranks)] for index in range(min(case.rows, case.adapters)))
+    ranks = sum(case.ranks[index % len(case.ranks)] for index in range(case.num_adapters))
     return ranks * layers * itemsize * sum(inputs + outputs for inputs, outputs in shape.modules)
 
 
@@ -251,7 +280,17 @@ def builds(
     cases: list[Case], variants: list[str], layers: int, tp: int
 ) -> list[tuple[Case, str | None, Site, int, int]]:
     """One job for all cases between which ``tuning`` makes no difference."""
-    kinds = {(case.rows <= 32, case.rows < 64, case.adapters == case.rows, case.rank_cap(1)): case for case in cases}
+    kinds = {
+        (
+            case.num_tokens <= 32,
+            case.num_tokens < 64,
+            case.num_tokens // 1024,
+            case.adapters == case.rows,
+            case.prompt > 0,
+            case.rank_cap(1),
+        ): case
+        for case in cases
+    }
     choices = (None, *variants)
     return [(case, variant, site, layers, tp) for case in kinds.values() for variant in choices for site in Site]
 
@@ -272,23 +311,28 @@ def make_model(tiny: bool, layers: int, tp: int) -> Model:
 
 def run_case(
     model: Model, case: Case, layers: int, variants: list[str], weights: list[dict[Site, torch.Tensor]],
-    table: LoraTable, records: np.ndarray, bandwidth: float, parts: bool,
+    table: LoraTable, records: np.ndarray, bandwidth: float, parts: bool, repeats: int,
 ) -> dict[str, object]:  # fmt: skip
     step = Step(model, case, table, records, 0)
     # The twins go through the tiles one by one.
-    checked = variants if case.rows <= 64 else variants[:1]
+    checked = variants if case.num_tokens <= 64 else variants[:1]
     errors = {name: step.check(layers - 1, VARIANTS[name]) for name in checked}
     wrong = {name: error for name, error in errors.items() if not error <= MAX_ERROR}
     if wrong:
         raise SystemExit(f"{case.name}: relative errors {wrong} against the twins")
     step_parts = step.parts(layers, Variant()) if parts else {}
     step.weights = weights
-    base_ms = median_ms(lambda: step.run(layers, None), target_ms=30.0)
+    choices = [None, *(VARIANTS[name] for name in variants)]
+    base, *others = alternating_ms(
+        [lambda variant=variant: step.run(layers, variant) for variant in choices], repeats=repeats, target_ms=20.0
+    )
+    base_ms = statistics.median(base)
+    added = {
+        name: statistics.median(ours - without for ours, without in zip(times, base, strict=True))
+        for name, times in zip(variants, others, strict=True)
+    }
     num_bytes = adapter_bytes(case, model.shape, layers, model.dtype.itemsize)
     floor_ms = num_bytes / bandwidth * 1e3
-    added: dict[str, float] = {}
-    for name in variants:
-        added[name] = median_ms(lambda name=name: step.run(layers, VARIANTS[name]), repeats=5, target_ms=20.0) - base_ms
     best = min(added, key=lambda name: added[name])
     return {
         "case": case.name,
@@ -309,7 +353,9 @@ def run_case(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cases", default="1x1,32x1,32x32,64x8,64x64,256x1,256x32,256x256", help="rows x adapters")
+    parser.add_argument(
+        "--cases", default="1x1,32x1,32x32,64x8,64x64,256x1,256x32,256x256", help="rows x adapters + tokens of a prompt"
+    )
     parser.add_argument("--ranks", default="16", help="a list cycles over the adapters: 8,16,32,64; ; separates runs")
     parser.add_argument("--variants", default="default", help=f"all, or of {', '.join(VARIANTS)}")
     parser.add_argument("--parts", action="store_true", help="also times each operation alone")
@@ -318,18 +364,21 @@ def main() -> None:
     )
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--bandwidth", type=float, default=3.02e12, help="bytes/s of a large copy on this GPU")
+    parser.add_argument(
+        "--repeats", type=int, default=10, help="rounds in which a step with and without LoRA alternate"
+    )
     parser.add_argument("--processes", type=int, default=12, help="that compile ahead; 0: none")
     parser.add_argument("--tiny", action="store_true", help="small sizes, for any machine")
     options = parser.parse_args()
     layers = 1 if options.tiny else options.layers
-    cases = "1x1,3x2" if options.tiny else options.cases
+    cases = "1x1,3x2,2x2+17" if options.tiny else options.cases
     variants = list(VARIANTS) if options.variants == "all" else options.variants.split(",")
     model = make_model(options.tiny, layers, options.tp)
     print(json.dumps(place()), flush=True)
     weights = Step(model, Case(1, 1, (16,)), *empty_table(model, layers), layers).weights
     for ranks_text in options.ranks.split(";"):
         ranks = tuple(int(rank) for rank in ranks_text.split(","))
-        run = [Case(*(int(part) for part in text.split("x")), ranks) for text in cases.split(",")]
+        run = [Case.parse(text, ranks) for text in cases.split(",")]
         start = time.perf_counter()
         if options.processes and not options.tiny:
             compile_apart(build, builds(run, variants, layers, options.tp), options.processes)
@@ -337,7 +386,18 @@ def main() -> None:
         table, records = random_table(model.shape, layers, adapters, dtype=model.dtype, device=model.device)
         print(json.dumps({"ranks": ranks, "ready_s": round(time.perf_counter() - start, 1)}), flush=True)
         for case in run:
-            result = run_case(model, case, layers, variants, weights, table, records, options.bandwidth, options.parts)
+            result = run_case(
+                model,
+                case,
+                layers,
+                variants,
+                weights,
+                table,
+                records,
+                options.bandwidth,
+                options.parts,
+                options.repeats,
+            )
             print(json.dumps(result), flush=True)
         del table
 

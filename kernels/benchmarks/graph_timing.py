@@ -11,11 +11,30 @@ import torch
 
 
 def median_ms(step: Callable[[], None], *, repeats: int = 7, target_ms: float = 10.0) -> float:
-    """Milliseconds of one ``step``: captured once, then the median over ``repeats`` runs of enough replays."""
+    """Milliseconds of one ``step``: the median over ``repeats`` runs of enough replays."""
+    return statistics.median(alternating_ms([step], repeats=repeats, target_ms=target_ms)[0])
+
+
+def alternating_ms(
+    steps: Sequence[Callable[[], None]], *, repeats: int = 7, target_ms: float = 10.0
+) -> list[list[float]]:
+    """Milliseconds of each of ``steps``, each captured once: ``repeats`` rounds in which all run one after another, so
+    that the GPU's clock, which falls as it warms, is the same for those of a round."""
     if not torch.cuda.is_available():
-        start = time.perf_counter()
-        step()
-        return (time.perf_counter() - start) * 1e3
+        return [[_called_ms(step)] for step in steps]
+    graphs = [_captured(step) for step in steps]
+    counts = [max(1, min(100, int(target_ms / max(_replay_ms(graph, 1), 1e-3)))) for graph in graphs]
+    rounds = [[_replay_ms(graph, count) for graph, count in zip(graphs, counts, strict=True)] for _ in range(repeats)]
+    return [list(times) for times in zip(*rounds, strict=True)]
+
+
+def _called_ms(step: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    step()
+    return (time.perf_counter() - start) * 1e3
+
+
+def _captured(step: Callable[[], None]) -> torch.cuda.CUDAGraph:
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -25,8 +44,7 @@ def median_ms(step: Callable[[], None], *, repeats: int = 7, target_ms: float = 
     with torch.cuda.graph(graph):
         step()
     graph.replay()
-    replays = max(1, min(100, int(target_ms / max(_replay_ms(graph, 1), 1e-3))))
-    return statistics.median(_replay_ms(graph, replays) for _ in range(repeats))
+    return graph
 
 
 def _replay_ms(graph: torch.cuda.CUDAGraph, replays: int) -> float:

@@ -48,6 +48,10 @@ VARIANTS = {
     "16-serial-128x4wx4": of(
         16, Schedule.SERIAL, configs={"expand_config": {"block_n": 128, "num_warps": 4, "blocks": 4}}
     ),
+    "32-serial": of(32, Schedule.SERIAL),
+    "64-serial": of(64, Schedule.SERIAL),
+    "64-beside": of(64, Schedule.BESIDE),
+    "64-serial-k256x3": of(64, Schedule.SERIAL, configs={"shrink_config": {"block_k": 256, "num_stages": 3}}),
 }
 
 

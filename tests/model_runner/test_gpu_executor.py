@@ -63,6 +63,7 @@ def test_long_steps_fuse_the_lora_of_o_and_down(
     make_base: Any, add_adapter: Any, make_driver: Any, check: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What steps of thousands of tokens do, on few."""
+    monkeypatch.setattr("loraplex.model_runner.gpu.inputs.mixed_tile_rows", lambda _num_tokens: 64)
     monkeypatch.setattr(tuning, "fuses_norm", lambda _num_tokens, tile_rows: tile_rows != 16)
     monkeypatch.setattr(tuning, "shrinks_ahead", lambda _num_tokens, tile_rows: tile_rows > 16)
     stand_alone: list[Site] = []

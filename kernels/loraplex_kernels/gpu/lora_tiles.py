@@ -75,6 +75,15 @@ def decode_tile_rows(num_rows: int, num_tiles: int) -> int:
     return 16 if num_tiles <= shared_tiles(num_rows) else 1
 
 
+def mixed_tile_rows(num_tokens: int) -> int:
+    """Rows of a tile that suit a step of ``num_tokens`` with prompts in it: 16, 32 or 64. In a small one most tiles
+    hold a decode row, and a program takes the longer for it the more rows it is for; in a large one tiles of more rows
+    read an adapter less often."""
+    if num_tokens <= 384:
+        return 16
+    return 32 if num_tokens <= 1024 else 64
+
+
 def _dead(num_tiles: int) -> Int32Array:
     fields = np.zeros((4, num_tiles), dtype=np.int32)
     fields[0] = -1

@@ -69,7 +69,7 @@ def schedule(num_tokens: int, tile_rows: int, num_tiles: int) -> Schedule:
     """A GEMM of few rows waits for its weights and leaves room for other work; one of many does so where there is much
     to read for the adapters."""
     if tile_rows == 16:
-        beside = num_tokens <= 128 or 5 * num_tiles > num_tokens
+        beside = num_tokens <= 128 or 6 * num_tiles > num_tokens
     else:
         beside = tile_rows == 1 and num_tokens <= 32
     return Schedule.BESIDE if beside else Schedule.SERIAL

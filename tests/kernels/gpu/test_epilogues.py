@@ -36,6 +36,7 @@ LORA: dict[str, tuple[int, int] | str | None] = {
     "decode": (16, 16),
     "decode_large_ranks": (64, 16),
     "single_rows_small_ranks": (8, 1),
+    "small_prefill": (16, 32),
     "prefill": (16, 64),
     "prefill_large_ranks": (64, 64),
 }

@@ -62,6 +62,7 @@ CASES = {
     "single_rows_large_ranks": Case((Adapter(rank=88), Adapter(rank=24)), ((0, 1), (1, 1), (-1, 1)), 64, 1),
     "mixed_ranks": Case((Adapter(rank=64), Adapter(rank=8), Adapter(rank=24)), ((0, 1), (1, 2), (2, 1)), 64),
     "planes": Case((Adapter(rank=88), Adapter(rank=16)), ((0, 1), (1, 2)), 64),
+    "small_prefill": Case((Adapter(rank=16), Adapter(rank=8)), ((0, 1), (-1, 3), (1, 40), (0, 1)), 16, 32),
     "prefill": Case((Adapter(rank=16, missing=frozenset({2})), Adapter(rank=8)), ((-1, 3), (0, 70), (1, 1)), 16, 64),
     "prefill_large_ranks": Case((Adapter(rank=72), Adapter(rank=24)), ((0, 5), (1, 30)), 64, 64),
 }
@@ -219,7 +220,7 @@ def test_blocks_beyond_2_31_elements(device: torch.device) -> None:
 @settings(max_examples=100, deadline=None)
 @given(
     rows=st.lists(st.tuples(st.sampled_from([-1, 0, 3, 7]), st.integers(1, 40)), max_size=12),
-    tile_rows=st.sampled_from([16, 64]),
+    tile_rows=st.sampled_from([16, 32, 64]),
     spare=st.integers(0, 3),
 )
 def test_tiles_cover_each_token_once(rows: list[tuple[int, int]], tile_rows: int, spare: int) -> None:
@@ -254,7 +255,7 @@ def test_rows_that_share_few_adapters_take_tiles_of_one_row(rows: list[int]) -> 
     assert decode_tile_rows(len(rows), tiles.num_live) == (1 if 2 * tiles.num_live >= len(rows) else 16)
 
 
-@pytest.mark.parametrize("tile_rows", [1, 16, 64])
+@pytest.mark.parametrize("tile_rows", [1, 16, 32, 64])
 @pytest.mark.parametrize("how", ["beside", "serial", "batch_invariant"])
 def test_projections_leave_their_lora_to_what_follows(how: str, tile_rows: int, device: torch.device) -> None:
     """Whatever the schedule: the GEMM's output, and what is pending, make the whole projection."""
@@ -290,5 +291,5 @@ def test_tiles_of_256_rows_take_little_time() -> None:
 
 def test_the_benchmark_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     _, *results = run_tiny_benchmark("bench_lora", monkeypatch, capsys)
-    assert [result["case"] for result in results] == ["1x1", "3x2"]
+    assert [result["case"] for result in results] == ["1x1", "3x2", "2x2+17"]
     assert all(result["error"] <= 1e-5 and set(result["added_ms"]) == {"default"} for result in results)

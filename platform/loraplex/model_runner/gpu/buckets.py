@@ -53,11 +53,13 @@ def single_buckets(max_rows: int) -> tuple[int, ...]:
     return (*(rows for rows in (0, 32, 128) if rows < max_rows), max_rows)
 
 
-def mixed_tile_buckets(num_tokens: int, max_rows: int, tile_rows: int) -> tuple[int, ...]:
+def mixed_tile_buckets(bucket: MixedBucket, max_rows: int, tile_rows: int) -> tuple[int, ...]:
     """LoRA tiles of a step with prompts, ascending: full ones, and some for runs that end early, at most each row's and
-    the padding's."""
-    full = -(-num_tokens // tile_rows)
-    return tuple(full + extra for extra in sorted({min(most, max_rows + 1) for most in (8, 64, max_rows + 1)}))
+    the padding's; none is without a token."""
+    full = -(-bucket.num_tokens // tile_rows)
+    runs = min(bucket.num_sampled, max_rows) + 1
+    extras = [*(extra for extra in (8, 64) if 2 * extra <= runs), runs]
+    return tuple(sorted({min(full + extra, bucket.num_tokens) for extra in extras}))
 
 
 def bucket_of(count: int, buckets: Sequence[int]) -> int:

@@ -19,7 +19,6 @@ from loraplex.core.step import Row
 from loraplex.model_runner.gpu.adapters import GpuAdapters
 
 DECODE_TILE_ROWS = 16
-PREFILL_TILE_ROWS = 64
 
 Ints = npt.NDArray[np.int32]
 

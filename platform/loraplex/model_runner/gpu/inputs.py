@@ -15,7 +15,7 @@ from loraplex_kernels import KvLayout
 from loraplex_kernels.gpu.attention import decode_blocks, prefill_block_tokens
 from loraplex_kernels.gpu.attention_tiles import PART_FIELDS, DecodeCut, build_decode_parts, decode_concurrency
 from loraplex_kernels.gpu.lora import ALL_SITES, ATTENTION_SITES, MAX_RANK, LoraTiles, Site
-from loraplex_kernels.gpu.lora_tiles import TileArrays, decode_tile_rows, shared_tiles
+from loraplex_kernels.gpu.lora_tiles import TileArrays, decode_tile_rows, mixed_tile_rows, shared_tiles
 
 from loraplex.core.model import ModelSpec
 from loraplex.core.step import Row
@@ -32,7 +32,6 @@ from loraplex.model_runner.gpu.buckets import (
 )
 from loraplex.model_runner.gpu.host_step import (
     DECODE_TILE_ROWS,
-    PREFILL_TILE_ROWS,
     AdapterRuns,
     Ints,
     MixedArrays,
@@ -118,7 +117,6 @@ class StepInputs:
         self._adapters = adapters
         self._prefill_block = prefill_block_tokens(layout, model.num_heads, dtype)
         self._batch_invariant = batch_invariant
-        self._mixed_tile_rows = DECODE_TILE_ROWS if batch_invariant else PREFILL_TILE_ROWS
         self._rank_caps = (MAX_RANK,) if batch_invariant else _RANK_CAPS
         self._max_rows = max_rows
         self.decode_cut = DecodeCut(
@@ -136,7 +134,7 @@ class StepInputs:
         self._decode = FixedSections([max_rows] * 3 + [parts] + [max_rows] * 5, device)
         self._token_buckets = mixed_token_buckets(max_step_tokens)
         most = self._token_buckets[-1]
-        tiles = mixed_tile_buckets(most, max_rows, self._mixed_tile_rows)[-1]
+        tiles = max(self._tile_buckets(MixedBucket(tokens, max_rows))[-1] for tokens in self._token_buckets)
         # As MixedArrays.sections, then tiles and records of tokens.
         self._mixed = FixedSections(
             [most] * 3 + [max_rows + MAX_SEVERAL] + [parts] + [4 * self._prefill_capacity(most)] + [tiles] * 4 + [most],
@@ -190,15 +188,16 @@ class StepInputs:
             sections = arrays.padded_sections(bucket.num_tokens)
             num_tiles = 0
             if runs.digests:
-                tiles = runs.tiles(arrays.row_tokens, bucket.num_tokens - arrays.num_tokens, self._mixed_tile_rows)
+                tile_rows = self._mixed_tile_rows(bucket.num_tokens)
+                tiles = runs.tiles(arrays.row_tokens, bucket.num_tokens - arrays.num_tokens, tile_rows)
                 num_tiles = bucket_of(tiles.num_live, self._tile_buckets(bucket))
                 sections += [*tiles.fields, tiles.token_record]
             self._mixed.send(sections)
             return self._mixed_step(bucket, num_tiles, runs)
         sections = arrays.sections()
-        num_tiles = 0
+        num_tiles, tile_rows = 0, self._mixed_tile_rows(arrays.num_tokens)
         if runs.digests:
-            tiles = runs.tiles(arrays.row_tokens, 0, self._mixed_tile_rows)
+            tiles = runs.tiles(arrays.row_tokens, 0, tile_rows)
             num_tiles = tiles.num_live
             sections += [*tiles.fields, tiles.token_record]
         views = upload_sections(sections, self._device)
@@ -208,7 +207,7 @@ class StepInputs:
             position=views[2],
             decode=views[4].view(-1, PART_FIELDS) if arrays.num_singles else None,
             prefill=views[5].view(-1, 4) if arrays.num_several else None,
-            lora=self._tiles(views[6:], num_tiles, self._mixed_tile_rows, runs) if runs.digests else None,
+            lora=self._tiles(views[6:], num_tiles, tile_rows, runs) if runs.digests else None,
             sampled=views[3],
             num_sampled=len(arrays.sampled),
             arrivals=tuple(self._adapters.arrivals(runs.digests)),
@@ -269,20 +268,18 @@ class StepInputs:
         key, lora = step.key, step.lora
         if key is None:
             return
-        loras = [key]
-        if lora is not None:
-            tiles, caps = self._buckets_of_tiles(key), self._caps(lora.tile_rows)
-            loras = [
-                key._replace(num_tiles=num_tiles, rank_cap=rank_cap, sites=sites)
-                for rank_cap in caps[caps.index(lora.rank_cap) :]
-                for sites in dict.fromkeys((lora.sites, ALL_SITES))
-                for num_tiles in tiles[tiles.index(lora.num_tiles) :]
-            ]
-        yield from loras
+        keys = [key]
         if key.num_singles is not None:
-            singles = single_buckets(self._max_rows)
-            for num_singles in singles[singles.index(key.num_singles) + 1 :]:
-                yield from (other._replace(num_singles=num_singles) for other in loras)
+            keys = [key._replace(num_singles=n) for n in single_buckets(self._max_rows) if n >= key.num_singles]
+        if lora is None:
+            yield from keys
+            return
+        caps = self._caps(lora.tile_rows)
+        for other in keys:
+            tiles = [num_tiles for num_tiles in self._buckets_of_tiles(other) if num_tiles >= lora.num_tiles]
+            for rank_cap in caps[caps.index(lora.rank_cap) :]:
+                for sites in dict.fromkeys((lora.sites, ALL_SITES)):
+                    yield from (other._replace(num_tiles=n, rank_cap=rank_cap, sites=sites) for n in tiles)
 
     def _buckets_of_tiles(self, key: StepKey) -> tuple[int, ...]:
         """That steps of these sizes may have, with tiles of the same height."""
@@ -312,8 +309,8 @@ class StepInputs:
 
     def _mixed_step(self, bucket: MixedBucket, num_tiles: int, runs: AdapterRuns) -> DeviceStep:
         ids, token_slots, positions, sampled, parts, prefill, *tile_views = self._mixed.views
-        lora = self._tiles(tile_views, num_tiles, self._mixed_tile_rows, runs) if num_tiles else None
         num_tokens, singles = bucket.num_tokens, bucket.num_singles
+        lora = self._tiles(tile_views, num_tiles, self._mixed_tile_rows(num_tokens), runs) if num_tiles else None
         return DeviceStep(
             token_ids=ids[:num_tokens],
             token_slot=token_slots[:num_tokens],
@@ -334,7 +331,11 @@ class StepInputs:
         return -(-num_tokens // self._prefill_block) + MAX_SEVERAL
 
     def _tile_buckets(self, bucket: MixedBucket) -> tuple[int, ...]:
-        return mixed_tile_buckets(bucket.num_tokens, self._max_rows, self._mixed_tile_rows)
+        return mixed_tile_buckets(bucket, self._max_rows, self._mixed_tile_rows(bucket.num_tokens))
+
+    def _mixed_tile_rows(self, num_tokens: int) -> int:
+        """Of a step of ``num_tokens`` or, as a graph, padded to them."""
+        return DECODE_TILE_ROWS if self._batch_invariant else mixed_tile_rows(num_tokens)
 
     def _tiles(self, views: Sequence[torch.Tensor], num_tiles: int, tile_rows: int, runs: AdapterRuns) -> LoraTiles:
         record, row, count, planes, token_record = views
