@@ -32,6 +32,7 @@ from loraplex.core.plan import Shape
 from loraplex.cost.analytic import analytic_profile
 from loraplex.cost.ceilings import Ceilings
 from loraplex.cost.memory import shared_pages
+from loraplex.cost.samples import Samples
 from loraplex.model_runner.build import load_model_spec
 
 FIELDS: dict[str, Any] = {
@@ -108,7 +109,8 @@ def measured(profile: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
     out = folder / "results" / "fleet.json"
     measure(again, out, MeasureOptions(largest_wave=2, placements=("1x1 apart",)), say=said.append)
     assert len(FleetTable.load(out).rows) == 2
-    measure(again, out, MeasureOptions(largest_wave=2, workloads=("mixed",)), say=said.append)
+    options = MeasureOptions(largest_wave=2, workloads=("mixed",), steps_to=str(folder / "steps"))
+    measure(again, out, options, say=said.append)
     return prepared, out, said
 
 
@@ -137,6 +139,31 @@ def test_every_request_is_measured_beside_its_prediction(measured: tuple[Prepare
     # One layout serves both of its workloads, and is started once.
     assert sum(line.endswith("starting") for line in said) == 2
     assert table.rows[2].groups == "left+right tp2 pp1"
+
+
+def test_steps_are_recorded_beside_what_the_profile_says(measured: tuple[PreparedFleet, Path, list[str]]) -> None:
+    prepared, out, said = measured
+    *apart, both = FleetTable.load(out).rows
+    assert not any(row.steps for row in apart)
+    workload = prepared.workloads["mixed"]
+    taken = msgspec.json.decode((out.parent.parent / "steps" / "mixed-2x1.json").read_bytes(), type=dict[str, Samples])
+    assert len(taken) == 2
+    for name, samples in taken.items():
+        base = name.rpartition("/")[2]
+        steps, seconds = samples.arrays()
+        own = np.array(workload.base) == workload.bases.index(base)
+        # Of the load alone, not of the warm-up: every prompt, and no token more than asked for.
+        assert steps.prefill_tokens.sum() + steps.decode_rows.sum() == pytest.approx(
+            (workload.arrivals.prompt_tokens + workload.arrivals.output_tokens - 1)[own].sum()
+        )
+        assert (seconds > 0).all()
+        predicted = prepared.profile.step_cost(base, "cpu", Shape(tp=2)).interval_s(steps)
+        totals = both.steps[base]
+        assert sum(total.steps for total in totals.values()) == len(steps)
+        assert sum(total.predicted_s for total in totals.values()) == pytest.approx(predicted.sum())
+        assert sum(total.measured_s for total in totals.values()) == pytest.approx(seconds.sum())
+        assert totals["with prompts"].steps == np.count_nonzero(steps.prefill_rows)
+        assert any(line.startswith(f"  steps of {base}: {totals['decode'].steps} decode in ") for line in said)
 
 
 def test_plans_are_ranked_by_the_requests_that_they_share(measured: tuple[PreparedFleet, Path, list[str]]) -> None:

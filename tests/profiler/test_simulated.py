@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from loraplex.core.errors import LoraplexError
 from loraplex.core.ids import BaseModelId
+from loraplex.cost.samples import Samples
 from loraplex.engine import EngineConfig
 from loraplex.profiler.engine_replay import AdapterFiles, EngineReplay
-from loraplex.profiler.measurement import Samples
 from loraplex.profiler.simulated import BASE, Options, rounds_of
 from loraplex.simulator.scenarios import make_arrivals
 from loraplex.simulator.types import ReplicaCost

@@ -32,6 +32,7 @@ def measure_command(
     budget: Annotated[float | None, typer.Option(help="Seconds within which cells must end.")] = None,
     largest_wave: Annotated[int, typer.Option(min=1, help="Requests at once, per replica, of the warm-up.")] = 64,
     waves: Annotated[int, typer.Option(min=1, help="Of each size in the warm-up.")] = 3,
+    steps_to: Annotated[Path | None, typer.Option(help="Folder for the steps of each cell.")] = None,
 ) -> None:
     """Runs what the results do not hold yet, plan by plan; prints measured / predicted."""
     from loraplex.bench.fleet.measure import MeasureOptions, measure
@@ -43,6 +44,7 @@ def measure_command(
         budget_s=budget,
         largest_wave=largest_wave,
         waves=waves,
+        steps_to=None if steps_to is None else str(steps_to),
     )
     table = measure(PreparedFleet.load(prepared), results, options, say=typer.echo)
     if table.left:

@@ -25,9 +25,9 @@ from loraplex.core.request import EngineRequest, FinishReason, SamplingParams
 from loraplex.core.step import Executor
 from loraplex.core.wire import ReplicaFrame
 from loraplex.cost.ceilings import FloatArray
+from loraplex.cost.samples import Samples
 from loraplex.engine import EngineConfig
 from loraplex.loadgen.outcomes import Outcomes
-from loraplex.profiler.measurement import Samples
 from loraplex.replica.engine_loop import EngineLoop
 from loraplex.traces.arrivals import Arrivals
 

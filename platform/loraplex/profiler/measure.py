@@ -23,11 +23,12 @@ from loraplex.cost.analytic import assumed_loads
 from loraplex.cost.ceilings import ceilings_of_device
 from loraplex.cost.memory import DEFAULT_MEMORY_FRACTION, memory_model, whole_adapter_bytes
 from loraplex.cost.profile import BaseProfile, GpuProfile
+from loraplex.cost.samples import Samples
 from loraplex.cost.step_cost import StepComposition
 from loraplex.model_runner import ExecutorConfig
 from loraplex.profiler.cases import Limits, ProfileCase, grid, held_out
 from loraplex.profiler.decoding import time_decoding
-from loraplex.profiler.measurement import Measurement, Samples
+from loraplex.profiler.measurement import Measurement
 
 _LORA_RANKS = (8, 16, 32, 64)
 _COLD_LOADS = 7

@@ -2,38 +2,18 @@
 without the device. Made by ``measure``.
 """
 
-from dataclasses import fields
 from pathlib import Path
 from typing import Self
 
 import msgspec
-import numpy as np
 
 from loraplex.core.errors import BadConfig
 from loraplex.core.plan import Shape
-from loraplex.cost.ceilings import FloatArray
 from loraplex.cost.profile import BaseProfile, CostProfile, GpuProfile, StepProfile
-from loraplex.cost.step_cost import StepComposition, StepCost
+from loraplex.cost.samples import Samples
+from loraplex.cost.step_cost import StepCost
 from loraplex.profiler.decoding import DecodeRows
 from loraplex.profiler.fit import fit_coefficients, fit_latency, held_out_error
-
-
-class Samples(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """S steps; of a pipeline those that were under way while the one before them was, or those that were alone."""
-
-    composition: dict[str, list[float]]
-    """Field of ``StepComposition`` -> S values."""
-    seconds: list[float]
-    """From the end of the step before, or from the step's beginning where that was later."""
-
-    @classmethod
-    def of(cls, steps: StepComposition, seconds: FloatArray) -> Self:
-        columns = {field.name: getattr(steps, field.name).tolist() for field in fields(StepComposition)}
-        return cls(composition=columns, seconds=seconds.tolist())
-
-    def arrays(self) -> tuple[StepComposition, FloatArray]:
-        steps = StepComposition(**{name: np.array(values) for name, values in self.composition.items()})
-        return steps, np.array(self.seconds)
 
 
 class Measurement(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -27,6 +27,7 @@ from loraplex.bench.random_adapters import random_manifests
 from loraplex.core.ids import BaseModelId
 from loraplex.core.plan import BasePlacement, GroupPlan, Plan, Shape
 from loraplex.core.step import Executor
+from loraplex.cost.samples import Samples
 from loraplex.cost.step_cost import StepCost
 from loraplex.engine import EngineConfig
 from loraplex.loadgen.comparison import compare
@@ -36,7 +37,6 @@ from loraplex.model_runner.config import ExecutorConfig
 from loraplex.profiler.engine_replay import AdapterFiles, EngineReplay
 from loraplex.profiler.fit import fit_mean
 from loraplex.profiler.measure import ProfileOptions, measure
-from loraplex.profiler.measurement import Samples
 from loraplex.profiler.pace import Pace, predicted_at
 from loraplex.simulator.exact import simulate_exact
 from loraplex.simulator.scenarios import make_arrivals

@@ -29,8 +29,10 @@ from loraplex.bench.fleet.results import (
     figures_of,
     good_requests,
     seconds_of,
+    step_totals,
 )
 from loraplex.bench.random_adapters import random_manifests
+from loraplex.bench.whole_file import write_whole
 from loraplex.core.errors import BadConfig, LoraplexError
 from loraplex.core.ids import BaseModelId, Digest, GatewayId
 from loraplex.loadgen.completion import Sample
@@ -70,6 +72,9 @@ class MeasureOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """Requests at once, per replica, that a fresh layout warms up with."""
     waves: Annotated[int, msgspec.Meta(ge=1)] = 3
     """Of each size: kernels are compiled, and graphs captured where one comes again that no wider graph serves."""
+    steps_to: str | None = None
+    """Folder that gets the steps of each cell as its replicas ran them, a file a cell; its row then tells what they
+    took beside what the profile says of them. None: steps are not recorded."""
 
 
 def measure(prepared: PreparedFleet, out: Path, options: MeasureOptions, *, say: Say) -> FleetTable:
@@ -87,7 +92,7 @@ def measure(prepared: PreparedFleet, out: Path, options: MeasureOptions, *, say:
                 continue
             say(f"{groups_line(cells[0].plan)}: starting")
             begun_s = time.monotonic()
-            with FleetReplicas(prepared.experiment, cells[0]) as replicas:
+            with FleetReplicas(prepared.experiment, cells[0], record_steps=options.steps_to is not None) as replicas:
                 start_s = time.monotonic() - begun_s
                 say(f"replicas are up after {start_s:.1f} s")
                 for number, cell in enumerate(cells):
@@ -114,6 +119,13 @@ def row_lines(row: FleetRow) -> list[str]:
         f"takes {', '.join(f'{1e3 * added_s:.1f} ms ({base})' for base, added_s in row.overhead_s.items())}"
     ]
     lines += [f"  {times} failed: {message}" for message, times in row.errors.items()]
+    for base, totals in row.steps.items():
+        parts = [
+            f"{total.steps} {kind} in {total.measured_s:.2f} / {total.predicted_s:.2f} "
+            f"({total.predicted_s / total.measured_s - 1:+.1%}) s"
+            for kind, total in totals.items()
+        ]
+        lines.append(f"  steps of {base}: {', '.join(parts)}")
     names = [name for name in row.figures if name != ALL]
     for name in names if len(names) == 1 else [*names, ALL]:
         figures = row.figures[name]
@@ -177,6 +189,7 @@ class _Run:
             overhead_s = await self._overhead_s(router)
         finally:
             await router.close()
+        await asyncio.to_thread(self._replicas.take_steps, cell, workload)
         # One that has learned nothing, as the simulated one.
         router = await self._router()
         try:
@@ -184,6 +197,10 @@ class _Run:
         finally:
             await router.close()
         self._replicas.check()
+        steps = await asyncio.to_thread(self._replicas.take_steps, cell, workload)
+        if self._options.steps_to is not None:
+            name = f"{cell.workload} {cell.placements[0]}".replace(" ", "-")
+            write_whole(Path(self._options.steps_to) / f"{name}.json", msgspec.json.encode(steps))
         outcomes = Outcomes.of_samples(samples)
         counted = outcomes.at_s >= workload.counts_from_s
         late_ms = 1e3 * np.array([max(0.0, sample.sent_s - sample.scheduled_s) for sample in samples])[counted]
@@ -210,6 +227,7 @@ class _Run:
             figures=figures_of(self._prepared, cell, outcomes, overhead_s),
             ttft_s=seconds_of(outcomes.ttft_s, counted),
             tpot_s=seconds_of(outcomes.tpot_s, counted),
+            steps=step_totals(self._prepared, self._replicas.routes(cell), steps),
             good="".join("01"[met] for met in good_requests(self._prepared, cell, outcomes)[counted].astype(int)),
         )
 

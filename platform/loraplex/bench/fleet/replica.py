@@ -1,8 +1,8 @@
 """One replica of a fleet as a process: ``python -m loraplex.bench.fleet.replica``, driven over its standard input.
 
 A line of JSON in, a line out: first ``ReplicaStart`` and ``ReplicaReady``, then ``StageAdapters`` and
-``AdaptersStaged``. It ends with its input. Requests and tokens go over the stream server, as everywhere. Started by
-``replicas``.
+``AdaptersStaged``, or ``TakeSteps`` and ``Samples``. It ends with its input. Requests and tokens go over the stream
+server, as everywhere. Started by ``replicas``.
 """
 
 import asyncio
@@ -18,10 +18,13 @@ import msgspec
 import torch
 
 from loraplex.bench.random_adapters import random_manifests
+from loraplex.bench.recorder import RecordingEngine
 from loraplex.core.adapter import AdapterManifest
 from loraplex.core.errors import LoraplexError, NotFound
 from loraplex.core.ids import BaseModelId, Digest, ReplicaId
+from loraplex.core.plan import Shape
 from loraplex.core.step import Executor
+from loraplex.cost.samples import Samples
 from loraplex.engine import EngineConfig
 from loraplex.model_runner.build import build_executor
 from loraplex.model_runner.config import ExecutorConfig
@@ -48,6 +51,9 @@ class ReplicaStart(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """File by which the replicas of the group take turns; None: it is alone there."""
     num_replicas: int = 1
     """Of the group."""
+    shape: Shape = Shape()
+    records_steps: bool = False
+    """For ``TakeSteps``: a few clock reads a step."""
 
 
 class ReplicaReady(msgspec.Struct, frozen=True, kw_only=True):
@@ -58,11 +64,18 @@ class ReplicaReady(msgspec.Struct, frozen=True, kw_only=True):
     """It could not start; it ends."""
 
 
-class StageAdapters(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class StageAdapters(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=True):
     lora_ranks: list[int]
     """Of all adapters of the base."""
     chosen: list[int]
     """Indices of those that this replica may be asked for."""
+
+
+class TakeSteps(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=True):
+    """The steps since the last such message, to a replica that records them and has nothing to do."""
+
+    lora_ranks: list[int]
+    """Of all adapters of the base."""
 
 
 class AdaptersStaged(msgspec.Struct, frozen=True, kw_only=True):
@@ -123,12 +136,16 @@ async def serve(start: ReplicaStart, lines: BinaryIO, answers: BinaryIO) -> None
         driven = TurnExecutor(executor, TurnQueue(start.turns, num_places=start.num_replicas))
     adapters = StagedAdapters(executor)
     config = ReplicaConfig(stop_grace_s=0.0)
+    engine = None
+    if start.records_steps:
+        engine = RecordingEngine(start.engine, driven, itemsize=executor.itemsize, shape=start.shape)
     loop = EngineLoop(
         replica_id=ReplicaId(start.replica_id),
         executor=driven,
         engine_config=start.engine,
         source=adapters,
         config=config,
+        engine=engine,
     )
     loop.start()
     threading.Thread(target=_end_with, args=(loop,), daemon=True).start()
@@ -136,14 +153,25 @@ async def serve(start: ReplicaStart, lines: BinaryIO, answers: BinaryIO) -> None
     port = await server.start(HOST)
     answer(ReplicaReady(port=port, device_name=_device_name(start.executor), torch_version=str(torch.__version__)))
     while line := await asyncio.to_thread(lines.readline):
+        message = msgspec.json.decode(line, type=StageAdapters | TakeSteps)
+        if isinstance(message, TakeSteps):
+            assert engine is not None
+            answer(_taken(engine, manifests_of(executor, message.lora_ranks)))
+            continue
         try:
-            staged = await asyncio.to_thread(adapters.stage, msgspec.json.decode(line, type=StageAdapters))
+            staged = await asyncio.to_thread(adapters.stage, message)
         except LoraplexError as error:
             answer(AdaptersStaged(num_staged=0, error=error.message))
         else:
             answer(AdaptersStaged(num_staged=staged))
     await server.stop()
     await asyncio.to_thread(loop.join)
+
+
+def _taken(engine: RecordingEngine, manifests: tuple[AdapterManifest, ...]) -> Samples:
+    steps = Samples.of(engine.composition(manifests), engine.step_seconds())
+    engine.clear()
+    return steps
 
 
 def _end_with(loop: EngineLoop) -> None:

@@ -17,12 +17,13 @@ import msgspec
 
 from loraplex.bench.fleet.options import Experiment, FleetBase
 from loraplex.bench.fleet.prepared import Cell, Workload
-from loraplex.bench.fleet.replica import HOST, AdaptersStaged, ReplicaReady, ReplicaStart, StageAdapters
+from loraplex.bench.fleet.replica import HOST, AdaptersStaged, ReplicaReady, ReplicaStart, StageAdapters, TakeSteps
 from loraplex.core.control import ReplicaRoute
 from loraplex.core.errors import BadConfig, LoraplexError
 from loraplex.core.ids import BaseModelId, ReplicaId
 from loraplex.core.plan import BasePlacement, GroupPlan
 from loraplex.cost.memory import PAGE_TOKENS
+from loraplex.cost.samples import Samples
 from loraplex.model_runner.build import group_page_tokens, load_model_spec
 from loraplex.model_runner.config import ExecutorConfig
 
@@ -61,10 +62,11 @@ def executor_config(
 class FleetReplicas:
     """Context manager: the processes end with it."""
 
-    def __init__(self, experiment: Experiment, cell: Cell) -> None:
+    def __init__(self, experiment: Experiment, cell: Cell, *, record_steps: bool = False) -> None:
         """Starts them; their devices are taken one after the other, in the order of the groups. BadConfig when one
         says that its options are wrong; LoraplexError when one ends."""
         self._experiment = experiment
+        self._records_steps = record_steps
         self.secret = secrets.token_hex(16)
         self._folder = tempfile.TemporaryDirectory(prefix="loraplex-turns-")
         self._processes: list[_Process] = []
@@ -136,6 +138,14 @@ class FleetReplicas:
             count += staged.num_staged
         return count
 
+    def take_steps(self, cell: Cell, workload: Workload) -> dict[ReplicaId, Samples]:
+        """What each replica did since this was last asked, where steps are recorded; nothing may run meanwhile."""
+        if not self._records_steps:
+            return {}
+        for process, route in zip(self._processes, self.routes(cell), strict=True):
+            process.tell(TakeSteps(lora_ranks=adapter_ranks(workload, route.base_model_id)))
+        return {ReplicaId(process.name): process.answer(Samples) for process in self._processes}
+
     def check(self) -> None:
         """LoraplexError when one has ended."""
         for process in self._processes:
@@ -179,6 +189,8 @@ class FleetReplicas:
             secret=self.secret,
             turns=str(Path(self._folder.name) / group.name) if len(group.bases) > 1 else None,
             num_replicas=len(group.bases),
+            shape=group.shape,
+            records_steps=self._records_steps,
         )
 
 

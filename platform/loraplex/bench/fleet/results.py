@@ -3,7 +3,7 @@
 Owns the file's format. Called by ``measure``.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -13,8 +13,10 @@ import numpy as np
 from loraplex.bench.fleet.options import Experiment, Target
 from loraplex.bench.fleet.prepared import Cell, PreparedFleet, Seconds, Workload
 from loraplex.bench.whole_file import write_whole
+from loraplex.core.control import ReplicaRoute
 from loraplex.core.errors import BadConfig
-from loraplex.core.ids import BaseModelId
+from loraplex.core.ids import BaseModelId, ReplicaId
+from loraplex.cost.samples import Samples
 from loraplex.loadgen.comparison import Compared, compare
 from loraplex.loadgen.outcomes import Mask, Outcomes
 from loraplex.simulator.types import FloatArray, Slo
@@ -37,6 +39,15 @@ class Lateness(msgspec.Struct, frozen=True, kw_only=True):
     p50_ms: float
     p99_ms: float
     max_ms: float
+
+
+class StepTotal(msgspec.Struct, frozen=True, kw_only=True):
+    """Steps of one kind, together, of one base."""
+
+    steps: int
+    measured_s: float
+    predicted_s: float
+    """By the profile, of the very steps that ran."""
 
 
 class FleetRow(msgspec.Struct, frozen=True, kw_only=True):
@@ -62,6 +73,9 @@ class FleetRow(msgspec.Struct, frozen=True, kw_only=True):
     ttft_s: Seconds
     """Of each request, in the order of the workload, for paired comparisons."""
     tpot_s: Seconds
+    steps: dict[str, dict[str, StepTotal]] = {}
+    """By base, steps of ``decode`` and those ``with prompts``, if they were recorded. Where bases take turns a step
+    lasts from the base's last one on, the other's included."""
     good: str
     """``1`` for each request that met all targets of its base, ``0`` for the others."""
 
@@ -123,6 +137,30 @@ def figures_of(
         predicted=float(np.mean(good_requests(prepared, cell, predicted)[counted])),
     )
     found[ALL] = _named((shares, *compare(sides[0], sides[1], None)), *sides)
+    return found
+
+
+def step_totals(
+    prepared: PreparedFleet, routes: Sequence[ReplicaRoute], steps: Mapping[ReplicaId, Samples]
+) -> dict[str, dict[str, StepTotal]]:
+    """``steps``: of each replica, of ``routes``; the profile's prediction beside them."""
+    found: dict[str, dict[str, StepTotal]] = {}
+    for route in routes:
+        if route.replica_id not in steps:
+            continue
+        composition, measured_s = steps[route.replica_id].arrays()
+        cost = prepared.profile.step_cost(route.base_model_id, prepared.experiment.gpu, route.shape)
+        predicted_s = cost.interval_s(composition)
+        totals = found.setdefault(route.base_model_id, {})
+        for kind, rows in (("decode", composition.prefill_rows == 0), ("with prompts", composition.prefill_rows > 0)):
+            if not rows.any():
+                continue
+            before = totals.get(kind, StepTotal(steps=0, measured_s=0.0, predicted_s=0.0))
+            totals[kind] = StepTotal(
+                steps=before.steps + int(np.count_nonzero(rows)),
+                measured_s=before.measured_s + float(measured_s[rows].sum()),
+                predicted_s=before.predicted_s + float(predicted_s[rows].sum()),
+            )
     return found
 
 
