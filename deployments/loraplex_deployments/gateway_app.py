@@ -17,6 +17,7 @@ from loraplex.config.platform import PlatformConfig
 from loraplex.core.control import ControlPlane
 from loraplex.core.errors import LoraplexError, NotFound
 from loraplex.core.ids import BaseModelId, GatewayId
+from loraplex.core.switching import switch_often
 from loraplex.gateway.gateway import Gateway
 from loraplex.gateway.proto import loraplex_v1_pb2 as pb
 from loraplex.router.router import Router
@@ -29,7 +30,6 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from loraplex_deployments.control_client import RayControlPlane, controller_handle
 from loraplex_deployments.gateway_header import GATEWAY_HEADER
-from loraplex_deployments.switching import switch_often
 
 logger = logging.getLogger(__name__)
 

@@ -11,6 +11,7 @@ from loraplex.config.platform import BaseModelConfig, PlatformConfig
 from loraplex.core.collector import exempt_loaded
 from loraplex.core.fleet import ReplicaTarget
 from loraplex.core.ids import Digest
+from loraplex.core.switching import switch_often
 from loraplex.replica.engine_loop import EngineLoop
 from loraplex.replica.server import ReplicaServer
 from loraplex.telemetry.logs import configure_logging
@@ -19,7 +20,6 @@ from loraplex.telemetry.tracing import open_tracing
 from loraplex_deployments.epoch_register import superseded
 from loraplex_deployments.executors import executor_of
 from loraplex_deployments.rank_actors import node_cache
-from loraplex_deployments.switching import switch_often
 
 
 @ray.remote(max_restarts=0)

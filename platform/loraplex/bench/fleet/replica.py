@@ -24,6 +24,7 @@ from loraplex.core.errors import LoraplexError, NotFound
 from loraplex.core.ids import BaseModelId, Digest, ReplicaId
 from loraplex.core.plan import Shape
 from loraplex.core.step import Executor
+from loraplex.core.switching import switch_often
 from loraplex.cost.samples import Samples
 from loraplex.engine import EngineConfig
 from loraplex.model_runner.build import build_executor
@@ -190,6 +191,7 @@ def _device_name(config: ExecutorConfig) -> str:
 
 
 def main() -> None:
+    switch_often()
     # What libraries print goes elsewhere.
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
