@@ -131,8 +131,19 @@ TINY = Model(layout=KvLayout(num_layers=2, num_kv_heads=2, head_dim=16, page_siz
 class Bench:
     """One arena for all cases, filled once."""
 
-    def __init__(self, model: Model, max_pages: int, device: torch.device, bandwidth: float, repeats: int) -> None:
+    def __init__(
+        self,
+        model: Model,
+        max_pages: int,
+        device: torch.device,
+        bandwidth: float,
+        repeats: int,
+        *,
+        as_in_graphs: bool = True,
+    ) -> None:
+        """``as_in_graphs``: decode steps have room for the parts of any lengths, not for their own alone."""
         self.model = model
+        self.as_in_graphs = as_in_graphs
         self.device = device
         self.bandwidth = bandwidth
         self.repeats = repeats
@@ -168,8 +179,8 @@ class Bench:
         def measure(blocks: AttentionBlocks, concurrency: int) -> dict[str, Any]:
             cut = DecodeCut(block_keys=blocks.keys, concurrency=concurrency)
             live = build_decode_parts(lengths, range(case.rows), range(case.rows), cut)
-            # As a graph has it: room for any lengths.
-            parts = torch.zeros((cut.capacity(case.rows), PART_FIELDS), dtype=torch.int32, device=self.device)
+            num_parts = cut.capacity(case.rows) if self.as_in_graphs else len(live)
+            parts = torch.zeros((num_parts, PART_FIELDS), dtype=torch.int32, device=self.device)
             parts[: len(live)] = torch.from_numpy(live)
             scratch = decode_scratch(len(parts), case.rows, model.num_heads, layout, self.device)
 
@@ -335,6 +346,7 @@ def main() -> None:
     parser.add_argument("--bandwidth", type=float, default=3.02, help="TB/s that a copy reaches on this GPU")
     parser.add_argument("--jobs", type=int, default=12, help="processes that compile")
     parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--exact", action="store_true", help="decode without the programs that a graph has to spare")
     parser.add_argument("--tiny", action="store_true", help="a smoke test, also under the interpreter")
     args = parser.parse_args()
     torch.manual_seed(0)
@@ -354,7 +366,7 @@ def main() -> None:
     page_size = LLAMA_8B.layout.page_size
     pages = [sum(-(-length // page_size) for length in case.lengths) for case in decode]
     pages += [case.prompts * -(-(case.prefix + case.tokens) // page_size) for case in prefill]
-    bench = Bench(LLAMA_8B, max(pages), device, args.bandwidth, args.repeats)
+    bench = Bench(LLAMA_8B, max(pages), device, args.bandwidth, args.repeats, as_in_graphs=not args.exact)
     for case in decode:
         print(json.dumps(bench.decode(case, variants)), flush=True)
     for prompts in prefill:
