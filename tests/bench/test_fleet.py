@@ -241,6 +241,8 @@ def test_what_is_there_is_not_run_again(measured: tuple[PreparedFleet, Path, lis
     out_of_place.write_text("{}")
     with pytest.raises(BadConfig, match="not the results"):
         measure(prepared, out_of_place, MeasureOptions(), say=print)
+    with pytest.raises(BadConfig, match="File exists"):
+        measure(prepared, tmp_path / "new.json", MeasureOptions(steps_to=str(out_of_place)), say=print)
     for options in (MeasureOptions(workloads=("nosuch",)), MeasureOptions(placements=("nosuch",))):
         with pytest.raises(BadConfig, match="'nosuch' is not prepared"):
             measure(prepared, tmp_path / "new.json", options, say=print)

@@ -78,9 +78,14 @@ class MeasureOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
 
 def measure(prepared: PreparedFleet, out: Path, options: MeasureOptions, *, say: Say) -> FleetTable:
-    """Runs what ``out`` does not hold yet. BadConfig (unknown workload; ``out`` is of another experiment; options of a
-    replica); LoraplexError when a replica ends."""
+    """Runs what ``out`` does not hold yet. BadConfig (unknown workload; ``out`` is of another experiment; no folder for
+    the steps; options of a replica); LoraplexError when a replica ends."""
     budget = _Budget(options.budget_s)
+    if options.steps_to is not None:
+        try:
+            Path(options.steps_to).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise BadConfig(f"{options.steps_to}: {error.strerror}", param="steps_to") from error
     table = FleetTable.open(out, prepared)
     table.left = []
     with tempfile.TemporaryDirectory(prefix="loraplex-fleet-") as folder:
