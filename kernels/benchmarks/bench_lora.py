@@ -19,12 +19,12 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Self
 
 import numpy as np
 import torch
 import triton
 from graph_timing import alternating_ms, compile_apart, median_ms, relative_error
+from lora_cases import Case, adapter_bytes
 from lora_variants import VARIANTS, Variant, chosen
 from loraplex_kernels import KvLayout
 from loraplex_kernels.gpu.activation import silu_mul
@@ -52,41 +52,6 @@ class Model:
     device: torch.device
     sharded: bool
     """Of o and down a part that is to be summed: what LoRA adds goes into it, or into a buffer beside it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Case:
-    rows: int
-    """Of one token each, their adapters in turn."""
-    adapters: int
-    ranks: tuple[int, ...]
-    """Of the adapters in turn."""
-    prompt: int = 0
-    """Tokens of one more row, with the first adapter."""
-
-    @classmethod
-    def parse(cls, text: str, ranks: tuple[int, ...]) -> Self:
-        rows, _, rest = text.partition("x")
-        adapters, _, prompt = rest.partition("+")
-        return cls(int(rows), int(adapters), ranks, int(prompt or 0))
-
-    @property
-    def num_tokens(self) -> int:
-        return self.rows + self.prompt
-
-    @property
-    def num_adapters(self) -> int:
-        """In the step."""
-        return min(max(self.rows, 1), self.adapters)
-
-    @property
-    def name(self) -> str:
-        prompt = f"+{self.prompt}" if self.prompt else ""
-        ranks = "" if self.ranks == (16,) else f"r{'-'.join(map(str, self.ranks))}"
-        return f"{self.rows}x{self.adapters}{prompt}{ranks}"
-
-    def rank_cap(self, tile_rows: int) -> int:
-        return next(cap for cap in ((8, 16, 64) if tile_rows == 1 else (16, 64)) if max(self.ranks) <= cap)
 
 
 class Step:
@@ -257,12 +222,6 @@ class Step:
                     )
                 sides.append(result)
             yield relative_error(*sides)
-
-
-def adapter_bytes(case: Case, shape: LayerShape, layers: int, itemsize: int) -> int:
-    """Of the adapters that the rows of the case name, all layers and modules."""
-    ranks = sum(case.ranks[index % len(case.ranks)] for index in range(case.num_adapters))
-    return ranks * layers * itemsize * sum(inputs + outputs for inputs, outputs in shape.modules)
 
 
 def build(job: tuple[Case, str | None, Site, int, int]) -> None:
