@@ -1,6 +1,5 @@
 """A plan's replicas as processes of this machine, the router before them, and the simulator's word beside."""
 
-import json
 import os
 import signal
 import subprocess
@@ -12,97 +11,29 @@ from typing import Any
 
 import msgspec
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from loraplex.bench.fleet import measure as fleet_measure
-from loraplex.bench.fleet.costs import fleet_costs, fleet_profile
 from loraplex.bench.fleet.measure import MeasureOptions, measure, row_lines
-from loraplex.bench.fleet.options import Experiment, read_experiment
 from loraplex.bench.fleet.page import fleet_page
 from loraplex.bench.fleet.prepare import prepare
 from loraplex.bench.fleet.prepared import PreparedFleet
 from loraplex.bench.fleet.ranking import ranked, ranking_lines
 from loraplex.bench.fleet.replicas import FleetReplicas
 from loraplex.bench.fleet.results import ALL, Figure, FleetRow, FleetTable
-from loraplex.bench.fleet.traffic import make_traffic
 from loraplex.core.errors import BadConfig, LoraplexError
-from loraplex.core.ids import BaseModelId
 from loraplex.core.plan import Shape
-from loraplex.cost.analytic import analytic_profile
-from loraplex.cost.ceilings import Ceilings
-from loraplex.cost.memory import shared_pages
 from loraplex.cost.samples import Samples
-from loraplex.model_runner.build import load_model_spec
 
-FIELDS: dict[str, Any] = {
-    "gpus": 2,
-    "gpu": "cpu",
-    "device": "cpu",
-    "threads": 1,
-    "bases": [
-        {"name": "left", "model": "random:tiny-llama", "profile": "tiny"},
-        {"name": "right", "model": "random:tiny-llama", "profile": "tiny"},
-    ],
-    "engine": {"max_running": 8, "max_step_tokens": 64},
-    "targets": {base: {"ttft_s": 5.0, "tpot_s": 5.0} for base in ("left", "right")},
-    "loads": {},
-    "placements": ["1x1 apart", "2x1"],
-    "planning_s": 5,
-    "warm_s": 0.5,
-    "seconds": 1.5,
-}
-RECIPE = {
-    "adapters": 6,
-    "rate": 10,
-    "cv": 2,
-    "skew": 1,
-    "lengths": "lognormal:24,0.5,6,0.5",
-    "max_prompt_tokens": 60,
-    "max_output_tokens": 12,
-}
-
-
-@pytest.fixture(scope="module")
-def profile(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    ceilings = Ceilings(
-        name="cpu",
-        source="assumed",
-        measured=False,
-        copy_bytes_per_s=5e9,
-        gemm_flops_per_s=((1, 5e9), (64, 2e10)),
-        host_bytes_per_s=2e9,
-        memory_bytes=32 << 20,
-        link_bytes_per_s=1e9,
-        collective_s=2e-4,
-    )
-    model = load_model_spec("random:tiny-llama", BaseModelId("tiny"))
-    path = tmp_path_factory.mktemp("fleet") / "cpu.json"
-    path.write_bytes(analytic_profile([model], ceilings, [Shape(), Shape(tp=2), Shape(pp=2)], itemsize=4).to_json())
-    return path
-
-
-def _file(profile: Path, folder: Path, **fields: Any) -> Path:
-    path = folder / "experiment.json"
-    path.write_text(json.dumps({**FIELDS, "profiles": [str(profile)], **fields}))
-    return path
-
-
-def _experiment(profile: Path, folder: Path, **fields: Any) -> Experiment:
-    return read_experiment(_file(profile, folder, **fields))
-
-
-def _load(**fields: Any) -> dict[str, Any]:
-    return {"kind": "synthetic", "recipe": RECIPE, **fields}
+from tests.bench.fleet_experiments import synthetic, tiny_experiment
 
 
 @pytest.fixture(scope="module")
 def measured(profile: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[PreparedFleet, Path, list[str]]:
     """Two loads on one base each, one on both bases in turns on a group of two ranks."""
     folder = tmp_path_factory.mktemp("measured")
-    loads = {"mixed": _load(), "plain": _load(plain=True)}
+    loads = {"mixed": synthetic(), "plain": synthetic(plain=True)}
     said: list[str] = []
-    prepared = prepare(_experiment(profile, folder, loads=loads), say=said.append)
+    prepared = prepare(tiny_experiment(profile, folder, loads=loads), say=said.append)
     prepared.write(folder / "prepared.json")
     again = PreparedFleet.load(folder / "prepared.json")
     assert again.digest == prepared.digest
@@ -160,8 +91,8 @@ def test_steps_are_recorded_beside_what_the_profile_says(measured: tuple[Prepare
         predicted = prepared.profile.step_cost(base, "cpu", Shape(tp=2)).interval_s(steps)
         totals = both.steps[base]
         assert sum(total.steps for total in totals.values()) == len(steps)
-        assert sum(total.predicted_s for total in totals.values()) == pytest.approx(predicted.sum())
-        assert sum(total.measured_s for total in totals.values()) == pytest.approx(seconds.sum())
+        assert sum(total.time_s.predicted for total in totals.values()) == pytest.approx(predicted.sum())
+        assert sum(total.time_s.measured for total in totals.values()) == pytest.approx(seconds.sum())
         assert totals["with prompts"].steps == np.count_nonzero(steps.prefill_rows)
         assert any(line.startswith(f"  steps of {base}: {totals['decode'].steps} decode in ") for line in said)
 
@@ -280,138 +211,6 @@ def test_a_replica_that_cannot_start_or_ends_is_noticed(measured: tuple[Prepared
             replicas.stage(alone, prepared.workloads[alone.workload])
         with pytest.raises(LoraplexError, match="g1/right ended: exit code -9"):
             replicas.check()
-
-
-def test_plans_of_planner_and_baselines_that_are_one_are_measured_once(profile: Path, tmp_path: Path) -> None:
-    names = ["planner", "selective replication", "1x1 apart", "best 2 baselines"]
-    experiment = _experiment(profile, tmp_path, loads={"mixed": _load()}, placements=names, evaluations=4)
-    prepared = prepare(experiment, say=lambda line: None)
-    placed = [name for cell in prepared.cells for name in cell.placements]
-    assert {*names[:3]} < {*placed}
-    assert len(placed) == len(set(placed)) == 5
-    assert len({cell.plan for cell in prepared.cells}) == len(prepared.cells) < 5
-    # As many pages as the simulator gives them: the memory of a device, divided among the bases that share it.
-    costs = fleet_costs(experiment, fleet_profile(experiment))
-    for cell in prepared.cells:
-        for group, pages in zip(cell.plan.groups, cell.pages, strict=True):
-            memory = next(cost.memory for key, cost in costs.items() if key.shape == group.shape)
-            assert tuple(pages) == shared_pages([memory] * len(pages), [1.0] * len(pages))
-
-
-def test_as_few_devices_as_suffice_and_one_less(profile: Path, tmp_path: Path) -> None:
-    def names(rate: float) -> dict[str, int]:
-        loads = {"plain": _load(plain=True, recipe={**RECIPE, "rate": rate})}
-        one = _experiment(
-            profile,
-            tmp_path,
-            bases=FIELDS["bases"][:1],
-            targets={"left": {"ttft_s": 0.05, "tpot_s": 0.05}},
-            loads=loads,
-            placements=["fewest for 90%"],
-            evaluations=4,
-        )
-        prepared = prepare(one, say=lambda line: None)
-        return {
-            name: sum(group.shape.num_ranks for group in cell.plan.groups)
-            for cell in prepared.cells
-            for name in cell.placements
-        }
-
-    assert names(10) == {"planner on 1 of 2": 1}
-    assert names(2000) == {"planner on 1 of 2": 1, "planner on 2 of 2": 2}
-
-
-def test_one_timeline_is_planned_on_and_then_measured(profile: Path, tmp_path: Path) -> None:
-    crowd = {"at_s": 5.5, "duration_s": 1, "factor": 8, "first": 0, "count": 1}
-    experiment = _experiment(profile, tmp_path, loads={"crowd": _load(recipe={**RECIPE, "flash_crowds": [crowd]})})
-    traffic = make_traffic(experiment, experiment.loads["crowd"])
-    calm = make_traffic(experiment, _experiment(profile, tmp_path, loads={"calm": _load()}).loads["calm"])
-    assert (traffic.planning.arrival_s.max(), traffic.measured.arrival_s.max()) < (5.0, 2.0)
-    assert np.array_equal(traffic.planning.prompt_tokens, calm.planning.prompt_tokens)
-    assert len(traffic.measured) > len(calm.measured)
-    # Ranks by the names of a base's adapters, in turn.
-    ranks = {name.name: size.lora_rank for name, size in zip(traffic.planning.adapters, traffic.sizes, strict=True)}
-    own = sorted(name.name for name in traffic.planning.adapters if name.base_model == "left")
-    assert [ranks[name] for name in own] == [8, 16, 32, 64][: len(own)]
-
-    loaded = prepare(
-        _experiment(profile, tmp_path, loads={"half": _load(load=0.05)}, placements=["1x1 apart"]), say=print
-    )
-    assert "5% of the full rate" in loaded.workloads["half"].load
-
-
-def test_a_recorded_trace_without_bases_is_for_the_only_one(profile: Path, tmp_path: Path) -> None:
-    rows = 40
-    table = pa.table(
-        {
-            "arrival_s": [0.17 * row for row in range(rows)],
-            "adapter_name": [f"a{row % 3}" if row % 4 else None for row in range(rows)],
-            "prompt_tokens": [8] * rows,
-            "output_tokens": [2] * rows,
-        }
-    )
-    pq.write_table(table, tmp_path / "trace.parquet")
-    loads = {"recorded": {"kind": "trace", "path": str(tmp_path / "trace.parquet")}}
-    one = _experiment(profile, tmp_path, loads=loads, bases=FIELDS["bases"][:1], targets={}, placements=["2x1"])
-    prepared = prepare(one, say=lambda line: None)
-    assert [name[:3] for name in prepared.workloads["recorded"].adapters] == [
-        ("nobody", "left", f"a{index}") for index in (1, 2, 0)
-    ]
-    assert prepared.targets["left"].ttft_s > 0
-    with pytest.raises(BadConfig, match="a request has no base"):
-        prepare(_experiment(profile, tmp_path, loads=loads), say=print)
-
-
-def test_wrong_experiments_are_one_clear_line(profile: Path, tmp_path: Path) -> None:
-    def refused(match: str, **fields: Any) -> None:
-        with pytest.raises(BadConfig, match=match):
-            prepare(_experiment(profile, tmp_path, **{"loads": {"mixed": _load()}, **fields}), say=print)
-
-    refused("experiment.json: Object contains unknown field `gpuz`", gpuz=2)
-    refused("bases: a name comes twice", bases=[FIELDS["bases"][0]] * 2)
-    refused("device 'tpu': cpu or cuda", device="tpu")
-    refused("the fleet has no base 'middle'", targets={"middle": {"ttft_s": 1, "tpot_s": 1}})
-    refused(
-        "is not of the size that the profiles have", bases=[{"name": "tiny", "model": "random:llama3-1b"}], targets={}
-    )
-    refused("has no GPU 'h100'", gpu="h100")
-    refused("recipe: Object contains unknown field `ratio`", loads={"mixed": _load(recipe={**RECIPE, "ratio": 1})})
-    refused("placement 'best plan'", placements=["best plan"])
-    refused("no plan for 2 devices attains 1.01 .*1.000 by planner on 2 of 2", placements=["fewest for 101%"])
-    refused("'4x1' needs more than 2 devices", placements=["4x1"])
-    refused("'2x1 apart' needs more than 2 devices", placements=["2x1 apart"])
-    refused("plan.yaml: not a plan", placements=[str(tmp_path / "plan.yaml")])
-    pools = {"left": "m-mid"}
-    functions = {"kind": "functions", "load": 0.5, "cv": 4, "adapters": {"left": 4, "right": 2}, "pools": pools}
-    refused("loads.maf: adapters and pools name different bases", loads={"maf": functions})
-    with pytest.raises(BadConfig, match="not an experiment"):
-        read_experiment(tmp_path / "nosuch.json")
-    with pytest.raises(BadConfig, match="not a prepared experiment"):
-        PreparedFleet.load(tmp_path / "experiment.json")
-
-
-def test_a_plan_from_a_file_keeps_its_adapter_sets(profile: Path, tmp_path: Path) -> None:
-    group = {"shape": {"tp": 1, "pp": 1}, "bases": [{"base_model_id": "left"}]}
-    sets = [[{"tenant": "tenant-0", "name": f"adapter-{index}"}] for index in (0, 1)]
-    groups = [
-        {**group, "name": f"x{index}", "bases": [{"base_model_id": "left", "adapters": listed}]}
-        for index, listed in enumerate(sets)
-    ]
-    (tmp_path / "plan.json").write_text(json.dumps({"version": 3, "groups": groups}))
-    experiment = _experiment(
-        profile,
-        tmp_path,
-        bases=FIELDS["bases"][:1],
-        targets={},
-        loads={"mixed": _load()},
-        placements=[str(tmp_path / "plan.json")],
-    )
-    (cell,) = prepare(experiment, say=lambda line: None).cells
-    names = [[share.name for share in group.bases[0].adapters] for group in cell.plan.groups]
-    assert names == [["adapter-0"], ["adapter-1"]]
-    assert {replace(group, name="", bases=()) for group in cell.plan.groups} == {
-        replace(cell.plan.groups[0], name="", bases=())
-    }
 
 
 def test_a_measuring_machine_needs_few_packages() -> None:

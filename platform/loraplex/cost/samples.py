@@ -11,7 +11,7 @@ from loraplex.cost.step_cost import StepComposition
 
 
 class Samples(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """S steps; of a pipeline those that were under way while the one before them was, or those that were alone."""
+    """S steps."""
 
     composition: dict[str, list[float]]
     """Field of ``StepComposition`` -> S values."""

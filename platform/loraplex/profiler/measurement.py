@@ -24,6 +24,7 @@ class Measurement(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     shape: Shape
     note: str
     fitted: Samples
+    """Of a pipeline steps that were under way while the one before them was, as in ``held_out``."""
     held_out: Samples
     """Of loads that are not among the fitted ones."""
     lone: Samples | None = None

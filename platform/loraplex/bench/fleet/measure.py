@@ -125,12 +125,8 @@ def row_lines(row: FleetRow) -> list[str]:
     ]
     lines += [f"  {times} failed: {message}" for message, times in row.errors.items()]
     for base, totals in row.steps.items():
-        parts = [
-            f"{total.steps} {kind} in {total.measured_s:.2f} / {total.predicted_s:.2f} "
-            f"({total.predicted_s / total.measured_s - 1:+.1%}) s"
-            for kind, total in totals.items()
-        ]
-        lines.append(f"  steps of {base}: {', '.join(parts)}")
+        parts = [_pair(f"{total.steps} {kind} in", total.time_s, 1.0, "{:.2f}") for kind, total in totals.items()]
+        lines.append(f"  steps of {base}: {' s, '.join(parts)} s")
     names = [name for name in row.figures if name != ALL]
     for name in names if len(names) == 1 else [*names, ALL]:
         figures = row.figures[name]

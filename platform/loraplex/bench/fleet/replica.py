@@ -52,7 +52,6 @@ class ReplicaStart(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """File by which the replicas of the group take turns; None: it is alone there."""
     num_replicas: int = 1
     """Of the group."""
-    shape: Shape = Shape()
     records_steps: bool = False
     """For ``TakeSteps``: a few clock reads a step."""
 
@@ -139,7 +138,8 @@ async def serve(start: ReplicaStart, lines: BinaryIO, answers: BinaryIO) -> None
     config = ReplicaConfig(stop_grace_s=0.0)
     engine = None
     if start.records_steps:
-        engine = RecordingEngine(start.engine, driven, itemsize=executor.itemsize, shape=start.shape)
+        shape = Shape(tp=start.executor.tp, pp=start.executor.pp)
+        engine = RecordingEngine(start.engine, driven, itemsize=executor.itemsize, shape=shape)
     loop = EngineLoop(
         replica_id=ReplicaId(start.replica_id),
         executor=driven,

@@ -189,7 +189,6 @@ class FleetReplicas:
             secret=self.secret,
             turns=str(Path(self._folder.name) / group.name) if len(group.bases) > 1 else None,
             num_replicas=len(group.bases),
-            shape=group.shape,
             records_steps=self._records_steps,
         )
 

@@ -45,9 +45,8 @@ class StepTotal(msgspec.Struct, frozen=True, kw_only=True):
     """Steps of one kind, together, of one base."""
 
     steps: int
-    measured_s: float
-    predicted_s: float
-    """By the profile, of the very steps that ran."""
+    time_s: Figure
+    """Predicted by the profile, of the very steps that ran."""
 
 
 class FleetRow(msgspec.Struct, frozen=True, kw_only=True):
@@ -75,7 +74,7 @@ class FleetRow(msgspec.Struct, frozen=True, kw_only=True):
     tpot_s: Seconds
     steps: dict[str, dict[str, StepTotal]] = {}
     """By base, steps of ``decode`` and those ``with prompts``, if they were recorded. Where bases take turns a step
-    lasts from the base's last one on, the other's included."""
+    lasts from the base's last one on, the other's included; predicted is the pace, also of a pipeline's lone steps."""
     good: str
     """``1`` for each request that met all targets of its base, ``0`` for the others."""
 
@@ -144,23 +143,22 @@ def step_totals(
     prepared: PreparedFleet, routes: Sequence[ReplicaRoute], steps: Mapping[ReplicaId, Samples]
 ) -> dict[str, dict[str, StepTotal]]:
     """``steps``: of each replica, of ``routes``; the profile's prediction beside them."""
-    found: dict[str, dict[str, StepTotal]] = {}
+    of_kind: dict[tuple[str, str], list[tuple[int, float, float]]] = {}
     for route in routes:
         if route.replica_id not in steps:
             continue
         composition, measured_s = steps[route.replica_id].arrays()
         cost = prepared.profile.step_cost(route.base_model_id, prepared.experiment.gpu, route.shape)
         predicted_s = cost.interval_s(composition)
-        totals = found.setdefault(route.base_model_id, {})
         for kind, rows in (("decode", composition.prefill_rows == 0), ("with prompts", composition.prefill_rows > 0)):
-            if not rows.any():
-                continue
-            before = totals.get(kind, StepTotal(steps=0, measured_s=0.0, predicted_s=0.0))
-            totals[kind] = StepTotal(
-                steps=before.steps + int(np.count_nonzero(rows)),
-                measured_s=before.measured_s + float(measured_s[rows].sum()),
-                predicted_s=before.predicted_s + float(predicted_s[rows].sum()),
-            )
+            if rows.any():
+                sums = int(np.count_nonzero(rows)), float(measured_s[rows].sum()), float(predicted_s[rows].sum())
+                of_kind.setdefault((route.base_model_id, kind), []).append(sums)
+    found: dict[str, dict[str, StepTotal]] = {}
+    for (base, kind), replicas in of_kind.items():
+        count, measured, predicted = (sum(column) for column in zip(*replicas, strict=True))
+        time_s = _figure(Compared(name="time_s", measured=measured, predicted=predicted))
+        found.setdefault(base, {})[kind] = StepTotal(steps=int(count), time_s=time_s)
     return found
 
 
@@ -202,7 +200,8 @@ def _array(values: Seconds) -> FloatArray:
 def _named(figures: tuple[Compared, ...], measured: Outcomes, predicted: Outcomes) -> dict[str, Figure]:
     means = [float(side.ttft_s[side.served].mean()) if side.served.any() else None for side in (measured, predicted)]
     all_figures = (figures[0], Compared(name="ttft_mean_s", measured=means[0], predicted=means[1]), *figures[1:])
-    return {
-        one.name: Figure(measured=one.measured, predicted=one.predicted, difference=one.difference)
-        for one in all_figures
-    }
+    return {one.name: _figure(one) for one in all_figures}
+
+
+def _figure(one: Compared) -> Figure:
+    return Figure(measured=one.measured, predicted=one.predicted, difference=one.difference)
