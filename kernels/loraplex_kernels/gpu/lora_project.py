@@ -39,7 +39,7 @@ class LoraProjections:
         ``batch_invariant``: the same operations in every step, so that tokens meet the same arithmetic whatever the
         others are, given ``tile_rows`` and ``rank_cap`` of always the same value. Rows without an adapter do so even
         in steps that have no LoRA. ``partial_sums``: what sites of one module (o and down) put out is to be summed over
-        shards, so their LoRA is added at once.
+        shards, so their LoRA is added at once, or summed shrunk.
         """
         device = table.arena.device
         self._table = table
@@ -78,18 +78,26 @@ class LoraProjections:
         tiles: LoraTiles,
         *,
         added_TO: torch.Tensor | None = None,
+        scratch: torch.Tensor | None = None,
         shrunk: PendingExpand | None = None,
     ) -> tuple[torch.Tensor, PendingExpand | torch.Tensor | None]:
         """``gemm()``, which is (T, O), and what the operation that follows has to add to it: its ``lora`` argument.
 
         ``added_TO``: if that is a tensor, let it be this one, also where partial sums would be added at once.
+        ``scratch``: flat fp32 that the operation that follows can sum over the shards. What is pending at o or down
+        with it is of what lies there.
         ``shrunk``: of ``ahead``, filled.
         """
         if site not in tiles.sites:
             return gemm(), None
         if shrunk is not None:
             return self._after(gemm(), shrunk.partial, layer, site, tiles, overlap=True)
-        partial = view_partial(self.scratch, x_TK.shape[0], x_TK.shape[1], site, tiles.rank_cap)
+        num_tokens = x_TK.shape[0]
+        if scratch is not None and not self._sums_shrunk(num_tokens, tiles):
+            scratch = None
+        partial = view_partial(
+            self.scratch if scratch is None else scratch, num_tokens, x_TK.shape[1], site, tiles.rank_cap
+        )
         if tiles.max_planes > 1:
             out_TO = gemm()
             for plane in range(1, tiles.max_planes):
@@ -99,21 +107,28 @@ class LoraProjections:
             return self._after(out_TO, partial, layer, site, tiles, overlap=False)
         schedule = Schedule.SERIAL
         if not self._batch_invariant:
-            schedule = tuning.schedule(x_TK.shape[0], tiles.tile_rows, tiles.num_tiles)
+            schedule = tuning.schedule(num_tokens, tiles.tile_rows, tiles.num_tiles)
         if schedule is Schedule.SERIAL or self._side is None:
             out_TO = gemm()
             lora_shrink(x_TK, self._table, layer, site, tiles, partial, overlap=True)
+            if scratch is not None:
+                return out_TO, self._pending(partial, layer, site, tiles, overlap=True)
             return self._after(out_TO, partial, layer, site, tiles, overlap=True)
         at_once = added_TO is None and self._is_summed(site)
-        if added_TO is None:
-            added_TO = x_TK.new_empty((x_TK.shape[0], sum(self._widths[site])))
+        if scratch is not None:
+            added_TO = None
+        elif added_TO is None:
+            added_TO = x_TK.new_empty((num_tokens, sum(self._widths[site])))
         main = torch.cuda.current_stream()
         self._side.wait_stream(main)
         with torch.cuda.stream(self._side):
             lora_shrink(x_TK, self._table, layer, site, tiles, partial)
-            self._expand(added_TO, partial, layer, site, tiles, add=False, overlap=True)
+            if added_TO is not None:
+                self._expand(added_TO, partial, layer, site, tiles, add=False, overlap=True)
         out_TO = gemm()
         main.wait_stream(self._side)
+        if added_TO is None:
+            return out_TO, self._pending(partial, layer, site, tiles, overlap=False)
         if at_once:
             return out_TO.add_(added_TO), None
         return out_TO, added_TO
@@ -125,9 +140,17 @@ class LoraProjections:
         if apart or self._batch_invariant or self._is_summed(site):
             self._expand(out_TO, partial, layer, site, tiles, overlap=overlap)
             return out_TO, None
-        return out_TO, PendingExpand(
-            table=self._table, tiles=tiles, layer=layer, site=site, partial=partial, overlap=overlap
-        )
+        return out_TO, self._pending(partial, layer, site, tiles, overlap=overlap)
+
+    def _pending(
+        self, partial: torch.Tensor, layer: int, site: Site, tiles: LoraTiles, *, overlap: bool
+    ) -> PendingExpand:
+        return PendingExpand(table=self._table, tiles=tiles, layer=layer, site=site, partial=partial, overlap=overlap)
+
+    def _sums_shrunk(self, num_tokens: int, tiles: LoraTiles) -> bool:
+        if self._batch_invariant or tiles.max_planes > 1:
+            return False
+        return tuning.fuses_peers_norm(num_tokens, tiles.tile_rows)
 
     def _is_summed(self, site: Site) -> bool:
         return self._partial_sums and site.num_modules == 1

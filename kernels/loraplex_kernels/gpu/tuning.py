@@ -82,6 +82,12 @@ def fuses_norm(num_tokens: int, tile_rows: int) -> bool:
     return (tile_rows == 1 and num_tokens > 96) or (tile_rows > 16 and num_tokens >= 2048)
 
 
+def fuses_peers_norm(num_tokens: int, tile_rows: int) -> bool:
+    """Whether ``add_peers_rms_norm`` expands, B a row at a time while it waits for the other ranks: not where many rows
+    share what a tile reads once."""
+    return tile_rows == 1 or (tile_rows == 16 and num_tokens <= 128)
+
+
 def next_power_of_2(value: int) -> int:
     """The smallest power of two that is at least ``value`` (>= 1)."""
     return 1 << (value - 1).bit_length()

@@ -24,32 +24,34 @@ from loraplex.replica.driver import StepDriver
 
 _BASE = BaseModelId("sanitize")
 _TENANT = TenantName("sanitize")
-_TOOLS = ("memcheck", "racecheck")
+_STEP_TOKENS = {"memcheck": 1200, "racecheck": 64}
+"""Of the largest step: those of 1,200 tokens meet all sizes of LoRA tiles. Racecheck without graphs fills the host's
+memory with them: 1 GB a second."""
 _SUMMARY = re.compile(r"ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: (\d+) hazard")
 
 
-def run_steps(*, graphs: bool) -> None:
+def run_steps(*, graphs: bool, step_tokens: int) -> None:
     """The load that is watched, in this process."""
     # Pages so small that adapters are cut, and arena so small that they are evicted.
     config = ExecutorConfig(
         device="cuda",
         dtype="bfloat16",
         page_size=16,
-        num_pages=96,
+        num_pages=92 + step_tokens // 16,
         max_rows=6,
-        # Racecheck without graphs fills the host's memory with larger steps: 1 GB a second.
-        max_step_tokens=64,
+        max_step_tokens=step_tokens,
         cuda_graphs=graphs,
     )
     executor = build_executor(config, model="random:tiny-llama", base_model_id=_BASE)
     model = executor.model
-    engine = Engine(EngineConfig(max_running=6, max_step_tokens=64), model=model, arena=executor.arena)
+    engine = Engine(EngineConfig(max_running=6, max_step_tokens=step_tokens), model=model, arena=executor.arena)
     driver = StepDriver(engine, executor, clock=SystemClock(), unstage=executor.unstage_adapter)
     adapters = random_manifests(model, count=6, lora_ranks=(8, 16, 80))
     for seed, manifest in enumerate(adapters):
         executor.stage_random_adapter(manifest, seed)
         engine.adapter_staged(manifest.digest, executor.adapter_pages(manifest), 0.0)
     source = random.Random(0)
+    longest = max(40, step_tokens // 3)
     for index in range(12):
         manifest = adapters[index % 6]
         ref = AdapterRef(tenant=_TENANT, name="a", version=1, digest=manifest.digest) if index % 4 else None
@@ -59,7 +61,7 @@ def run_steps(*, graphs: bool) -> None:
                 tenant=_TENANT,
                 base_model_id=_BASE,
                 adapter=ref,
-                prompt_token_ids=tuple(source.randrange(model.vocab_size) for _ in range(source.randrange(1, 40))),
+                prompt_token_ids=tuple(source.randrange(model.vocab_size) for _ in range(source.randrange(1, longest))),
                 sampling=SamplingParams(
                     max_tokens=5, seed=index, ignore_eos=True, temperature=float(index % 2), top_k=5 if index % 3 else 0
                 ),
@@ -97,7 +99,7 @@ def sanitize(tool: str, *, graphs: bool, timeout_s: float) -> bool:
     started_s = time.monotonic()
     try:
         done = subprocess.run(
-            [*command, "--steps", *(["--graphs"] if graphs else [])],
+            [*command, "--steps", str(_STEP_TOKENS[tool]), *(["--graphs"] if graphs else [])],
             env=environment,
             capture_output=True,
             text=True,
@@ -122,13 +124,15 @@ def sanitize(tool: str, *, graphs: bool, timeout_s: float) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="compute-sanitizer over a tiny model's steps with adapters.")
-    parser.add_argument("--tools", nargs="+", choices=_TOOLS, default=_TOOLS)
+    parser.add_argument("--tools", nargs="+", choices=_STEP_TOKENS, default=_STEP_TOKENS)
     parser.add_argument("--timeout-s", type=float, default=300.0, help="of each run")
-    parser.add_argument("--steps", action="store_true", help="run the watched load itself, without the sanitizer")
+    parser.add_argument(
+        "--steps", type=int, metavar="TOKENS", help="run the watched load itself, without the sanitizer, in such steps"
+    )
     parser.add_argument("--graphs", action="store_true", help="of --steps")
     arguments = parser.parse_args()
     if arguments.steps:
-        run_steps(graphs=arguments.graphs)
+        run_steps(graphs=arguments.graphs, step_tokens=arguments.steps)
         return
     runs = [
         sanitize(tool, graphs=graphs, timeout_s=arguments.timeout_s)

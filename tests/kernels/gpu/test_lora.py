@@ -13,6 +13,7 @@ from loraplex_kernels.gpu import tuning
 from loraplex_kernels.gpu.lora import (
     LoraTable,
     LoraTiles,
+    PendingExpand,
     Site,
     build_tiles,
     lora_expand_,
@@ -271,6 +272,36 @@ def test_projections_leave_their_lora_to_what_follows(how: str, tile_rows: int, 
             out_TO, lora = projections.project(gemm_TO.clone, x_TK, LAYER, site, tiles)
         assert_close(twins.expanded(out_TO, lora, widths), dense(x_TK, gemm_TO, table, used, site, widths))
         assert (lora is None) <= (how == "batch_invariant" or site.num_modules == 1)
+
+
+@pytest.mark.parametrize("how", ["beside", "serial", "batch_invariant", "large_tiles", "planes"])
+@pytest.mark.parametrize("site", [Site.O, Site.DOWN], ids=lambda site: site.name.lower())
+def test_partial_sums_are_added_at_once_or_left_shrunk(how: str, site: Site, device: torch.device) -> None:
+    """With a scratch that what follows sums over the shards, of which the first ranks of the splits are read."""
+    tile_rows = 32 if how == "large_tiles" else 1
+    adapters = (Adapter(rank=72 if how == "planes" else 16), Adapter(rank=8))
+    case = Case(adapters, ((-1, 1), (0, 1), (0, 1), (1, 1)), 64 if how == "planes" else 16, tile_rows)
+    table, tiles, used = make(case, SMALL, torch.float32, device)
+    inputs, outputs = {site: SMALL.inputs(site) for site in Site}, {site: SMALL.outputs(site) for site in Site}
+    projections = LoraProjections(
+        table, inputs, outputs, len(used), batch_invariant=how == "batch_invariant", partial_sums=True
+    )
+    x_TK = torch.randn(len(used), SMALL.inputs(site)).to(device)
+    gemm_TO = torch.randn(len(used), SMALL.hidden).to(device)
+    scratch = torch.zeros(partial_elements(len(used), SMALL.inputs(site), site, 64), device=device)
+    schedule = Schedule.BESIDE if how == "beside" else Schedule.SERIAL
+    with patch.object(tuning, "schedule", lambda *_: schedule):
+        out_TO, lora = projections.project(gemm_TO.clone, x_TK, LAYER, site, tiles, scratch=scratch)
+    assert_close(
+        twins.expanded(out_TO, lora, (SMALL.hidden,)), dense(x_TK, gemm_TO, table, used, site, (SMALL.hidden,))
+    )
+    if how in ("beside", "serial"):
+        assert isinstance(lora, PendingExpand)
+        assert torch.equal(out_TO, gemm_TO)
+        assert lora.partial.data_ptr() == scratch.data_ptr()
+    else:
+        assert lora is None
+        assert bool((scratch == 0).all())
 
 
 def test_too_few_tiles() -> None:

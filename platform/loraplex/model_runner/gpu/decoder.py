@@ -177,17 +177,18 @@ class GpuDecoder:
         *,
         out: torch.Tensor | None = None,
         added: torch.Tensor | None = None,
+        scratch: torch.Tensor | None = None,
         shrunk: PendingExpand | None = None,
     ) -> tuple[torch.Tensor, PendingExpand | torch.Tensor | None]:
-        """The GEMM, and the LoRA that the next operation still has to add to its output. ``out``, ``added``: where they
-        go, if given. ``shrunk``: what has been done of it."""
+        """The GEMM, and the LoRA that the next operation still has to add to its output. ``out``, ``added`` and
+        ``scratch``: where they go, if given. ``shrunk``: what has been done of it."""
         if step.lora is None:
             return self._linear(x, weight, bias, out=out), None
 
         def gemm() -> torch.Tensor:
             return self._linear(x, weight, bias, out=out)
 
-        return self._lora.project(gemm, x, layer, site, step.lora, added_TO=added, shrunk=shrunk)
+        return self._lora.project(gemm, x, layer, site, step.lora, added_TO=added, scratch=scratch, shrunk=shrunk)
 
     def _project_and_add(
         self,
@@ -210,8 +211,22 @@ class GpuDecoder:
             return
         turn = 0 if site is Site.O else 1
         own, added = rows.own[turn, :, :num_tokens]
-        _, lora = self._project(x, weight, None, layer, site, step, out=own, added=added, shrunk=shrunk)
-        add_peers_rms_norm(residual_TD, norm_D, eps, normed_TD, rows, turn, added=lora is not None)
+        _, lora = self._project(
+            x, weight, None, layer, site, step, out=own, added=added, scratch=rows.shrunk[turn], shrunk=shrunk
+        )
+        pending = lora if isinstance(lora, PendingExpand) else None
+        add_peers_rms_norm(
+            residual_TD,
+            norm_D,
+            eps,
+            normed_TD,
+            rows,
+            turn,
+            added=isinstance(lora, torch.Tensor),
+            pending=pending,
+            # What a second stream leaves makes it wait for two.
+            overlap=lora is None or (pending is not None and pending.overlap),
+        )
 
     def _rotate(
         self,

@@ -67,10 +67,19 @@ class Exchange:
             self._connect()
             if shape.tp > 1:
                 # Triton is there on CUDA machines alone.
+                from loraplex_kernels.gpu.lora import Site
+
                 from loraplex.model_runner.ranks.peer_memory import make_peer_rows
 
-                name, features = f"stage {shard.stage}", shard.model.hidden_size
-                self._rows = make_peer_rows(self._stage, store, name, features=features, device=device, dtype=dtype)
+                self._rows = make_peer_rows(
+                    self._stage,
+                    store,
+                    f"stage {shard.stage}",
+                    features=shard.model.hidden_size,
+                    shrunk_features={Site.O: shard.local.q_size, Site.DOWN: shard.local.intermediate_size},
+                    device=device,
+                    dtype=dtype,
+                )
 
     @property
     def rows(self) -> "PeerRows | None":

@@ -9,6 +9,7 @@ import socket
 from itertools import permutations
 
 import torch
+from loraplex_kernels.gpu.lora import MAX_RANK, Site, partial_elements
 from loraplex_kernels.gpu.peers import PeerRows
 from torch import distributed
 from torch._C._distributed_c10d import TCPStore
@@ -25,11 +26,12 @@ def make_peer_rows(
     name: str,
     *,
     features: int,
+    shrunk_features: dict[Site, int],
     device: torch.device,
     dtype: torch.dtype,
 ) -> PeerRows | None:
     """None where the GPUs of ``group`` do not reach each other's memory: on all its ranks alike. ``name``: of the group
-    in ``store``."""
+    in ``store``. ``shrunk_features``: input features of a shard's o and down."""
     os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
     rank, size = distributed.get_rank(group), distributed.get_world_size(group)
     store.set(f"{name} rank {rank}", f"{socket.gethostname()} {device.index}")
@@ -51,8 +53,11 @@ def make_peer_rows(
     own = symmetric_memory.empty(2, 2, _MAX_ROWS, features, dtype=dtype, device=device)
     flags = symmetric_memory.empty(_MAX_ROWS, size, dtype=torch.int32, device=device)
     flags.zero_()
+    elements = max(partial_elements(_MAX_ROWS, inputs, site, MAX_RANK) for site, inputs in shrunk_features.items())
+    shrunk = symmetric_memory.empty(2, elements, dtype=torch.float32, device=device)
     own_of = symmetric_memory.rendezvous(own, group=group.group_name)
     flags_of = symmetric_memory.rendezvous(flags, group=group.group_name)
+    shrunk_of = symmetric_memory.rendezvous(shrunk, group=group.group_name)
     parts = [own_of.get_buffer(other, own.shape, dtype) for other in range(size)]
     rows = PeerRows(
         rank=rank,
@@ -61,11 +66,19 @@ def make_peer_rows(
             [[part[turn, buffer].data_ptr() for buffer in range(2) for part in parts] for turn in range(2)],
             device=device,
         ),
+        shrunk=shrunk,
+        shrunk_parts=torch.tensor(
+            [
+                [shrunk_of.get_buffer(other, shrunk.shape, shrunk.dtype)[turn].data_ptr() for other in range(size)]
+                for turn in range(2)
+            ],
+            device=device,
+        ),
         flags=torch.tensor(
             [flags_of.get_buffer(other, flags.shape, torch.int32).data_ptr() for other in range(size)], device=device
         ),
         counts=torch.zeros(_MAX_ROWS, dtype=torch.int32, device=device),
-        mapped=(flags, own_of, flags_of),
+        mapped=(flags, own_of, shrunk_of, flags_of),
     )
     # Nobody's flags are raised before all are down.
     distributed.all_reduce(torch.zeros(1, device=device), group=group)
