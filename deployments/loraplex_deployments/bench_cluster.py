@@ -30,9 +30,9 @@ from loraplex.loadgen.targets import Target
 from loraplex.model_runner.build import load_model_spec
 from loraplex.tenancy.keys import new_key
 
-from loraplex_deployments.bench_platform import free_ports
 from loraplex_deployments.launch import RunningPlatform, data_dir_lock, start_platform
 from loraplex_deployments.local_cluster import HEAD, LocalCluster
+from loraplex_deployments.ports import free_ports
 from loraplex_deployments.replica_handles import find_replica, replica_names
 
 BASE = BaseModelId("bench")

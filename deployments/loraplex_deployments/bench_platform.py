@@ -6,7 +6,6 @@ Starts it on a Ray and on ports of its own, and ends it. Called by ``bench_serve
 import contextlib
 import json
 import shutil
-import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +25,7 @@ from loraplex.tenancy.keys import new_key
 
 from loraplex_deployments.bench_results import ServeBenchOptions
 from loraplex_deployments.launch import RunningPlatform, data_dir_lock, start_platform
+from loraplex_deployments.ports import free_ports
 
 BASE_ID = BaseModelId("bench")
 _TENANT = TenantName("bench")
@@ -90,15 +90,6 @@ def platform_config(options: ServeBenchOptions, setup: EngineSetup, folder: Path
         "base_models": [base],
     }
     return parse_platform_config(json.dumps(settings), source="bench serve")
-
-
-def free_ports(count: int) -> list[int]:
-    """Of 127.0.0.1, free at this moment."""
-    with contextlib.ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [int(probe.getsockname()[1]) for probe in probes]
 
 
 def _register_adapters(

@@ -18,9 +18,9 @@ from loraplex.demo import PIRATE
 from loraplex.demo.base import DEMO_BASE_ID
 from loraplex.tenancy.keys import new_key
 
-from loraplex_deployments.bench_platform import free_ports
 from loraplex_deployments.demo_setup import ensure_demo
 from loraplex_deployments.launch import RunningPlatform, start_platform
+from loraplex_deployments.ports import free_ports
 
 Say = Callable[[str], None]
 

@@ -50,9 +50,9 @@ from loraplex.testing.paced_config import PacedConfig
 from loraplex.testing.paced_executor import paced_cost
 from loraplex.traces.arrivals import AdapterName, Arrivals
 
-from loraplex_deployments.bench_platform import free_ports
 from loraplex_deployments.bench_processes import CpuMeter, CpuUse
 from loraplex_deployments.launch import RunningPlatform, data_dir_lock, start_platform
+from loraplex_deployments.ports import free_ports
 
 _MODEL = "random:tiny-llama"
 _GPU = "h100-80gb"

@@ -9,7 +9,6 @@ import contextlib
 import os
 import resource
 import shutil
-import socket
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -20,6 +19,7 @@ from loraplex.config.platform import PlatformConfig
 from loraplex.core.errors import BadConfig, Conflict
 
 from loraplex_deployments.haproxy_exec import BINARY_VARIABLE, haproxy_binary
+from loraplex_deployments.ports import free_ports
 from loraplex_deployments.request_ids import CALLBACK
 
 _SWITCH = "RAY_SERVE_ENABLE_HA_PROXY"
@@ -77,7 +77,7 @@ class ServeProxy:
         directory = Path(tempfile.mkdtemp(prefix="lpx-", dir="/tmp"))
         self._link.symlink_to(directory)
         self._directory = directory
-        http_port, grpc_port = _free_ports(2)
+        http_port, grpc_port = free_ports(2)
         return {
             "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(directory / "haproxy.cfg"),
             "RAY_SERVE_HAPROXY_SOCKET_PATH": str(directory / "admin.sock"),
@@ -163,14 +163,3 @@ def _haproxy_command() -> str:
         if file.name == _COMMAND:
             return str(Path(str(file.locate())).resolve())
     raise BadConfig(f"serve.proxy: the command {_COMMAND} is missing; install loraplex again", param="serve.proxy")
-
-
-def _free_ports(count: int) -> list[int]:
-    probes = [socket.socket() for _ in range(count)]
-    try:
-        for probe in probes:
-            probe.bind(("", 0))
-        return [int(probe.getsockname()[1]) for probe in probes]
-    finally:
-        for probe in probes:
-            probe.close()

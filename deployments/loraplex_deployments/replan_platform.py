@@ -42,10 +42,10 @@ from loraplex.simulator.types import Slo
 from loraplex.tenancy.keys import new_key
 from loraplex.traces.arrivals import Arrivals, TraceRequest
 
-from loraplex_deployments.bench_platform import free_ports
 from loraplex_deployments.bootstrap import ensure_admin_key
 from loraplex_deployments.launch import Progress, RunningPlatform, start_platform
 from loraplex_deployments.local_cluster import LocalCluster
+from loraplex_deployments.ports import free_ports
 from loraplex_deployments.replan_setup import TENANT, ReplanBase, ReplanSetup, platform_config
 
 _RECORDED_TIMEOUT_S = 60.0

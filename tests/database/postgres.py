@@ -9,7 +9,6 @@ import importlib.util
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import time
@@ -17,6 +16,7 @@ import uuid
 from pathlib import Path
 
 import psycopg
+from loraplex_deployments.ports import free_port
 
 _UNPRIVILEGED = 65534
 _START_TIMEOUT_S = 60.0
@@ -32,7 +32,7 @@ class PostgresServer:
         self._root = Path(tempfile.mkdtemp(prefix="loraplex-postgres-"))
         self._programs = _programs(self._root)
         self._data = self._root / "data"
-        self.port = _free_port()
+        self.port = free_port()
         (self._root / "password").write_text(self.password)
         if os.getuid() == 0:
             for path in (self._root, self._root / "password"):
@@ -149,9 +149,3 @@ def _programs(root: Path) -> Path:
 
 def _children(parent: int) -> list[int]:
     return [int(pid) for pid in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()]
-
-
-def _free_port() -> int:
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        return int(listening.getsockname()[1])

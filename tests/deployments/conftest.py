@@ -16,9 +16,10 @@ from loraplex.demo.base import prepare_demo_base
 from loraplex_deployments.bootstrap import ensure_admin_key, ensure_tenants
 from loraplex_deployments.demo_setup import ensure_demo
 from loraplex_deployments.launch import start_platform
+from loraplex_deployments.ports import free_port
 
 from tests.deployments.joined_cluster import Cluster
-from tests.deployments.served import Served, free_port
+from tests.deployments.served import Served
 
 
 @dataclass(frozen=True)

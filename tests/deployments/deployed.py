@@ -5,9 +5,10 @@ from pathlib import Path
 
 import httpx
 import yaml
+from loraplex_deployments.ports import free_port
 
 from tests.deployments.joined_cluster import ENVIRONMENT, Cluster
-from tests.deployments.served import LORAPLEX, free_port
+from tests.deployments.served import LORAPLEX
 
 
 class Config:

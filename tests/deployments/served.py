@@ -2,7 +2,6 @@
 
 import json
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -11,15 +10,10 @@ from pathlib import Path
 import httpx
 import psutil
 import yaml
+from loraplex_deployments.ports import free_port
 
 LORAPLEX = str(Path(sys.executable).parent / "loraplex")
 _START_TIMEOUT_S = 150
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class Served:

@@ -17,8 +17,7 @@ from pathlib import Path
 
 import psutil
 import yaml
-
-from tests.deployments.served import free_port
+from loraplex_deployments.ports import free_port
 
 ROOT = Path(__file__).parents[2]
 LOCAL = ROOT / "cluster-configs" / "local.yaml"

@@ -15,11 +15,11 @@ from pathlib import Path
 import psutil
 import pytest
 import ray
+from loraplex_deployments.ports import free_port
 from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID
 
 from tests.deployments.deployed import Config, loraplex
 from tests.deployments.joined_cluster import ENVIRONMENT
-from tests.deployments.served import free_port
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 

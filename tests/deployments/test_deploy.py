@@ -15,10 +15,11 @@ import pytest
 import yaml
 from loraplex.config.platform import PlatformConfig, parse_platform_config
 from loraplex_deployments.deploy import differences
+from loraplex_deployments.ports import free_port
 
 from tests.deployments.deployed import Config, loraplex, one_line
 from tests.deployments.joined_cluster import ENVIRONMENT, Cluster
-from tests.deployments.served import LORAPLEX, free_port
+from tests.deployments.served import LORAPLEX
 
 BYSTANDERS = ["bystander", "bystanders"]
 

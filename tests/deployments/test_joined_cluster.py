@@ -14,9 +14,10 @@ import httpx
 import pytest
 import yaml
 from loraplex.testing.tiny_tokenizer import build_tiny_tokenizer
+from loraplex_deployments.ports import free_port
 
 from tests.deployments.joined_cluster import ENVIRONMENT, Cluster
-from tests.deployments.served import LORAPLEX, free_port
+from tests.deployments.served import LORAPLEX
 
 pytestmark = pytest.mark.ray
 

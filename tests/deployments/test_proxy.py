@@ -17,6 +17,7 @@ from loraplex.config.platform import PlatformConfig, parse_platform_config
 from loraplex.core.errors import BadConfig, Conflict
 from loraplex_deployments import proxy
 from loraplex_deployments.haproxy_exec import adapted
+from loraplex_deployments.ports import free_port
 from loraplex_deployments.proxy import ServeProxy
 
 SERVE_CFG = """defaults
@@ -130,9 +131,7 @@ def test_an_unknown_config_is_refused(tmp_path: Path) -> None:
 
 def test_haproxy_answers_with_our_error_object_and_dies_with_its_parent(tmp_path: Path) -> None:
     cfg = tmp_path / "haproxy.cfg"
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     timeouts = "    mode http\n    timeout client 5s\n    timeout server 5s\n    timeout connect 5s\n"
     text = SERVE_CFG.replace("defaults\n", "defaults\n" + timeouts)
     cfg.write_text(text.replace("bind *:8000", f"bind 127.0.0.1:{port}"))

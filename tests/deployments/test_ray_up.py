@@ -11,9 +11,9 @@ from collections.abc import Iterator
 import httpx
 import pytest
 import yaml
+from loraplex_deployments.ports import free_port
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from tests.deployments.served import free_port
 from tests.deployments.ssh_hosts import LOCAL, ROOT, WORKER, SshHosts, check_programs, ended_with_us
 
 _JOIN_TIMEOUT_S = 500.0

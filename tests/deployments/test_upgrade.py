@@ -17,13 +17,13 @@ from loraplex_deployments.bench_cluster import BenchCluster, ClusterSetup, Paced
 from loraplex_deployments.bench_streams import StreamWatch, WatchedStream, same_request
 from loraplex_deployments.control_client import controller_handle
 from loraplex_deployments.launch import RunningPlatform, stop_controller
+from loraplex_deployments.ports import free_port
 from loraplex_deployments.upgrade import check_fixed, hand_over, renew
 
 from tests.deployments.bench_world import BenchWorld, bench_world
 from tests.deployments.deployed import Config, loraplex, one_line
 from tests.deployments.joined_cluster import Cluster
 from tests.deployments.own_process import OwnProcess
-from tests.deployments.served import free_port
 
 SETUP = ClusterSetup(nodes=1, gpus_per_node=3, replicas=2, gateways=2, adapters=2, paced=PacedSetup(factor=8.0))
 _STREAMS = 6

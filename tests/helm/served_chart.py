@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from loraplex_deployments.ports import free_port
 
-from tests.deployments.served import free_port
 from tests.helm.rendered import ci_values, platform_text, render, serve_config
 
 _TIMEOUT_S = 180.0

@@ -19,9 +19,9 @@ import httpx
 import psutil
 import pytest
 from loraplex.config.platform import parse_platform_config
+from loraplex_deployments.ports import free_port
 from loraplex_deployments.proxy import proxy_variables
 
-from tests.deployments.served import free_port
 from tests.helm.served_chart import Dashboard, ServedChart, wait
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]

@@ -14,8 +14,8 @@ import grpc
 import httpx
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from loraplex_deployments.ports import free_port
 
-from tests.deployments.served import free_port
 from tests.helm.served_chart import Dashboard, ServedChart, wait
 
 pytestmark = pytest.mark.ray

@@ -14,6 +14,7 @@ import urllib.request
 from pathlib import Path
 
 import pyarrow.fs as pafs
+from loraplex_deployments.ports import free_port
 
 ACCESS_KEY, SECRET_KEY = "AKIDLORAPLEXTEST", "s3cr3t-of-the-test"
 _START_TIMEOUT_S = 60.0
@@ -37,7 +38,7 @@ class S3Server:
         self.credentials_file.write_text(
             f"[default]\naws_access_key_id = {ACCESS_KEY}\naws_secret_access_key = {SECRET_KEY}\n"
         )
-        port = _free_port()
+        port = free_port()
         self._log = (root / "log").open("wb")
         environment = os.environ | {"AWS_ACCESS_KEY_ID": "server", "AWS_SECRET_ACCESS_KEY": "server"}
         self._process = subprocess.Popen(
@@ -98,7 +99,7 @@ class Gate:
 
     def __init__(self, server_port: int) -> None:
         self._server_port = server_port
-        self.port = _free_port()
+        self.port = free_port()
         self._open: _OpenGate | None = None
         self.open()
 
@@ -160,9 +161,3 @@ class _OpenGate:
                 self._peer.pop(one)
                 self._selector.unregister(one)
                 one.close()
-
-
-def _free_port() -> int:
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        return int(listening.getsockname()[1])
