@@ -122,9 +122,24 @@ async def test_broken_bodies(world: Any, content: bytes) -> None:
         assert set(reply.json()["error"]) == {"message", "type", "param", "code"}
 
 
-async def test_wrong_content_type_is_400(world: Any) -> None:
-    reply = await world.http.post("/v1/chat/completions", content=b"{}", headers={"content-type": "text/plain"})
-    assert reply.status_code == 400
+@pytest.mark.parametrize(
+    ("content", "kind", "told"),
+    [
+        (b"{}", "text/plain", "'content-type: application/json'"),
+        (b"{}", "application/x-www-form-urlencoded", "'content-type: application/json'"),  # curl -d, no header
+        (b"{}", None, "'content-type: application/json'"),
+        (b"[]", "application/json", "a JSON object"),
+        (b"", "application/json", "no body"),
+    ],
+)
+async def test_a_body_that_is_no_json_object_is_told_what_it_lacks(
+    world: Any, content: bytes, kind: str | None, told: str
+) -> None:
+    headers = {"content-type": kind} if kind else {}
+    for path in ("/v1/chat/completions", "/v1/completions"):
+        reply = await world.http.post(path, content=content, headers=headers)
+        check_error(reply, 400, "invalid_body")
+        assert told in reply.json()["error"]["message"]
 
 
 async def test_body_limit(world: Any) -> None:

@@ -72,11 +72,20 @@ async def _on_validation_error(_request: Request, error: Exception) -> Response:
     param = _param(first.get("loc", ()))
     if first.get("type") == "json_invalid":
         message, param, code = "The request body is not valid JSON.", None, "invalid_json"
+    elif tuple(first.get("loc", ())) == ("body",) and not isinstance(first.get("input"), dict):
+        message, code = _whole_body(first.get("input")), "invalid_body"
     else:
         reason = str(first.get("msg", "invalid")).removeprefix("Value error, ")
         message = f"Invalid value for '{param}': {reason}." if param else f"Invalid request: {reason}."
         code = "missing_required_parameter" if first.get("type") == "missing" else "invalid_value"
     return _json(400, error_object(message, type="invalid_request_error", param=param, code=code))
+
+
+def _whole_body(body: Any) -> str:
+    """What is wrong with a body that is no JSON object. FastAPI hands over bytes when no header says JSON."""
+    if isinstance(body, bytes):
+        return "The request body must be JSON and have the header 'content-type: application/json'."
+    return "The request has no body." if body is None else "The request body must be a JSON object."
 
 
 async def _on_http_error(request: Request, error: Exception) -> Response:
