@@ -17,7 +17,7 @@ setup-dev: $(VENV)/.installed-dev
 
 $(VENV)/bin/python:
 	@echo "[1/3] creating $(VENV)"
-	@$(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -m venv --upgrade-deps $(VENV)  # an old pip takes minutes to resolve
 
 $(VENV)/.installed: requirements.lock pyproject.toml | $(VENV)/bin/python
 	@echo "[2/3] installing loraplex and what it needs (about a minute)"

@@ -3,7 +3,7 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from loraplex.profiler.cases import Limits, grid, held_out
+from loraplex.profiler.cases import Limits, grid, held_out, lone_prompts
 
 _LIMITS = st.builds(
     Limits,
@@ -29,6 +29,16 @@ def test_limits_hold(limits: Limits, seed: int) -> None:
         assert len(case.adapters) <= max(4, 2 * case.concurrency)
         # More than run at a time only where that is not long.
         assert len(case.adapters) in (4, case.concurrency) or case.num_tokens < 1 << 18
+
+
+@given(_LIMITS, st.integers(0, 5))
+def test_lone_prompts_are_one_at_a_time_and_as_long_as_there_is_room_for(limits: Limits, seed: int) -> None:
+    case = lone_prompts(limits, seed=seed)
+    assert (case.concurrency, set(case.adapters), len(case.input_tokens)) == (1, {-1}, 12)
+    longest = max(case.input_tokens) + max(case.output_tokens)
+    assert longest <= min(limits.max_request_tokens, limits.max_kv_tokens)
+    assert max(case.output_tokens) <= 2
+    assert max(case.input_tokens) >= min(limits.max_request_tokens, limits.max_kv_tokens, 2048) // 3
 
 
 @pytest.mark.parametrize("max_running", [16, 256])

@@ -6,7 +6,7 @@ import pytest
 from loraplex.core.errors import BadConfig
 from loraplex.cost.ceilings import FloatArray
 from loraplex.cost.step_cost import StepCoefficients, StepComposition
-from loraplex.profiler.fit import TOKEN_KNOTS, fit_coefficients, fit_latency, fit_mean, held_out_error
+from loraplex.profiler.fit import TOKEN_KNOTS, fit_coefficients, fit_pipeline, fit_mean, held_out_error
 
 TRUE = StepCoefficients(
     fixed_s=5.5e-3,
@@ -123,10 +123,11 @@ def _lone(factor: float, host_s: float) -> tuple[StepComposition, FloatArray]:
 @pytest.mark.parametrize(("factor", "host_s"), [(1.6, 0.0012), (2.0, 0.0), (1.2, 0.004)])
 def test_rested_stages_take_less_for_prompts(factor: float, host_s: float) -> None:
     steps, seconds = _lone(factor, host_s)
-    found = fit_latency(TRUE, steps, seconds, stages=2)
+    found = fit_pipeline(TRUE, steps, seconds, stages=2)
+    assert found.alone_s == pytest.approx(host_s, abs=3e-4)
     held_up = np.zeros(len(steps), dtype=bool)
     held_up[::50] = True
-    errors = np.abs(found.seconds(steps) + host_s - seconds)[~held_up] / seconds[~held_up]
+    errors = np.abs(found.latency_s(steps) + host_s - seconds)[~held_up] / seconds[~held_up]
     assert np.median(errors) < 0.015
     assert np.percentile(errors, 90) < 0.04
 
@@ -135,7 +136,7 @@ def test_rested_stages_take_less_for_prompts(factor: float, host_s: float) -> No
 def test_a_full_pipeline_keeps_its_pace(factor: float) -> None:
     """Through two stages no step takes more than two intervals, nor less than one."""
     steps, seconds = _lone(factor, 0.0012)
-    found = fit_latency(TRUE, steps, seconds, stages=2).seconds(steps)
+    found = fit_pipeline(TRUE, steps, seconds, stages=2).latency_s(steps)
     assert (found <= 2 * TRUE.seconds(steps) * (1 + 1e-9)).all()
     assert (found >= TRUE.seconds(steps) * (1 - 1e-9)).all()
 
@@ -143,8 +144,8 @@ def test_a_full_pipeline_keeps_its_pace(factor: float) -> None:
 def test_without_lone_prompts_each_stage_takes_an_interval() -> None:
     steps, seconds = _lone(1.6, 0.0)
     for few in (steps.prefill_rows == 0, np.arange(len(steps)) < 3):
-        found = fit_latency(TRUE, steps.take(few), seconds[few], stages=2)
-        np.testing.assert_allclose(found.array(), TRUE.slowed(2).array())
+        found = fit_pipeline(TRUE, steps.take(few), seconds[few], stages=2)
+        np.testing.assert_allclose(found.latency.array(), TRUE.slowed(2).array())
 
 
 def test_nothing_is_negative_where_time_falls_with_size() -> None:

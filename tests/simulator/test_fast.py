@@ -89,6 +89,42 @@ def test_turns_and_stages_are_as_in_the_exact_simulator(name: str) -> None:
     _same_course(SCENARIOS[name](0))
 
 
+def test_a_pipeline_that_runs_empty_waits_for_the_host_in_both_simulators() -> None:
+    given_ = SCENARIOS["pipeline"](0)
+    slower = _same_course(_with_alone(given_, 2e-3))
+    assert slower.ttft_s[0] > simulate_exact(given_).ttft_s[0] + 1e-3
+
+
+def test_bases_that_share_a_pipeline_wait_for_the_host_at_each_turn_in_both_simulators() -> None:
+    """And for no less than a turn takes anyway."""
+    given_ = dataclasses.replace(SCENARIOS["shared-pipeline"](0), turn_s=1e-3)
+    times = {
+        alone_s: [simulate(_with_alone(given_, alone_s)).ttft_s.mean() for simulate in (fast.simulate, simulate_exact)]
+        for alone_s in (0.0, 1e-3, 3e-3)
+    }
+    for ours, theirs in times.values():
+        assert ours == pytest.approx(theirs, rel=2e-3)
+    assert times[0.0][1] < times[1e-3][1] < times[3e-3][1] - 3e-3
+
+
+def test_one_request_alone_waits_for_the_host_at_each_token() -> None:
+    arrivals = make_arrivals(num_requests=1, rate=1, num_adapters=1)
+    arrivals = dataclasses.replace(arrivals, adapter=np.full(1, -1, dtype=np.int32))
+    for stages, alone_s in ((1, 0.0), (2, 1e-3)):
+        given_ = make_input(arrivals, num_groups=1, shape=Shape(pp=stages))
+        before, after = simulate_exact(given_), _same_course(_with_alone(given_, 1e-3))
+        assert after.ttft_s - before.ttft_s == pytest.approx(alone_s, abs=1e-9)
+        assert after.tpot_s - before.tpot_s == pytest.approx(alone_s, abs=1e-9)
+
+
+def _with_alone(given_: SimulationInput, alone_s: float) -> SimulationInput:
+    costs = {
+        key: dataclasses.replace(cost, step=msgspec.structs.replace(cost.step, alone_s=alone_s))
+        for key, cost in given_.costs.items()
+    }
+    return dataclasses.replace(given_, costs=costs)
+
+
 def _same_course(given_: SimulationInput) -> SimulationResult:
     """Every request has the same outcome, place and times in both; those of the exact one."""
     ours, theirs = fast.simulate(given_), simulate_exact(given_)

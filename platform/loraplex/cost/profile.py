@@ -217,8 +217,7 @@ class CostProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             if identity in seen:
                 raise BadConfig(f"{key}: {step.base} on {step.gpu} in this shape comes twice")
             seen.add(identity)
-            step.cost.interval.check(f"{key}.cost.interval")
-            step.cost.latency.check(f"{key}.cost.latency")
+            step.cost.check(f"{key}.cost")
 
 
 def shipped_profiles() -> tuple[str, ...]:

@@ -255,11 +255,25 @@ class StepCost(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     interval: StepCoefficients
     """From the start of one micro-batch to that of the next, when the pipeline is full: the slowest stage."""
     latency: StepCoefficients
-    """From the start of a micro-batch to its tokens: all stages and the hand-overs. What one request alone sees."""
+    """From the start of a micro-batch to its tokens: all stages and the hand-overs."""
+    alone_s: float = 0.0
+    """Of a pipeline: before a micro-batch that finds it empty, what the host does for it while no stage computes. With
+    others under way, or one stage, whose next step is prepared while it computes, nothing waits for the host."""
+
+    def check(self, where: str) -> None:
+        """Raises BadConfig beginning with ``where``."""
+        self.interval.check(f"{where}.interval")
+        self.latency.check(f"{where}.latency")
+        if not _is_sound(self.alone_s):
+            raise BadConfig(f"{where}.alone_s: negative or not finite", param="alone_s")
 
     def slowed(self, factor: float) -> Self:
         """``factor`` times the time."""
-        return type(self)(interval=self.interval.slowed(factor), latency=self.latency.slowed(factor))
+        return type(self)(
+            interval=self.interval.slowed(factor),
+            latency=self.latency.slowed(factor),
+            alone_s=self.alone_s * factor,
+        )
 
     def interval_s(self, steps: StepComposition) -> FloatArray:
         """(S,) seconds."""

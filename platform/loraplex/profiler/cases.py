@@ -10,6 +10,7 @@ import numpy as np
 
 _CASE_TOKENS = 1 << 17
 """Of about so many a case has no more requests than run at a time: one of many long prompts ends in seconds."""
+_LONE_PROMPTS = 12
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +72,20 @@ def grid(limits: Limits, *, seed: int = 0) -> tuple[ProfileCase, ...]:
     return tuple(dict.fromkeys(cases))
 
 
+def lone_prompts(limits: Limits, *, seed: int = 0) -> ProfileCase:
+    """One request at a time, of long prompts: for what a pipeline's stages take for steps that are alone in it."""
+    return _draw(
+        np.random.default_rng(seed),
+        limits,
+        concurrency=1,
+        longest_input=2048,
+        longest_output=2,
+        num_adapters=0,
+        base_share=1.0,
+        fewest=_LONE_PROMPTS,
+    )
+
+
 def held_out(limits: Limits, *, count: int = 6, seed: int = 1) -> tuple[ProfileCase, ...]:
     """Everything drawn anew: concurrency, lengths, number of adapters and share of base requests."""
     random = np.random.default_rng(seed)
@@ -97,6 +112,7 @@ def _draw(
     longest_output: int,
     num_adapters: int,
     base_share: float,
+    fewest: int = 4,
 ) -> ProfileCase:
     longest_output = max(2, min(longest_output, limits.max_request_tokens // 4))
     longest_input = max(2, min(longest_input, limits.max_request_tokens - longest_output))
@@ -105,7 +121,7 @@ def _draw(
     concurrency = max(1, min(concurrency, limits.max_running, room))
     longest_input = max(2, min(longest_input, limits.max_kv_tokens // concurrency - longest_output))
     mean_tokens = 5 * (longest_input + longest_output) // 8
-    count = max(4, concurrency, min(2 * concurrency, _CASE_TOKENS // mean_tokens))
+    count = max(fewest, concurrency, min(2 * concurrency, _CASE_TOKENS // mean_tokens))
     inputs = random.integers(max(1, longest_input // 4), longest_input + 1, size=count)
     outputs = random.integers(max(1, longest_output // 4), longest_output + 1, size=count)
     adapters = np.full(count, -1)

@@ -2,8 +2,8 @@
 
 Relative, so that a decode step of 6 ms counts as much as a prefill of 60. Of what a step takes by itself
 (``fit_coefficients``): one that the system held up (garbage collection, another process), and the one behind it, whose
-end was then seen too soon after, are weighed down as in Huber's estimator. What a step takes through
-all stages of a pipeline (``fit_latency``) follows from its pace. Of what steps took in the mean (``fit_mean``): held-up
+end was then seen too soon after, are weighed down as in Huber's estimator. What a step takes through all
+stages of a pipeline (``fit_pipeline``) follows from its pace. Of what steps took in the mean (``fit_mean``): held-up
 ones count like all others. Pure. Called by ``measure`` and ``simulated``.
 """
 
@@ -14,7 +14,7 @@ from scipy.optimize import nnls
 from loraplex.core.errors import BadConfig
 from loraplex.cost.ceilings import FloatArray
 from loraplex.cost.profile import HeldOutError
-from loraplex.cost.step_cost import NUM_SCALARS, StepCoefficients, StepComposition, features
+from loraplex.cost.step_cost import NUM_SCALARS, StepCoefficients, StepComposition, StepCost, features
 
 TOKEN_KNOTS = (0.0, 16.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0)
 """Those below the largest step that was measured are used."""
@@ -50,28 +50,29 @@ def _robust(table: FloatArray, seconds: FloatArray) -> FloatArray:
     return found
 
 
-def fit_latency(
-    interval: StepCoefficients, steps: StepComposition, seconds: FloatArray, *, stages: int
-) -> StepCoefficients:
+def fit_pipeline(interval: StepCoefficients, steps: StepComposition, seconds: FloatArray, *, stages: int) -> StepCost:
     """The way through ``stages`` stages, each at the pace of ``interval``, but for the work of prompts: GPUs that rest
     between steps do it faster than in a row. ``steps``: each alone in the pipeline; ``seconds``: (S,), from their
-    beginning to their tokens. What the host does before a lone step is in none of it: other steps hide it.
+    beginning to their tokens. What is left of steps without much of prompts is the host's (``StepCost.alone_s``).
     """
     prompts = _of_prompts(interval)
     prompts_s, interval_s = prompts.seconds(steps), interval.seconds(steps)
-    rest_s = stages * (interval_s - prompts_s)
     large, small = prompts_s >= _LARGE_SHARE * interval_s, prompts_s <= _SMALL_SHARE * interval_s
-    latency = interval.slowed(stages)
-    if np.count_nonzero(large) < _FEWEST_LONE or np.count_nonzero(small) < _FEWEST_LONE:
-        return latency
-    host_s = max(0.0, float(np.median((seconds - rest_s)[small])))
-    factor = float(np.median((seconds - rest_s - host_s)[large] / prompts_s[large]))
+    whole = StepCost(interval=interval, latency=interval.slowed(stages))
+    if np.count_nonzero(small) < _FEWEST_LONE:
+        return whole
+    alone_s = max(0.0, float(np.median((seconds - stages * interval_s)[small])))
+    if np.count_nonzero(large) < _FEWEST_LONE:
+        return msgspec.structs.replace(whole, alone_s=alone_s)
+    rest_s = stages * (interval_s - prompts_s)
+    factor = float(np.median((seconds - rest_s - alone_s)[large] / prompts_s[large]))
     less = prompts.slowed(stages - min(max(factor, 1.0), stages))
-    return msgspec.structs.replace(
-        latency,
-        **{name: getattr(latency, name) - getattr(less, name) for name in _OF_PROMPTS},
-        token_slopes=tuple(a - b for a, b in zip(latency.token_slopes, less.token_slopes, strict=True)),
+    latency = msgspec.structs.replace(
+        whole.latency,
+        **{name: getattr(whole.latency, name) - getattr(less, name) for name in _OF_PROMPTS},
+        token_slopes=tuple(a - b for a, b in zip(whole.latency.token_slopes, less.token_slopes, strict=True)),
     )
+    return StepCost(interval=interval, latency=latency, alone_s=alone_s)
 
 
 def _of_prompts(interval: StepCoefficients) -> StepCoefficients:

@@ -26,7 +26,7 @@ from loraplex.cost.profile import BaseProfile, GpuProfile
 from loraplex.cost.samples import Samples
 from loraplex.cost.step_cost import StepComposition
 from loraplex.model_runner import ExecutorConfig
-from loraplex.profiler.cases import Limits, ProfileCase, grid, held_out
+from loraplex.profiler.cases import Limits, ProfileCase, grid, held_out, lone_prompts
 from loraplex.profiler.decoding import time_decoding
 from loraplex.profiler.measurement import Measurement
 
@@ -68,6 +68,9 @@ def _measure(session: BenchSession, options: ProfileOptions, *, say: Callable[[s
     lone: list[Samples] = []
     judged: list[Samples] = []
     cases = _plan(limits, options.seed)
+    if session.setup.pp > 1:
+        # First, so that no budget leaves it out: of the others few have steps of long prompts that are alone.
+        cases.insert(0, (False, lone_prompts(limits, seed=options.seed)))
     # What compiles or allocates at its first use does so here.
     _run(session, cases[0][1], options)
     for number, (judges, case) in enumerate(cases, start=1):

@@ -13,7 +13,7 @@ from loraplex.cost.profile import BaseProfile, CostProfile, GpuProfile, StepProf
 from loraplex.cost.samples import Samples
 from loraplex.cost.step_cost import StepCost
 from loraplex.profiler.decoding import DecodeRows
-from loraplex.profiler.fit import fit_coefficients, fit_latency, held_out_error
+from loraplex.profiler.fit import fit_coefficients, fit_pipeline, held_out_error
 
 
 class Measurement(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -46,16 +46,16 @@ class Measurement(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         """Fits the one set of steps, judges by the other. BadConfig when there are too few steps."""
         interval = fit_coefficients(*self.fitted.arrays())
         # As many stages, each as slow as the slowest.
-        latency = interval.slowed(self.shape.pp)
+        cost = StepCost(interval=interval, latency=interval.slowed(self.shape.pp))
         if self.lone is not None:
-            latency = fit_latency(interval, *self.lone.arrays(), stages=self.shape.pp)
+            cost = fit_pipeline(interval, *self.lone.arrays(), stages=self.shape.pp)
         step = StepProfile(
             base=self.base.name,
             gpu=self.gpu.name,
             shape=self.shape,
             source="measured",
             note=self.note,
-            cost=StepCost(interval=interval, latency=latency),
+            cost=cost,
             held_out=held_out_error(interval, *self.held_out.arrays()),
         )
         return CostProfile(gpus=(self.gpu,), bases=(self.base,), steps=(step,))

@@ -71,7 +71,8 @@ class VirtualReplica:
         self.replica_id: ReplicaId = replica.replica_id
         self._config, self._num_stages = given.engine, replica.shape.pp
         self._most_in_flight = self._num_stages + given.max_in_flight - 1
-        self._turn_s = given.turn_s
+        self._alone_s = replica.cost.step.alone_s if self._num_stages > 1 else 0.0
+        self._turn_s = max(given.turn_s, self._alone_s)
         memory = replica.cost.memory
         arena = ArenaSpec(num_pages=replica.num_pages, page_size=PAGE_SIZE, page_bytes=memory.page_bytes)
         self.engine = Engine(given.engine, model=replica.cost.model, arena=arena, num_stages=self._num_stages)
@@ -151,8 +152,10 @@ class VirtualReplica:
             if instructions.plan is None:
                 return
             planned = self._timed(instructions.plan)
-            if self._in_flight or self._device.take(self):
+            if self._in_flight:
                 self._begin(planned, now_s)
+            elif self._device.take(self):
+                self._begin(planned, now_s + self._alone_s)
             else:
                 self._next = planned
 

@@ -54,7 +54,7 @@ def pipeline_step_done(state: State, knobs: Knobs, p: int, now_s: float) -> None
         following = hand_over(state, p)
         if following != NONE:
             state.replicas[following].expects_others = True
-            _begin_step(state, following, now_s + knobs.turn_s)
+            _begin_step(state, following, now_s + max(knobs.turn_s, state.replicas[following].alone_s))
             _fill(state, knobs, following, now_s)
     plan = state.plans[p, slot]
     for index in range(plan.size):
@@ -104,10 +104,13 @@ def _fill(state: State, knobs: Knobs, p: int, now_s: float) -> None:
     while replica.num_in_flight < _max_in_flight(state, knobs, p):
         if not _plan_step(state, knobs, p, now_s):
             break
-        if replica.num_in_flight == 0 and not has_turn(state, p) and not take_turn(state, p):
-            state.wake_s[p] = np.inf
-            return
-        _begin_step(state, p, now_s)
+        wait_s = 0.0
+        if replica.num_in_flight == 0:
+            if not has_turn(state, p) and not take_turn(state, p):
+                state.wake_s[p] = np.inf
+                return
+            wait_s = replica.alone_s
+        _begin_step(state, p, now_s + wait_s)
     if replica.num_in_flight > 0:
         oldest = _slot(state, replica.num_planned - replica.num_in_flight + 1)
         state.wake_s[p] = state.plans[p, oldest].end_s

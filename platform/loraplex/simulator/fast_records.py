@@ -31,6 +31,7 @@ REPLICA = np.dtype(
         ("num_in_flight", np.int64),
         ("num_in_turn", np.int64),  # Steps that began in this turn.
         ("expects_others", np.bool_),
+        ("alone_s", np.float64),  # ``StepCost.alone_s``.
         ("line_free_s", np.float64),  # When the first stage is.
         ("last_end_s", np.float64),
         # A run of ``run_count`` steps of one composition, after step ``step``, begins at ``run_start_s``; the first

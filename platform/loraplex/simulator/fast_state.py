@@ -199,6 +199,7 @@ def _replicas(given: SimulationInput, cluster: Cluster, cost_of: dict[int, int])
     records["base"] = [replica.base for replica in cluster.replicas]
     records["cost"] = [cost_of[id(table)] for table in cluster.tables]
     records["num_stages"] = [replica.shape.pp for replica in cluster.replicas]
+    records["alone_s"] = [replica.cost.step.alone_s for replica in cluster.replicas]
     records["num_pages"] = records["num_free"] = [replica.num_pages for replica in cluster.replicas]
     records["max_adapter_pages"] = records["num_pages"]
     if given.engine.max_adapter_bytes is not None:

@@ -110,7 +110,8 @@ class SimulationInput:
     while the one before it runs: its adapters load meanwhile, and what arrives waits for one more step. Unbatched:
     ignored."""
     turn_s: float = 0.0
-    """From the end of a turn to the beginning of the next one's first step, where another base waited for it."""
+    """From the end of a turn to the beginning of the next one's first step, where another base waited for it. In a
+    pipeline no less than ``StepCost.alone_s``."""
     overhead_s: float = 0.0
     """Added to each request's TTFT: what neither router nor engine knows of (network, tokenizer)."""
     adapter_tier: Tier = Tier.HOST
