@@ -3,7 +3,8 @@
 Every method works inside a session that the caller opened and will commit. Decides nothing. Called by ``store``.
 """
 
-from collections.abc import Iterable, Sequence
+import logging
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import msgspec
@@ -16,6 +17,8 @@ from loraplex.core.errors import NotFound
 from loraplex.core.ids import BaseModelId, ReplicaId
 from loraplex.core.plan import Plan
 from loraplex.core.rollout import DecisionKind, DecisionRecord, PlanRecord, PlanState
+
+logger = logging.getLogger(__name__)
 
 _KEPT_DECISIONS = 10_000
 _KEPT_PLANS = 1_000
@@ -35,6 +38,14 @@ class FleetRows:
         session.add(row)
         session.flush()
         return row
+
+    def active_version(self, session: Session) -> int:
+        """Of the plan in force; 0: the config's, as where the row of that in force is gone."""
+        version = self.seen_counters(session).active_version
+        if version and session.get(PlanRow, version) is None:
+            logger.error("plan %d is in force but not in the database: the config's plan takes its place", version)
+            return 0
+        return version
 
     def next_group(self, session: Session) -> str:
         counters = self.counters(session)
@@ -104,8 +115,8 @@ class FleetRows:
         )
         session.add(row)
         counters.last_version = max(counters.last_version, plan.version)
-        session.execute(delete(PlanRow).where(PlanRow.version <= counters.last_version - _KEPT_PLANS))
         session.flush()
+        self._prune_plans(session, counters.active_version)
         return _plan_record(row)
 
     def activate(self, session: Session, version: int, state: PlanState) -> None:
@@ -127,16 +138,39 @@ class FleetRows:
         """Returns the version that is in force now: the last one before it that did not fail."""
         row = self._plan(session, version)
         row.state, row.reason = PlanState.FAILED.value, reason
-        fallback = row.before
-        while fallback:
-            before = session.get(PlanRow, fallback)
-            if before is not None and before.state != PlanState.FAILED:
-                before.state, before.assigned = PlanState.APPLYING.value, None
-                break
-            fallback = before.before if before is not None else 0
-        self.counters(session).active_version = fallback
+        fallback = self._before(session, version)
+        if fallback is not None:
+            fallback.state, fallback.assigned = PlanState.APPLYING.value, None
+        in_force = 0 if fallback is None else fallback.version
+        self.counters(session).active_version = in_force
         session.flush()
-        return fallback
+        return in_force
+
+    def before(self, session: Session, version: int) -> PlanRecord | None:
+        """The last plan that was in force before it and did not fail; None: the config's."""
+        row = self._before(session, version)
+        return None if row is None else _plan_record(row)
+
+    def _before(self, session: Session, version: int) -> PlanRow | None:
+        *_, row = (None, *self._line_back(session, version))
+        return row if row is not None and row.version != version and row.state != PlanState.FAILED else None
+
+    def _line_back(self, session: Session, version: int) -> Iterator[PlanRow]:
+        """It, and those in force before it, latest first, until one that did not fail."""
+        row = session.get(PlanRow, version)
+        while row is not None:
+            yield row
+            if row.version != version and row.state != PlanState.FAILED:
+                return
+            row = session.get(PlanRow, row.before)
+
+    def _prune_plans(self, session: Session, active_version: int) -> None:
+        """Keeps the newest ones, whatever their numbers, that in force, and what comes into force if that fails."""
+        newest = select(PlanRow.version).order_by(PlanRow.version.desc())
+        oldest_kept = session.scalar(newest.offset(_KEPT_PLANS - 1).limit(1))
+        if oldest_kept is not None:
+            needed = [row.version for row in self._line_back(session, active_version)]
+            session.execute(delete(PlanRow).where(PlanRow.version < oldest_kept, PlanRow.version.not_in(needed)))
 
     def set_plan_state(self, session: Session, version: int, state: PlanState) -> None:
         self._plan(session, version).state = state.value

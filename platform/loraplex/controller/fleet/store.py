@@ -59,8 +59,7 @@ class FleetStore:
 
     async def load(self) -> StoredFleet:
         def call(session: Session) -> StoredFleet:
-            counters = self._rows.seen_counters(session)
-            version = counters.active_version
+            version = self._rows.active_version(session)
             return StoredFleet(
                 replicas=self._rows.replicas(session),
                 active=self._rows.plan(session, version) if version else None,
@@ -275,15 +274,8 @@ class FleetStore:
         return await self._transactions.read_session(lambda session: self._rows.plan(session, version))
 
     async def before(self, version: int) -> PlanRecord | None:
-        """The newest plan under ``version`` that once was in force; None: the config's."""
-
-        def call(session: Session) -> PlanRecord | None:
-            for record in self._rows.plans(session, 1_000):
-                if record.plan.version < version and record.state in (PlanState.REPLACED, PlanState.SETTLED):
-                    return record
-            return None
-
-        return await self._transactions.read_session(call)
+        """The last plan that was in force before it and did not fail; None: the config's."""
+        return await self._transactions.read_session(lambda session: self._rows.before(session, version))
 
     async def plans(self, limit: int) -> tuple[PlanRecord, ...]:
         """Newest first."""
