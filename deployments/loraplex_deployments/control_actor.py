@@ -32,23 +32,28 @@ class ControllerActor:
         self._starting = asyncio.Lock()
 
     async def start(self) -> None:
-        """Opens the database, takes the next epoch and begins to bring replicas up. Idempotent."""
+        """Opens the database, takes the next epoch and begins to bring replicas up. Idempotent; after a failure nothing
+        of it stays, and the next call tries again."""
         async with self._starting:
             if self._controller is not None:
                 return
             specs, views = await asyncio.to_thread(base_model_views, self._config)
             controller = Controller(self._config.controller_options(), trace_sink=self._traces)
             await controller.start()
-            await controller.set_base_models(views, specs)
-            actuator = RayActuator(
-                self._config, cluster_secret=controller.cluster_secret, adapters=lambda: _adapters(controller)
-            )
-            self._fleet = await controller.run_fleet(
-                actuator,
-                loads=actuator.num_unfinished,
-                bases=fleet_bases(self._config, specs),
-                default_plan=default_plan(self._config),
-            )
+            try:
+                await controller.set_base_models(views, specs)
+                actuator = RayActuator(
+                    self._config, cluster_secret=controller.cluster_secret, adapters=lambda: _adapters(controller)
+                )
+                self._fleet = await controller.run_fleet(
+                    actuator,
+                    loads=actuator.num_unfinished,
+                    bases=fleet_bases(self._config, specs),
+                    default_plan=default_plan(self._config),
+                )
+            except BaseException:
+                await controller.stop()
+                raise
             self._controller = controller
 
     async def ask(self, request: bytes) -> bytes:

@@ -54,7 +54,7 @@ def test_publish_read_remove(store: ArtifactStore, tmp_path: Path) -> None:
 
 
 def test_collect_removes_what_nobody_references(store: ArtifactStore, tmp_path: Path) -> None:
-    assert store.collect(()) == 0
+    assert store.collect(()) == (0, 0)
     for digest in (A, B):
         store.publish(_source(tmp_path, b"data"), digest)
     for torn in (tmp_path / "store" / "tmp-1", tmp_path / "store" / "aa" / ".tmp-1"):
@@ -62,11 +62,22 @@ def test_collect_removes_what_nobody_references(store: ArtifactStore, tmp_path: 
         torn.write_bytes(b"torn")
     stranger = tmp_path / "store" / "README"
     stranger.write_text("not ours")
-    assert store.collect({A}) == 2
+    assert store.collect({A}) == (2, 0)
     assert store.read(A, 0, 10) == b"data"
     with pytest.raises(NotFound):
         store.read(B, 0, 10)
     assert stranger.exists()
+
+
+def test_collect_keeps_artifacts_that_a_new_database_does_not_know(store: ArtifactStore, tmp_path: Path) -> None:
+    """A lost database comes back from its backup; what it refers to must not be gone by then."""
+    for digest in (A, B):
+        store.publish(_source(tmp_path, b"data"), digest)
+    for torn in (tmp_path / "store" / "tmp-1", tmp_path / "store" / "aa" / ".tmp-1"):
+        torn.parent.mkdir(exist_ok=True)
+        torn.write_bytes(b"torn")
+    assert store.collect(()) == (1, 2)
+    assert [store.read(digest, 0, 10) for digest in (A, B)] == [b"data", b"data"]
 
 
 def test_urls(tmp_path: Path) -> None:
@@ -102,7 +113,7 @@ def test_a_store_that_fails_to_remove_is_unavailable(
     monkeypatch.setattr(Path, "unlink", broken)
     if isinstance(store, RemoteStore):
         monkeypatch.setattr(store, "_filesystem", SimpleNamespace(get_file_info=broken))
-    for call in (lambda: store.remove(A), lambda: store.collect(())):
+    for call in (lambda: store.remove(A), lambda: store.collect({B})):
         with pytest.raises(Unavailable) as caught:
             call()
         assert caught.value.message == "cannot write the artifact store: Input/output error", "no path for tenants"

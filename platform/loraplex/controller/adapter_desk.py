@@ -8,6 +8,7 @@ gateway's older snapshot led it to. Event loop only; blocking work goes to the t
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -31,6 +32,8 @@ from loraplex.registry.store import ArtifactStore, open_store, translated_disk_e
 from loraplex.registry.tensors_file import TENSORS_FILE
 
 R = TypeVar("R")
+
+logger = logging.getLogger(__name__)
 
 
 class _Upload:
@@ -81,7 +84,13 @@ class AdapterDesk:
             partial(open_store, url, retry=Retry(total_s=self._config.storage_retry_s))
         )
         referenced = await self._catalog.read(lambda catalog: catalog.artifact_digests())
-        await self._io(self._store.collect, referenced)
+        left = await self._io(self._store.collect, referenced)
+        if left.kept:
+            logger.warning(
+                "the database knows no adapter, yet %s holds %d artifacts: they stay; restore the database or empty it",
+                url,
+                left.kept,
+            )
         await self.sweep()
 
     async def close(self) -> None:

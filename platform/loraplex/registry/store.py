@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import pyarrow.fs
 
@@ -28,6 +28,13 @@ logger = logging.getLogger(__name__)
 _SUFFIX = ".safetensors"
 _FILE_NAME = re.compile(r"([0-9a-f]{64})\.safetensors\Z")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class Leftovers(NamedTuple):
+    removed: int
+    """Files."""
+    kept: int
+    """Artifacts that nothing refers to."""
 
 
 class ArtifactStore(Protocol):
@@ -46,8 +53,9 @@ class ArtifactStore(Protocol):
     def remove(self, digest: Digest) -> None:
         """Idempotent. Raises Unavailable."""
 
-    def collect(self, referenced: Collection[Digest]) -> int:
-        """Removes all that is not referenced, temporary files too; returns the number. Only while nothing publishes.
+    def collect(self, referenced: Collection[Digest]) -> Leftovers:
+        """Removes temporary files, and artifacts that are not referenced unless nothing is: a database that knows none
+        beside a store that holds some is a new one, lost or not restored yet. Only while nothing publishes.
 
         Raises Unavailable.
         """
@@ -127,17 +135,17 @@ class LocalStore:
         with translated_disk_errors("the artifact store"):
             self._path(digest).unlink(missing_ok=True)
 
-    def collect(self, referenced: Collection[Digest]) -> int:
-        removed = 0
+    def collect(self, referenced: Collection[Digest]) -> Leftovers:
+        removed = kept = 0
         with translated_disk_errors("the artifact store"):
             for path in self._root.glob("[0-9a-f][0-9a-f]/*"):
                 match = _FILE_NAME.match(path.name)
-                if match is None and not path.name.startswith(".tmp-"):
-                    continue
-                if match is None or match[1] not in referenced:
+                if path.name.startswith(".tmp-") or (match is not None and _is_left_over(match[1], referenced)):
                     path.unlink(missing_ok=True)
                     removed += 1
-        return removed
+                elif match is not None and match[1] not in referenced:
+                    kept += 1
+        return Leftovers(removed, kept)
 
     def _path(self, digest: Digest) -> Path:
         return self._root / digest[:2] / f"{digest}{_SUFFIX}"
@@ -178,16 +186,18 @@ class RemoteStore:
             if self._exists(digest):
                 self._filesystem.delete_file(self._path(digest))
 
-    def collect(self, referenced: Collection[Digest]) -> int:
+    def collect(self, referenced: Collection[Digest]) -> Leftovers:
         selector = pyarrow.fs.FileSelector(self._root, allow_not_found=True)
-        removed = 0
+        removed = kept = 0
         with translated_disk_errors("the artifact store"):
             for info in self._retry.call(lambda: self._filesystem.get_file_info(selector)):
                 match = _FILE_NAME.match(info.base_name)
-                if info.base_name.startswith("tmp-") or (match is not None and match[1] not in referenced):
+                if info.base_name.startswith("tmp-") or (match is not None and _is_left_over(match[1], referenced)):
                     self._filesystem.delete_file(info.path)
                     removed += 1
-        return removed
+                elif match is not None and match[1] not in referenced:
+                    kept += 1
+        return Leftovers(removed, kept)
 
     def _publish(self, source: Path, digest: Digest) -> None:
         """One attempt. What an earlier one left half done is done again, or collected at the next start."""
@@ -207,6 +217,10 @@ class RemoteStore:
 
     def _exists(self, digest: Digest) -> bool:
         return bool(self._filesystem.get_file_info(self._path(digest)).type == pyarrow.fs.FileType.File)
+
+
+def _is_left_over(digest: str, referenced: Collection[Digest]) -> bool:
+    return bool(referenced) and digest not in referenced
 
 
 def _gone(digest: Digest) -> NotFound:
