@@ -1,10 +1,12 @@
 """Keys, tenants' paths, request ids, limits and the error object, whatever the route."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from loraplex.core.errors import BadConfig
-from loraplex.core.ids import ReplicaId
+from loraplex.core.ids import BaseModelId, ReplicaId
+from loraplex.gateway.directory import Directory
 
 ACME_KEY, GLOBEX_KEY, ADMIN_KEY = (
     "lpx_acme_admin_key_of_the_tests",
@@ -51,6 +53,16 @@ async def test_models_of_a_tenant(world: Any) -> None:
 @pytest.mark.parametrize("name", ["pirate@3", "pirate@x", "pirate@", "@1", "pirate@-1", "pirate@1@1", "a/b", "\u0661"])
 async def test_odd_model_names_are_unknown(world: Any, name: str) -> None:
     check_error(await world.http.get(f"/v1/models/{name}"), 404, "model_not_found")
+
+
+async def test_a_base_does_not_take_the_place_of_an_adapter_of_its_name(world: Any) -> None:
+    snapshot = world.gateway._view.directory.snapshot
+    bases = (*snapshot.base_models, replace(snapshot.base_models[0], base_model_id=BaseModelId("pirate")))
+    directory = Directory(replace(snapshot, base_models=bases))
+    for key, is_base in ((ACME_KEY, False), (GLOBEX_KEY, True)):
+        principal = directory.authenticate(key)
+        assert (directory.resolve(principal, "pirate").adapter is None) is is_base
+        assert [(m.adapter is None) for m in directory.models(principal) if m.model_id == "pirate"] == [is_base]
 
 
 async def test_another_tenants_adapter_reads_like_none(world: Any) -> None:

@@ -97,23 +97,27 @@ class Directory:
         return Principal(key_id=view.key_id, role=view.role, tenant=tenant)
 
     def resolve(self, principal: Principal, model: str) -> ResolvedModel:
-        """A base id, an adapter name, or ``name@version``. Raises NotFound for anything the key may not use."""
-        base = self._bases.get(model)
-        if base is not None:
-            return ResolvedModel(model_id=model, base=base, adapter=None)
+        """An adapter name, ``name@version``, or a base id. Raises NotFound for anything the key may not use.
+
+        A base that came later than a tenant's adapter of its name does not take its place.
+        """
         adapter = self._find(principal.tenant, model)
-        adapter_base = None if adapter is None else self._bases.get(str(adapter.base_model_id))
-        if adapter_base is None:
+        base = self._bases.get(model if adapter is None else str(adapter.base_model_id))
+        if base is None:
             raise NotFound(
                 f"The model '{model}' does not exist or is not available to this key.",
                 param="model",
                 code="model_not_found",
             )
-        return ResolvedModel(model_id=model, base=adapter_base, adapter=adapter)
+        return ResolvedModel(model_id=model, base=base, adapter=adapter)
 
     def models(self, principal: Principal) -> tuple[ResolvedModel, ...]:
         """Bases first, then the current version of each adapter of the tenant, by name."""
-        found = [ResolvedModel(model_id=name, base=base, adapter=None) for name, base in sorted(self._bases.items())]
+        found = [
+            ResolvedModel(model_id=name, base=base, adapter=None)
+            for name, base in sorted(self._bases.items())
+            if self._find(principal.tenant, name) is None
+        ]
         for adapter in self.adapters(principal.tenant):
             base = self._bases.get(str(adapter.base_model_id))
             if adapter.current and base is not None:
