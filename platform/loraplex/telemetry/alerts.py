@@ -155,7 +155,10 @@ ALERTS = (
     ),
     Alert(
         name="LoraplexTracesLost",
-        expression=f'increase({c.TRACE_ROWS.name}{{{MINE}, outcome="dropped"}}[15m]) > 0',
+        expression=(
+            f'sum(increase({c.TRACE_ROWS.name}{{{MINE}, outcome="dropped"}}[15m])) > 0'
+            f' or max(delta({c.TRACE_STORE.name}{{{MINE}, state="dropped"}}[15m])) > 0'
+        ),
         lasts="0m",
         severity="warning",
         summary="Trace rows were dropped.",

@@ -51,7 +51,7 @@ class TraceFile:
         """Whether every row of ``other`` is also in this file."""
         if self.name == other.name or self.run != other.run or self.is_part:
             return False
-        return self.first <= other.first and other.last <= self.last and self.name != other.name
+        return self.first <= other.first and other.last <= self.last
 
 
 def part_name(run: str, sequence: int) -> str:
@@ -64,10 +64,16 @@ def trace_name(run: str, first: int, last: int) -> str:
 
 def without_replaced(files: list[TraceFile]) -> tuple[list[TraceFile], list[TraceFile]]:
     """(files to read, oldest first; files whose rows are in one of those)."""
-    traces = [file for file in files if not file.is_part]
-    replaced = [file for file in files if any(trace.replaces(file) for trace in traces)]
-    gone = {file.name for file in replaced}
-    return sorted((file for file in files if file.name not in gone), key=lambda file: file.sort_key), replaced
+    gone: set[str] = set()
+    widest: TraceFile | None = None
+    # Those that may replace a file come before it; of them the one that reaches farthest tells.
+    for file in sorted(files, key=lambda file: (file.run, file.first, -file.last, file.is_part)):
+        if widest is not None and widest.replaces(file):
+            gone.add(file.name)
+        elif not file.is_part:
+            widest = file
+    present = [file for file in files if file.name not in gone]
+    return sorted(present, key=lambda file: file.sort_key), [file for file in files if file.name in gone]
 
 
 def resolve(url: str) -> tuple[pafs.FileSystem, str]:
