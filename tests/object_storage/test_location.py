@@ -76,6 +76,25 @@ def test_credentials_in_a_url_are_refused_and_not_repeated() -> None:
 
 
 @pytest.mark.parametrize(
+    "url",
+    ["abfs://container@account.dfs.core.windows.net/dir", "hdfs://user@namenode:8020/dir", "gs://anonymous@bucket/dir"],
+)
+def test_a_name_before_the_host_is_no_credential_but_of_s3(url: str) -> None:
+    RegistryConfig(artifact_url=url)
+    (prefix,) = parse_prefixes((url,))
+    assert f"{prefix.scheme}://{prefix.host}/" in f"{url}/"
+    for secret in (url.replace("@", ":word@"), "s3://" + url.partition("://")[2]):
+        with pytest.raises(BadConfig, match="credentials do not belong"):
+            RegistryConfig(artifact_url=secret)
+
+
+@pytest.mark.parametrize("url", ["https://hub.example/adapters", "S4://bucket/dir"])
+def test_prefixes_that_nothing_opens_are_refused_at_the_start(url: str) -> None:
+    with pytest.raises(BadConfig, match=r"approved_url_prefixes: .*:// is not one of abfs, .* s3"):
+        parse_prefixes((url,))
+
+
+@pytest.mark.parametrize(
     ("url", "message"),
     [
         ("s3:///prefix", "s3://BUCKET/PREFIX"),

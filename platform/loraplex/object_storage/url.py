@@ -4,6 +4,8 @@ from urllib.parse import parse_qsl, urlsplit
 
 from loraplex.core.errors import BadConfig
 
+SCHEMES = frozenset({"file", "s3", "gs", "gcs", "abfs", "abfss", "hdfs", "viewfs"})
+"""Those that pyarrow.fs opens."""
 S3_OPTIONS = frozenset({"region", "endpoint_override", "scheme", "credentials_file", "profile"})
 
 
@@ -20,7 +22,9 @@ def check_url(url: str, *, param: str) -> None:
         options = dict(parse_qsl(parts.query, keep_blank_values=True))
     except ValueError:
         raise BadConfig(f"{param}: not a URL of scheme {scheme}", param=param) from None
-    if "@" in parts.netloc:
+    user, at, _ = parts.netloc.rpartition("@")
+    # Elsewhere a name alone is no secret: a container of Azure's, a user of HDFS.
+    if at and (parts.scheme == "s3" or ":" in user):
         raise BadConfig(
             f"{param}: credentials do not belong into a URL; give them in the environment, or in a file that "
             "?credentials_file= names",

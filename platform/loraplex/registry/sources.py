@@ -19,7 +19,7 @@ from loraplex.core.errors import BadConfig, InvalidInput, NotFound, PermissionDe
 from loraplex.core.ids import TenantName
 from loraplex.object_storage.location import open_location
 from loraplex.object_storage.retry import Retry, read_pieces
-from loraplex.object_storage.url import check_url
+from loraplex.object_storage.url import SCHEMES, check_url
 from loraplex.registry.lora_config import CONFIG_FILE
 from loraplex.registry.tensors_file import TENSORS_FILE
 
@@ -51,6 +51,11 @@ def parse_prefixes(prefixes: tuple[str, ...]) -> tuple[ApprovedPrefix, ...]:
         if not parts.scheme or parts.fragment or (parts.scheme == "file" and (parts.netloc or parts.path in ("", "/"))):
             raise BadConfig(
                 f"registry.approved_url_prefixes: {prefix!r} must look like s3://bucket/dir or file:///dir",
+                param="registry.approved_url_prefixes",
+            )
+        if parts.scheme not in SCHEMES:
+            raise BadConfig(
+                f"registry.approved_url_prefixes: {parts.scheme}:// is not one of {', '.join(sorted(SCHEMES))}",
                 param="registry.approved_url_prefixes",
             )
         parsed.append(

@@ -9,6 +9,7 @@ from loraplex.controller.config import ControllerOptions
 from loraplex.controller.fleet import rows
 from loraplex.controller.fleet.store import FleetStore, Reason
 from loraplex.core.clock import SystemClock
+from loraplex.core.errors import InvalidInput
 from loraplex.core.rollout import PlanState
 
 from tests.controller.fleet.world import A, group, plan
@@ -47,6 +48,13 @@ async def test_a_version_that_jumps_pushes_nothing_out(store: FleetStore) -> Non
     for version in (1, 20_260_101):
         await store.apply(plan(version, group("x", A)), source="admin", reason=BECAUSE, renumber=False)
     assert await store.fail(20_260_101, "cannot start") == 1
+
+
+async def test_a_version_leaves_room_for_those_after_it(store: FleetStore) -> None:
+    with pytest.raises(InvalidInput, match="above 2,000,000,000"):
+        await store.apply(plan(2_000_000_001, group("x", A)), source="admin", reason=BECAUSE, renumber=False)
+    await store.apply(plan(2_000_000_000, group("x", A)), source="admin", reason=BECAUSE, renumber=False)
+    assert (await store.apply(PLAN, source="admin", reason=BECAUSE, renumber=True)).plan.version == 2_000_000_001
 
 
 async def test_before_a_plan_was_what_was_in_force_not_what_was_proposed(store: FleetStore) -> None:

@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session
 from loraplex.controller.fleet.rows import FleetRows
 from loraplex.controller.fleet.state import Replica, ReplicaState, base_shares
 from loraplex.core.clock import Clock
-from loraplex.core.errors import Conflict
+from loraplex.core.errors import Conflict, InvalidInput
 from loraplex.core.fleet import ReplicaTarget, RunningReplica
 from loraplex.core.ids import BaseModelId, ReplicaId
 from loraplex.core.plan import GroupPlan, Plan
@@ -49,6 +49,10 @@ class Reason:
     text: str
     attainment_before: float | None = None
     predicted_gain: float | None = None
+
+
+_HIGHEST_VERSION = 2_000_000_000
+"""That an administrator may give: those that come after it still fit 31 bits."""
 
 
 class FleetStore:
@@ -161,7 +165,8 @@ class FleetStore:
         await self._transactions.write_session(call)
 
     async def apply(self, plan: Plan, *, source: str, reason: Reason, renumber: bool) -> PlanRecord:
-        """Puts it in force. Conflict when its version is not above all that there were, unless ``renumber``."""
+        """Puts it in force. InvalidInput when its version is too high, Conflict when it is not above all that there
+        were, unless ``renumber``."""
 
         def call(session: Session) -> PlanRecord:
             numbered = self._numbered(session, plan, renumber=renumber)
@@ -305,6 +310,8 @@ class FleetStore:
         last = self._rows.counters(session).last_version
         if renumber:
             return replace(plan, version=last + 1)
+        if plan.version > _HIGHEST_VERSION:
+            raise InvalidInput(f"plan version {plan.version} is above {_HIGHEST_VERSION:,}", param="version")
         if plan.version <= last:
             raise Conflict(f"plan version {plan.version} is not above {last}, the newest there is", param="version")
         return plan
