@@ -48,7 +48,7 @@ def test_parts_keep_their_defaults_and_derive_from_the_data_directory() -> None:
         ("a: [b\n", "not YAML"),
         (GOOD + "demo: false\ndemo: true\n", "'demo' appears twice in \"<unicode string>\", line 3"),
         (GOOD + "listen: {http_port: 1, http_port: 2}\n", "'http_port' appears twice"),
-        (GOOD + "data_dir: {{ root }}\n", "a key is no word in \"<unicode string>\", line 2"),
+        (GOOD + "data_dir: {{ root }}\n", 'a key is no word in "<unicode string>", line 2'),
     ],
 )
 def test_mistakes_are_named_with_file_and_key(text: str, named: str) -> None:
