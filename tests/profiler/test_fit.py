@@ -6,7 +6,7 @@ import pytest
 from loraplex.core.errors import BadConfig
 from loraplex.cost.ceilings import FloatArray
 from loraplex.cost.step_cost import StepCoefficients, StepComposition
-from loraplex.profiler.fit import TOKEN_KNOTS, fit_coefficients, fit_pipeline, fit_mean, held_out_error
+from loraplex.profiler.fit import TOKEN_KNOTS, fit_coefficients, fit_mean, fit_pipeline, held_out_error
 
 TRUE = StepCoefficients(
     fixed_s=5.5e-3,
