@@ -9,12 +9,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from loraplex.bench.fleet.costs import fleet_costs, fleet_profile
+from loraplex.bench.fleet.costs import fleet_costs, fleet_profile, problem_of
 from loraplex.bench.fleet.options import read_experiment
 from loraplex.bench.fleet.prepare import prepare
 from loraplex.bench.fleet.prepared import PreparedFleet
 from loraplex.bench.fleet.traffic import make_traffic
 from loraplex.core.errors import BadConfig
+from loraplex.core.plan import Plan
 from loraplex.cost.memory import shared_pages
 
 from tests.bench.fleet_experiments import FIELDS, RECIPE, synthetic, tiny_experiment
@@ -57,6 +58,14 @@ def test_as_few_devices_as_suffice_and_one_less(profile: Path, tmp_path: Path) -
 
     assert names(10) == {"planner on 1 of 2": 1}
     assert names(2000) == {"planner on 1 of 2": 1, "planner on 2 of 2": 2}
+
+
+def test_it_is_planned_for_the_turns_that_are_measured(profile: Path, tmp_path: Path) -> None:
+    experiment = tiny_experiment(profile, tmp_path, loads={"mixed": synthetic()}, turn_s=0.003)
+    costs = fleet_costs(experiment, fleet_profile(experiment))
+    problem = problem_of(experiment, make_traffic(experiment, experiment.loads["mixed"]), costs, {})
+    plan = Plan(version=1, groups=())
+    assert problem.simulation(plan).turn_s == problem.changed().simulation(plan).turn_s == 0.003
 
 
 def test_one_timeline_is_planned_on_and_then_measured(profile: Path, tmp_path: Path) -> None:

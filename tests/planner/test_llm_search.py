@@ -167,6 +167,10 @@ def test_on_so_few_gpus_that_by_demand_a_base_gets_none_bases_share_them() -> No
     # What one base alone on each GPU attains is tried and is less.
     apart = next(other for other in others if other.name == "selective replication")
     assert found.attainment > apart.attainment + 0.05
+    # Where turns take long they do not share.
+    slow = Search(dataclasses.replace(problem, turn_s=0.05), evaluations=20).run()
+    assert all(len(group.bases) == 1 for group in slow.plan.groups)
+    assert slow.attainment < found.attainment - 0.05
 
 
 def test_one_sequence_that_time_cuts_off_and_the_count_repeats(both: Problem) -> None:

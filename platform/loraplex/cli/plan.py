@@ -156,6 +156,7 @@ def read_problem(
         slo=parse_slo(slo),
         engine=layout.engine,
         tenant_floor=tenant_floor,
+        turn_s=layout.turn_s,
     )
 
 

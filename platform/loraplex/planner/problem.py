@@ -58,6 +58,8 @@ class Problem:
     max_bases_per_group: int = 2
     tenant_floor: float = 0.0
     """Attainment below which a tenant counts against a plan, however well the others fare."""
+    turn_s: float = 0.0
+    """``SimulationInput.turn_s``: what bases that share a group lose whenever another one's turn begins."""
     _sizes: dict[tuple[str | None, str | None, str], AdapterSize] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -90,6 +92,7 @@ class Problem:
             adapter_tier=self.adapter_tier,
             max_bases_per_group=self.max_bases_per_group,
             tenant_floor=self.tenant_floor,
+            turn_s=self.turn_s,
         )
 
     def slo_for(self, base: BaseModelId) -> Slo:
@@ -120,6 +123,7 @@ class Problem:
             engine=self.engine,
             router=self.router,
             adapter_tier=self.adapter_tier,
+            turn_s=self.turn_s,
         )
 
     def base_of_requests(self) -> IntArray:

@@ -284,6 +284,7 @@ async def test_the_real_planner_on_recorded_traffic(tmp_path: Path) -> None:
     assert answer.gain is not None
     assert answer.gain > 0
     problem = problem_for(task, recent_arrivals(task))
+    assert problem.turn_s == task.config.turn_s > 0
     current, _ = simulated(task.current, problem)
     assert not by_chance(current, answer.plan, problem)
     assert by_chance(answer.plan, answer.plan, problem)

@@ -86,6 +86,7 @@ def problem_of(
         slo=Slo(),
         slo_of_base=targets,
         engine=experiment.replica_engine,
+        turn_s=experiment.turn_s,
     )
 
 

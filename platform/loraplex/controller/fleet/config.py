@@ -32,6 +32,9 @@ class PlanningConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """Attainment that a new plan must win, its move paid; and more than chance explains over the window's requests."""
     tenant_floor: float = 0.0
     """Attainment that no tenant should fall under."""
+    turn_s: float = 8e-4
+    """What bases that share a group lose whenever another one's turn begins: ``python -m loraplex.model_runner.turns``
+    measures it."""
     reassign_interval_s: float = 5.0
     """Between two looks at the rates of adapters; 0: adapters stay where the plan puts them."""
     rate_window_s: float = 30.0
@@ -41,6 +44,8 @@ class PlanningConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         positive = ("interval_s", "window_s", "ttft_s", "tpot_s", "max_search_s", "rate_window_s")
         if min(getattr(self, name) for name in positive) <= 0 or self.max_evaluations < 1 or self.min_requests < 1:
             raise ValueError(f"{', '.join(positive)}, max_evaluations and min_requests must be positive")
+        if self.turn_s < 0:
+            raise ValueError("turn_s must not be negative")
 
 
 class FleetConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -166,6 +166,7 @@ def problem_for(task: Task, arrivals: Arrivals) -> "Problem":
         costs=fleet.costs(named),
         slo=Slo(ttft_s=task.config.ttft_s, tpot_s=task.config.tpot_s),
         tenant_floor=task.config.tenant_floor,
+        turn_s=task.config.turn_s,
     )
 
 
