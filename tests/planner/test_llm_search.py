@@ -173,6 +173,24 @@ def test_on_so_few_gpus_that_by_demand_a_base_gets_none_bases_share_them() -> No
     assert slow.attainment < found.attainment - 0.05
 
 
+@pytest.mark.parametrize(("ttft_s", "feasible"), [(0.04, True), (0.001, False)])
+def test_targets_that_the_mean_request_misses_are_planned_for_those_that_meet_them(
+    ttft_s: float, feasible: bool
+) -> None:
+    """Three in ten prompts are long: they miss their targets wherever they run, and the others need not."""
+    mixed = _problem({B8: 4.0}, gpus=2, slo=Slo(ttft_s=ttft_s, tpot_s=0.05), shapes=(Shape(),))
+    arrivals = mixed.arrivals
+    is_long = np.arange(len(arrivals)) % 10 < 3
+    problem = mixed.changed(
+        arrivals=dataclasses.replace(arrivals, prompt_tokens=np.where(is_long, 7000, 200).astype(np.int32))
+    )
+    if not feasible:
+        with pytest.raises(InvalidInput, match="not even for the shortest request alone"):
+            Search(problem, evaluations=10).run()
+        return
+    assert 0.6 < Search(problem, evaluations=10).run().attainment <= 0.75
+
+
 def test_one_sequence_that_time_cuts_off_and_the_count_repeats(both: Problem) -> None:
     looks = iter(range(10_000))
     timed = Search(both, evaluations=10_000, seed=3, out_of_time=lambda: next(looks) > 40).run()

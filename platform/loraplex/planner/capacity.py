@@ -4,7 +4,7 @@ A fluid view: prompts and tokens of the mean request of each base, batches as la
 for KV allow. Called by ``starts``, ``packing`` and ``bound``.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,6 +27,7 @@ class Demand:
     """Of one base, over the whole trace."""
 
     requests_per_s: float
+    shortest_prompt_tokens: float
     prompt_tokens: float
     """Mean, like the two below."""
     output_tokens: float
@@ -39,7 +40,7 @@ class Capacity:
     """Of one base alone on a kind of group."""
 
     requests_per_s: float
-    """0 when even a lone request misses its target."""
+    """0 when alone the mean request misses its targets, which others meet, or even the shortest one does."""
     request_s: float
     """Seconds of the whole group that the mean request takes in a full batch; infinite likewise."""
     batch: int
@@ -61,6 +62,7 @@ def demands(problem: Problem) -> dict[BaseModelId, Demand]:
         used = np.array([*sizes, 0])[adapters] if len(adapters) else np.zeros(1)
         found[base] = Demand(
             requests_per_s=len(adapters) / span_s,
+            shortest_prompt_tokens=float(arrivals.prompt_tokens[chosen].min()) if len(adapters) else 1.0,
             prompt_tokens=float(arrivals.prompt_tokens[chosen].mean()) if len(adapters) else 1.0,
             output_tokens=float(arrivals.output_tokens[chosen].mean()) if len(adapters) else 1.0,
             adapter_bytes=float(used.mean()),
@@ -71,17 +73,23 @@ def demands(problem: Problem) -> dict[BaseModelId, Demand]:
 def capacities(
     problem: Problem, kinds: tuple[Kind, ...], demand: Mapping[BaseModelId, Demand]
 ) -> dict[tuple[Kind, BaseModelId], Capacity]:
-    """InvalidInput naming a base whose targets no kind of group can meet, not even for a request alone."""
-    found = {(kind, base): _capacity(problem, kind, base, demand[base]) for kind in kinds for base in kind.bases}
+    """InvalidInput naming a base whose targets no kind of group can meet, not even for its shortest request alone."""
+    found: dict[BaseModelId, Iterator[Capacity]] = {}
     for base in problem.bases:
-        if not any(capacity.requests_per_s > 0 for (_, of), capacity in found.items() if of == base):
+        own, of = [kind for kind in kinds if base in kind.bases], demand[base]
+        for lone_tokens in (of.prompt_tokens, of.shortest_prompt_tokens):
+            capacity = [_capacity(problem, kind, base, of, lone_tokens=lone_tokens) for kind in own]
+            if any(one.requests_per_s > 0 for one in capacity):
+                break
+        else:
             slo = problem.slo_for(base)
             raise InvalidInput(
-                f"no layout of base {base} meets ttft {slo.ttft_s:g} s and tpot {slo.tpot_s:g} s, not even for one "
-                "request alone",
+                f"no layout of base {base} meets ttft {slo.ttft_s:g} s and tpot {slo.tpot_s:g} s, not even for the "
+                "shortest request alone",
                 param="slo",
             )
-    return found
+        found[base] = iter(capacity)
+    return {(kind, base): next(found[base]) for kind in kinds for base in kind.bases}
 
 
 def meets_alone(cost: ReplicaCost, slo: Slo, prompt_tokens: float) -> bool:
@@ -96,10 +104,11 @@ def meets_alone(cost: ReplicaCost, slo: Slo, prompt_tokens: float) -> bool:
     return bool(cost.step.latency_s(prompt)[0] <= slo.ttft_s and cost.step.latency_s(token)[0] <= slo.tpot_s)
 
 
-def _capacity(problem: Problem, kind: Kind, base: BaseModelId, demand: Demand) -> Capacity:
+def _capacity(problem: Problem, kind: Kind, base: BaseModelId, demand: Demand, *, lone_tokens: float) -> Capacity:
+    """``lone_tokens``: of the prompt of a request that must meet its targets alone."""
     cost = problem.costs[CostKey(gpu=kind.gpu, base_model_id=base, shape=kind.shape)]
     slo = problem.slo_for(base)
-    if not meets_alone(cost, slo, demand.prompt_tokens):
+    if not meets_alone(cost, slo, lone_tokens):
         return Capacity(requests_per_s=0.0, request_s=np.inf, batch=0)
     context = demand.prompt_tokens + demand.output_tokens / 2
     pages = _KV_SHARE * arena_bytes(problem, kind) / len(kind.bases) / cost.memory.page_bytes
