@@ -152,24 +152,22 @@ class FleetRows:
         return None if row is None else _plan_record(row)
 
     def _before(self, session: Session, version: int) -> PlanRow | None:
-        *_, row = (None, *self._line_back(session, version))
-        return row if row is not None and row.version != version and row.state != PlanState.FAILED else None
+        return next((row for row in self._line_back(session, version) if row.state != PlanState.FAILED), None)
 
     def _line_back(self, session: Session, version: int) -> Iterator[PlanRow]:
-        """It, and those in force before it, latest first, until one that did not fail."""
+        """Those in force before it, latest first, until one that did not fail."""
         row = session.get(PlanRow, version)
-        while row is not None:
+        while row is not None and (row := session.get(PlanRow, row.before)) is not None:
             yield row
-            if row.version != version and row.state != PlanState.FAILED:
+            if row.state != PlanState.FAILED:
                 return
-            row = session.get(PlanRow, row.before)
 
     def _prune_plans(self, session: Session, active_version: int) -> None:
         """Keeps the newest ones, whatever their numbers, that in force, and what comes into force if that fails."""
         newest = select(PlanRow.version).order_by(PlanRow.version.desc())
         oldest_kept = session.scalar(newest.offset(_KEPT_PLANS - 1).limit(1))
         if oldest_kept is not None:
-            needed = [row.version for row in self._line_back(session, active_version)]
+            needed = [active_version, *(row.version for row in self._line_back(session, active_version))]
             session.execute(delete(PlanRow).where(PlanRow.version < oldest_kept, PlanRow.version.not_in(needed)))
 
     def set_plan_state(self, session: Session, version: int, state: PlanState) -> None:
