@@ -126,6 +126,8 @@ async def test_sampling_fields_reach_the_engine(world: Any) -> None:
         ({"stop": ["x"] * 17}, "stop"),
         ({"logit_bias": {"x": 1}}, "logit_bias"),
         ({"logit_bias": {"999999": 1}}, "logit_bias"),
+        ({"logit_bias": {"5": "x"}}, "logit_bias"),
+        ({"logit_bias": {str(token_id): "x" for token_id in range(1025)}}, "logit_bias"),
         ({"stop_token_ids": [999999]}, "stop_token_ids"),
         ({"min_tokens": 20}, "min_tokens"),
         ({"seed": 2**70}, "seed"),

@@ -61,6 +61,12 @@ def check_token_ids(token_ids: Sequence[int], vocab_size: int, *, param: str) ->
             raise InvalidInput(f"Token id {token_id} is outside the vocabulary of {vocab_size}.", param=param)
 
 
+def check_num_biases(count: int) -> None:
+    """Raises InvalidInput for more entries in ``logit_bias`` than one request may have."""
+    if count > _MAX_LOGIT_BIAS_ENTRIES:
+        raise InvalidInput(f"At most {_MAX_LOGIT_BIAS_ENTRIES} entries in 'logit_bias'.", param="logit_bias")
+
+
 def output_budget(call: GenerateCall, *, num_prompt_tokens: int, max_context_tokens: int) -> int:
     """Output tokens that one choice may have. Raises ContextTooLong when prompt and output do not fit the context."""
     left = max_context_tokens - num_prompt_tokens
@@ -108,8 +114,7 @@ def sampling_params(options: SamplingOptions, *, max_tokens: int, seed: int, voc
 
 
 def _logit_bias(options: SamplingOptions, vocab_size: int) -> tuple[tuple[int, float], ...]:
-    if len(options.logit_bias) > _MAX_LOGIT_BIAS_ENTRIES:
-        raise InvalidInput(f"At most {_MAX_LOGIT_BIAS_ENTRIES} entries in 'logit_bias'.", param="logit_bias")
+    check_num_biases(len(options.logit_bias))
     pairs: dict[int, float] = {}
     for key, bias in options.logit_bias.items():
         if not (key.isascii() and key.isdecimal() and len(key) <= 10):

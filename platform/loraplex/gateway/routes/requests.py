@@ -1,12 +1,13 @@
 """Bodies that clients send to the generation routes, as pydantic models, and their translation to a GenerateCall.
 
 Unknown fields are accepted, as OpenAI's clients send many that mean nothing here (``user``, ``metadata``, ``store``).
-Fields that would change the answer and are not supported are refused by name.
+Fields that would change the answer and are not supported are refused by name. Every list fails at its first wrong
+element (``fail_fast``): a body of millions of them would otherwise make as many errors.
 """
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from loraplex.core.errors import InvalidInput
 from loraplex.core.request import Priority
@@ -19,11 +20,27 @@ from loraplex.gateway.call import (
     TextPrompt,
     TokenPrompt,
 )
+from loraplex.gateway.checks import check_num_biases
 from loraplex.gateway.config import GatewayConfig
 
 _INT32 = 2**31 - 1
 Number = Annotated[float, Field(allow_inf_nan=False)]
 TokenId = Annotated[int, Field(ge=0, le=_INT32)]
+TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
+
+
+def _with_few_entries(logit_bias: Any) -> Any:
+    """``logit_bias`` itself. Raises InvalidInput, which pydantic lets through."""
+    if isinstance(logit_bias, dict):
+        check_num_biases(len(logit_bias))
+    return logit_bias
+
+
+# pydantic has no ``fail_fast`` for a dict: its size is checked before its entries.
+LogitBias = Annotated[
+    dict[str, Annotated[Number, Field(ge=-100, le=100)]],
+    BeforeValidator(_with_few_entries),
+]
 
 _NEUTRAL: dict[str, tuple[object, ...]] = {
     "tools": ([],),
@@ -71,11 +88,11 @@ class SamplingFields(BaseModel):
     presence_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
     repetition_penalty: Annotated[Number, Field(gt=0, le=10)] | None = None
-    logit_bias: dict[str, Annotated[Number, Field(ge=-100, le=100)]] | None = None
+    logit_bias: LogitBias | None = None
     min_tokens: Annotated[int, Field(ge=0, le=_INT32)] | None = None
     ignore_eos: bool | None = None
-    stop: str | list[str] | None = None
-    stop_token_ids: list[TokenId] | None = None
+    stop: str | Annotated[list[str], Field(fail_fast=True)] | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(fail_fast=True)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), le=2**64 - 1)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -130,7 +147,7 @@ class Message(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow")
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)]
     name: str | None = None
     """Accepted and ignored."""
 
@@ -144,7 +161,7 @@ class Message(BaseModel):
 
 
 class ChatCompletionRequest(SamplingFields):
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
     max_completion_tokens: Annotated[int, Field(ge=1, le=_INT32)] | None = None
     """Takes precedence over ``max_tokens``."""
     logprobs: bool | None = None
@@ -172,9 +189,9 @@ class ChatCompletionRequest(SamplingFields):
 class CompletionRequest(SamplingFields):
     prompt: (
         str
-        | Annotated[list[TokenId], Field(min_length=1)]
-        | Annotated[list[str], Field(min_length=1)]
-        | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1)]
+        | TokenIds
+        | Annotated[list[str], Field(min_length=1, fail_fast=True)]
+        | Annotated[list[TokenIds], Field(min_length=1, fail_fast=True)]
     )
     echo: bool | None = None
     best_of: int | None = None
