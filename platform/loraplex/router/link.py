@@ -61,6 +61,8 @@ class Link:
         self._load_s, self._fetch_s = rates.load_s(route)
         self._placed_tokens = 0
         """Of all ``generations`` together."""
+        self._has_reported = False
+        """On the stream that is up now."""
         self._num_sent = 0
         """Requests sent on the stream that is up now."""
         self._num_received = 0
@@ -132,7 +134,7 @@ class Link:
         self._owner.link_changed(self)
 
     def on_down(self, reason: str) -> None:
-        self.up = False
+        self.up = self._has_reported = False
         self.load = LoadReport()
         self._resident = self.view.resident = frozenset()
         self._hosted.clear()
@@ -166,8 +168,10 @@ class Link:
                 del self._sent_adapters[adapter.digest]
 
     def _take_report(self, report: LoadReport) -> None:
-        if self._rates.observe(self.route, self.load, report):
+        # The first report of a stream counts since the replica's start, with all that passed while no stream was up.
+        if self._has_reported and self._rates.observe(self.route, self.load, report):
             self._tell_rates()
+        self._has_reported = True
         self.load = report
         self._num_received = self._num_sent if report.num_received is None else report.num_received
         while self._num_received + len(self._unreceived) > self._num_sent:
