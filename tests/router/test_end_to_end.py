@@ -89,6 +89,20 @@ async def test_a_bug_while_a_frame_is_read_costs_a_reconnection_not_the_replica(
     await check(router, make_request(max_tokens=30))
 
 
+async def test_long_prompts_that_are_sent_at_once_go_in_frames_that_the_replica_takes(
+    stack: AsyncExitStack, caplog: pytest.LogCaptureFixture
+) -> None:
+    replica = await start_replica(stack, "replica-0", config=ReplicaConfig(max_frame_bytes=8 << 20, stop_grace_s=0.0))
+    router = start_router(stack, replica)
+    await eventually(lambda: len(router.loads()) == 1)
+    long = [router.dispatch((make_request(length=800_000),)) for _ in range(5)]
+    await check(router, make_request())
+    for stream in long:
+        _, reasons, _ = await read(stream)
+        assert set(reasons.values()) == {FinishReason.ERROR}  # the replica's own refusal of the context
+    assert "is down" not in caplog.text
+
+
 async def test_a_strange_secret_is_refused(stack: AsyncExitStack, caplog: pytest.LogCaptureFixture) -> None:
     replica = await start_replica(stack, "replica-0")
     router = start_router(stack, replica, secret="wrong", max_queue_wait_s=0.3)

@@ -7,7 +7,7 @@ loop. ``ReplicaClient`` is the seam that tests and other carriers fill.
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import grpc
@@ -23,6 +23,9 @@ _log = logging.getLogger(__name__)
 
 _LOOKS = 6
 """Within the silence after which a replica is given up."""
+_FRAME_BYTES = 5 << 20
+"""Of requests that share a frame, about a million token ids. A replica ends the stream, with all that runs on it, at a
+frame above ``ReplicaConfig.max_frame_bytes``."""
 
 
 class ReplicaListener(Protocol):
@@ -148,10 +151,11 @@ class GrpcReplicaClient:
             await self._pending.wait()
             self._pending.clear()
             if self._submits or self._aborts:
-                frame = GatewayFrame(submits=tuple(self._submits), aborts=tuple(self._aborts))
+                submits, aborts = tuple(self._submits), tuple(self._aborts)
                 self._submits.clear()
                 self._aborts.clear()
-                await call.write(encode(frame))
+                for frame in frames_of(submits, aborts):
+                    await call.write(encode(frame))
 
     async def _watch(self, call: grpc.aio.StreamStreamCall[bytes, bytes]) -> None:
         """Gives the stream up when the replica was silent. Looks are counted, not seconds: while this event loop is
@@ -164,3 +168,23 @@ class GrpcReplicaClient:
             self._heard = False
         self._silent_s = limit_s
         call.cancel()
+
+
+def frames_of(submits: tuple[EngineRequest, ...], aborts: tuple[RequestId, ...]) -> Iterator[GatewayFrame]:
+    """Frames of at most ``_FRAME_BYTES`` of requests each, or of one request that alone has more. The aborts are in the
+    last one, as they may be of requests in the others."""
+    first = num_bytes = 0
+    for index, request in enumerate(submits):
+        more = _max_bytes(request)
+        if index > first and num_bytes + more > _FRAME_BYTES:
+            yield GatewayFrame(submits=submits[first:index])
+            first, num_bytes = index, 0
+        num_bytes += more
+    yield GatewayFrame(submits=submits[first:], aborts=aborts)
+
+
+def _max_bytes(request: EngineRequest) -> int:
+    """Bound of its size in a frame: 5 bytes a token id, 15 an entry of ``logit_bias``, and what names take."""
+    sampling = request.sampling
+    num_ids = len(request.prompt_token_ids) + len(request.resumed_token_ids) + len(sampling.stop_token_ids)
+    return 5 * num_ids + 15 * len(sampling.logit_bias) + 2048
