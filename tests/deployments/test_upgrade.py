@@ -187,6 +187,8 @@ def test_a_release_is_what_its_replicas_read() -> None:
     assert release(GOOD.replace("llama'", "llama', replicas: 3")) == first
     assert release(GOOD.replace("llama'", "llama', engine: {overdue_s: 1}")) != first
     assert release(GOOD + "replica: {keepalive_s: 3}\n") != first
+    recorded = msgspec.json.encode(parse_platform_config(GOOD, source="x"))
+    assert fleet_bases(msgspec.json.decode(recorded, type=PlatformConfig))["a"].release == first  # type: ignore[index]
     check_fixed(
         parse_platform_config(GOOD, source="x"), parse_platform_config(GOOD + "gateway: {max_n: 2}\n", source="x")
     )

@@ -41,9 +41,9 @@ class BaseModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     """Directory of the tokenizer; by default that of ``model``."""
     replicas: int = 1
     """As long as no plan is in force: groups of one replica each. 0: one starts when the base is asked for."""
-    num_cpus: float = 1
+    num_cpus: float = 1.0
     """Logical CPUs that each rank of a group reserves in its placement group."""
-    num_gpus: float = 0
+    num_gpus: float = 0.0
     """Logical GPUs of each of its ranks; 0: it runs on CPUs. Several bases that a plan puts on one group share them."""
     executor: ExecutorConfig = msgspec.field(default_factory=ExecutorConfig)
     """How it computes: device, number format, arena size."""
@@ -80,7 +80,7 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     it starts: on a cluster where it runs already, its own setting holds, and our start says so."""
     gateways: int = 1
     """Gateway processes, spread over the nodes."""
-    gateway_num_cpus: float = 0
+    gateway_num_cpus: float = 0.0
     """Logical CPUs that each of them reserves."""
     gateway_resources: dict[str, float] = {}
     """Further Ray resources that each gateway takes: ``{"node:__internal_head__": 0.001}`` keeps them on the head."""
