@@ -26,19 +26,20 @@ class ControllerActor:
     def __init__(self, config: PlatformConfig) -> None:
         configure_logging(config.telemetry.logs)
         self._config = config
-        self._traces = TraceWriter(config.traces, config.trace_url)
+        self._traces: TraceWriter | None = None
         self._controller: Controller | None = None
         self._fleet: FleetManager | None = None
         self._starting = asyncio.Lock()
 
     async def start(self) -> None:
-        """Opens the database, takes the next epoch and begins to bring replicas up. Idempotent; after a failure nothing
-        of it stays, and the next call tries again."""
+        """Opens traces and database, takes the next epoch and begins to bring replicas up. Idempotent; after a failure
+        nothing of it stays, and the next call tries again. (What fails in the constructor ends the actor untold.)"""
         async with self._starting:
             if self._controller is not None:
                 return
             specs, views = await asyncio.to_thread(base_model_views, self._config)
-            controller = Controller(self._config.controller_options(), trace_sink=self._traces)
+            traces = await asyncio.to_thread(TraceWriter, self._config.traces, self._config.trace_url)
+            controller = Controller(self._config.controller_options(), trace_sink=traces)
             await controller.start()
             try:
                 await controller.set_base_models(views, specs)
@@ -54,7 +55,7 @@ class ControllerActor:
             except BaseException:
                 await controller.stop()
                 raise
-            self._controller = controller
+            self._controller, self._traces = controller, traces
 
     async def ask(self, request: bytes) -> bytes:
         """One ControlPlane method, as gateways and replicas ask, which may be of another version. Its LoraplexErrors
@@ -78,7 +79,8 @@ class ControllerActor:
         """Clean stop that leaves the replicas to a successor: trace rows are written, the database is closed."""
         if self._controller is not None:
             await self._controller.stop()
-        await asyncio.to_thread(self._traces.close)
+        if self._traces is not None:
+            await asyncio.to_thread(self._traces.close)
 
     async def stop(self) -> None:
         """Clean stop: replicas end, buffered trace rows are written, the database is closed. (A controller that dies

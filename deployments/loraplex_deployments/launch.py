@@ -144,11 +144,16 @@ def _start_ray(config: PlatformConfig, progress: Progress) -> None:
 def _start_controller(config: PlatformConfig, started: contextlib.ExitStack) -> Any:
     controller = create_controller(config)
     started.callback(_stop_present_controller)
+    _begin(controller)
+    return controller
+
+
+def _begin(controller: Any) -> None:
+    """Raises what its start raises, or Ray's error where its process ended."""
     try:
         ray.get(controller.start.remote())
     except ray.exceptions.RayTaskError as error:
         raise (error.cause if isinstance(error.cause, Exception) else error) from None
-    return controller
 
 
 def create_controller(config: PlatformConfig) -> Any:
@@ -189,21 +194,25 @@ def replace_controller(old: Any, config: PlatformConfig) -> Any:
     except (ray.exceptions.RayError, TimeoutError, AttributeError) as error:
         logger.warning("the controller did not leave by itself: %s", error)
     ray.kill(old)
+    controller = create_successor(config)
+    try:
+        _begin(controller)
+    except BaseException:
+        ray.kill(controller)  # Ray would start it again where its process ended
+        raise
+    return controller
+
+
+def create_successor(config: PlatformConfig) -> Any:
+    """As ``create_controller``, in the place of one that was just killed. Blocking."""
     deadline_s = time.monotonic() + _STOP_TIMEOUT_S
     while True:
         try:
-            controller = create_controller(config)
-            break
+            return create_controller(config)
         except Conflict:  # Ray has yet to take note of its end
             if time.monotonic() > deadline_s:
                 raise
             time.sleep(0.05)
-    try:
-        ray.get(controller.start.remote())
-    except ray.exceptions.RayTaskError as error:
-        ray.kill(controller)
-        raise (error.cause if isinstance(error.cause, Exception) else error) from None
-    return controller
 
 
 def _start_gateways(

@@ -12,7 +12,7 @@ from typing import Any
 
 import ray
 from loraplex.config.platform import PlatformConfig
-from loraplex.core.errors import Conflict, LoraplexError, Unavailable
+from loraplex.core.errors import Conflict, Unavailable
 from loraplex.core.rollout import FleetStatus
 
 from loraplex_deployments.base_models import base_model_views
@@ -20,7 +20,7 @@ from loraplex_deployments.build_id import build_id
 from loraplex_deployments.cluster_nodes import check_builds, check_on_head
 from loraplex_deployments.control_client import controller_handle
 from loraplex_deployments.deploy import differences, find_deployment, joined, write_record
-from loraplex_deployments.launch import Progress, RunningPlatform, create_controller, replace_controller
+from loraplex_deployments.launch import Progress, RunningPlatform, create_successor, replace_controller
 from loraplex_deployments.proxy import serve_environment
 
 FIXED = ("data_dir", "listen", "ray", "serve.proxy", "admin_key_file", "controller.database", "registry.artifact_url")
@@ -55,7 +55,7 @@ def upgrade(
         write_record(config, began_serve=found.deployed.began_serve)
         try:
             platform = hand_over(old, config, progress)
-        except LoraplexError:
+        except BaseException:
             write_record(old, began_serve=found.deployed.began_serve)
             raise
         set_up(platform)
@@ -82,7 +82,7 @@ def hand_over(old: PlatformConfig, new: PlatformConfig, progress: Progress) -> R
     try:
         controller = replace_controller(found, new)
     except Exception:
-        ray.get(create_controller(old).start.remote())
+        ray.get(create_successor(old).start.remote())
         raise
     return RunningPlatform(new, controller, contextlib.ExitStack())
 

@@ -6,8 +6,10 @@ from typing import Any
 import pytest
 from loraplex.config.platform import parse_platform_config
 from loraplex.controller.controller import Controller
-from loraplex.core.errors import Unavailable
+from loraplex.core.errors import BadConfig, Unavailable
 from loraplex_deployments import control_actor
+
+BASE = "{id: tiny, model: 'random:tiny-llama'}"
 
 
 class _Counted(Controller):
@@ -25,15 +27,30 @@ class _Counted(Controller):
         raise Unavailable("the control database does not answer")
 
 
+def actor_of(text: str) -> Any:
+    config = parse_platform_config(text, source="test")
+    return control_actor.ControllerActor.__ray_metadata__.modified_class(config)
+
+
 async def test_a_start_that_fails_leaves_no_controller_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every gateway asks again and again, and each question is another attempt."""
     monkeypatch.setattr(control_actor, "Controller", _Counted)
-    base = "{id: tiny, model: 'random:tiny-llama'}"
-    config = parse_platform_config(f"{{data_dir: {tmp_path}, base_models: [{base}]}}", source="test")
     monkeypatch.setattr(control_actor, "base_model_views", lambda config: ({}, ()))
-    actor = control_actor.ControllerActor.__ray_metadata__.modified_class(config)
+    actor = actor_of(f"{{data_dir: {tmp_path}, base_models: [{BASE}]}}")
     for _ in range(3):
         with pytest.raises(Unavailable, match="does not answer"):
             await actor.call("snapshot", (), {})
     assert _Counted.open == 0
+    await actor.leave()
+
+
+async def test_traces_that_cannot_be_opened_are_told_by_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray tells of a constructor's errors only that the actor died."""
+    monkeypatch.setattr(control_actor, "base_model_views", lambda config: ({}, ()))
+    actor = actor_of(f"{{data_dir: {tmp_path}, base_models: [{BASE}], traces: {{url: 's3:///x'}}}}")
+    for _ in range(2):
+        with pytest.raises(BadConfig, match="s3://BUCKET/PREFIX is meant"):
+            await actor.start()
     await actor.leave()

@@ -5,6 +5,7 @@ import itertools
 import subprocess
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import msgspec
@@ -12,13 +13,16 @@ import psutil
 import pytest
 from loraplex.config.platform import PlatformConfig, parse_platform_config
 from loraplex.core.errors import Conflict
+from loraplex_deployments import upgrade
 from loraplex_deployments.base_models import fleet_bases
 from loraplex_deployments.bench_cluster import BenchCluster, ClusterSetup, PacedSetup
 from loraplex_deployments.bench_streams import StreamWatch, WatchedStream, same_request
 from loraplex_deployments.control_client import controller_handle
+from loraplex_deployments.deploy import Deployed, Deployment
 from loraplex_deployments.launch import RunningPlatform, stop_controller
 from loraplex_deployments.ports import free_port
 from loraplex_deployments.upgrade import check_fixed, hand_over, renew
+from ray.exceptions import ActorDiedError
 
 from tests.deployments.bench_world import BenchWorld, bench_world
 from tests.deployments.deployed import Config, loraplex, one_line
@@ -132,10 +136,10 @@ async def repeated(bench: BenchCluster, streams: list[WatchedStream]) -> list[Wa
 def test_the_command_brings_another_config_to_what_is_deployed(cluster: Cluster, tmp_path: Path) -> None:
     config = Config(tmp_path, cluster)
 
-    def upgrade() -> subprocess.CompletedProcess[str]:
+    def upgraded() -> subprocess.CompletedProcess[str]:
         return loraplex("upgrade", "--config", config.write(), "--address", cluster.address)
 
-    assert "nothing is deployed there" in one_line(upgrade(), 1)
+    assert "nothing is deployed there" in one_line(upgraded(), 1)
     deployed = config.deploy()
     assert deployed.returncode == 0, deployed.stdout + deployed.stderr
     assert config.complete().status_code == 200
@@ -143,24 +147,62 @@ def test_the_command_brings_another_config_to_what_is_deployed(cluster: Cluster,
 
     listen = config.content["listen"]
     config.content["listen"] = {"http_port": free_port(), "grpc_port": free_port()}
-    assert "listen.grpc_port, listen.http_port cannot change" in one_line(upgrade(), 1)
+    assert "listen.grpc_port, listen.http_port cannot change" in one_line(upgraded(), 1)
     config.content["listen"] = listen
     (base,) = config.content["base_models"]  # type: ignore[misc]
     base["tokenizer"] = str(tmp_path / "missing")
-    assert "tokenizer" in one_line(upgrade(), 2)
+    assert "tokenizer" in one_line(upgraded(), 2)
     del base["tokenizer"]
-    assert cluster.replica() == before, "what is refused touches nothing"
+    config.content["traces"] = {"url": "s3:///x"}  # seen when the new controller starts, so that the old one comes back
+    assert "s3://BUCKET/PREFIX is meant" in one_line(upgraded(), 2)
+    del config.content["traces"]
+    assert cluster.replica() == before, "what is refused touches no replica"
+    assert "deployed already" in config.deploy().stdout
     assert config.complete().status_code == 200
 
     base["engine"] = {"overdue_s": 1.5}
     config.content["tenants"] = [{"name": "acme"}, {"name": "globex"}]
-    upgraded = upgrade()
-    assert upgraded.returncode == 0, upgraded.stdout + upgraded.stderr
-    assert "the config differs in base_models, tenants" in upgraded.stdout
+    answer = upgraded()
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    assert "the config differs in base_models, tenants" in answer.stdout
     assert cluster.replica() != before
     assert config.complete().status_code == 200
     again = config.deploy()
     assert "deployed already" in again.stdout, again.stdout + again.stderr
+
+
+def test_the_record_names_the_old_config_again_whatever_ends_the_upgrade(monkeypatch: pytest.MonkeyPatch) -> None:
+    old, new = [parse_platform_config(GOOD + f"gateway: {{max_n: {n}}}\n", source="x") for n in (1, 2)]
+    found = Deployment(
+        deployed=Deployed(config=old, build="b", unix_s=0.0, began_serve=True),
+        controller_answers=True,
+        gateways_run=True,
+        replica_failures={},
+    )
+    written: list[PlatformConfig] = []
+
+    def died(*_args: object) -> RunningPlatform:
+        raise ActorDiedError
+
+    replaced = {
+        "serve_environment": lambda config: nullcontext(),
+        "joined": lambda address: nullcontext(),
+        "check_on_head": lambda: None,
+        "check_builds": lambda build: None,
+        "find_deployment": lambda: found,
+        "base_model_views": lambda config: None,
+        "write_record": lambda config, *, began_serve: written.append(config),
+        "hand_over": died,
+    }
+    for name, replacement in replaced.items():
+        monkeypatch.setattr(upgrade, name, replacement)
+    with pytest.raises(ActorDiedError):
+        upgrade.upgrade(new, set_up=no_set_up, progress=print, given_up=lambda: False, timeout_s=1.0)
+    assert written == [new, old]
+
+
+def no_set_up(platform: RunningPlatform) -> None:
+    raise AssertionError("there is no controller to set up")
 
 
 @pytest.mark.parametrize(
