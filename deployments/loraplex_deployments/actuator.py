@@ -70,7 +70,7 @@ class RayActuator:
         self._silent: set[str] = set()
         """Ray's ids of nodes that do not answer. Ray itself takes many seconds to notice."""
         self._reserving = asyncio.Lock()
-        """The bases of a group reserve it once."""
+        """The bases of a group reserve it once, and not while it is released."""
         self._addresses: dict[ReplicaId, str] = {}
 
     async def nodes(self) -> tuple[NodeStatus, ...]:
@@ -228,11 +228,15 @@ class RayActuator:
     async def _release_abandoned(self) -> dict[str, tuple[str, ...]]:
         """Frees the GPUs of groups that no replica has or waits for; Ray's id of each rank's node of the others."""
         groups = await asyncio.to_thread(reserved_groups)
-        # Read after them: a group that is reserved later is not in question.
-        used = {name.group for name in (*await asyncio.to_thread(replica_names), *self._pending)}
-        for group in groups.keys() - used:
-            await asyncio.to_thread(release, group)
-            del groups[group]
+        # A replica waits before its group is reserved and until it has its actor's name: read after the groups, first
+        # who waits and then the names, no group is missed that either had.
+        waited = tuple(self._pending)
+        named = await asyncio.to_thread(replica_names)
+        async with self._reserving:  # nobody takes a group for a new replica while it is freed
+            used = {name.group for name in (*waited, *named, *self._pending)}
+            for group in groups.keys() - used:
+                await asyncio.to_thread(release, group)
+                del groups[group]
         return groups
 
     async def _digests(self, target: ReplicaTarget) -> tuple[Digest, ...]:
