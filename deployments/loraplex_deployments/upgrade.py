@@ -7,7 +7,7 @@ have. Old and new ones work together meanwhile.
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import ray
@@ -96,35 +96,37 @@ def renew(
     timeout_s: float,
 ) -> None:
     """Waits until the controller has replaced the replicas, then replaces the gateways. Raises Unavailable."""
+    _wait_replaced(platform, progress, given_up=given_up, timeout_s=timeout_s)
+    progress("replacing the gateways")
     from loraplex_deployments.gateways import deploy_gateways
 
-    for status in _statuses(platform, timeout_s):
-        if given_up():
-            raise Unavailable("given up: the controller goes on replacing replicas; gateways are as before")
-        if not status.num_outdated and status.settled:
-            break
-        progress(f"replicas of the old release: {status.num_outdated}")
-    progress("replacing the gateways")
     deploy_gateways(config)
 
 
-def _statuses(platform: RunningPlatform, timeout_s: float) -> Iterator[FleetStatus]:
-    """Each that differs from the one before in how far it is. Raises Unavailable with what fails."""
+def _wait_replaced(
+    platform: RunningPlatform, progress: Progress, *, given_up: Callable[[], bool], timeout_s: float
+) -> None:
+    """Looks once at least. Raises Unavailable when it is given up, takes too long, or with what fails."""
     deadline_s = time.monotonic() + timeout_s
-    last: Any = None
-    while time.monotonic() < deadline_s:
+    told: Any = None
+    while True:
         status: FleetStatus = platform.call("fleet_status")
         failures = platform.replica_failures()
         if failures:
             replica_id, reason = next(iter(failures.items()))
             raise Unavailable(f"replica {replica_id} cannot start: {reason}; those of the old release serve on")
-        if (status.num_outdated, status.settled) != last:
-            last = (status.num_outdated, status.settled)
-            yield status
+        if given_up():
+            raise Unavailable("given up: the controller goes on replacing replicas; gateways are as before")
+        if not status.num_outdated and status.settled:
+            return
+        if (status.num_outdated, status.settled) != told:
+            told = (status.num_outdated, status.settled)
+            progress(f"replicas of the old release: {status.num_outdated}")
+        if time.monotonic() >= deadline_s:
+            raise Unavailable(
+                f"{status.num_outdated} replicas of the old release after {timeout_s:.0f} s; the controller goes on"
+            )
         time.sleep(_POLL_S)
-    raise Unavailable(
-        f"{status.num_outdated} replicas of the old release after {timeout_s:.0f} s; the controller goes on"
-    )
 
 
 def _changes(old: PlatformConfig, new: PlatformConfig) -> str:

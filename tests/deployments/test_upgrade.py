@@ -12,7 +12,9 @@ import msgspec
 import psutil
 import pytest
 from loraplex.config.platform import PlatformConfig, parse_platform_config
-from loraplex.core.errors import Conflict
+from loraplex.core.errors import Conflict, Unavailable
+from loraplex.core.plan import Plan
+from loraplex.core.rollout import FleetStatus, PlanRecord, PlanState
 from loraplex_deployments import upgrade
 from loraplex_deployments.base_models import fleet_bases
 from loraplex_deployments.bench_cluster import BenchCluster, ClusterSetup, PacedSetup
@@ -203,6 +205,46 @@ def test_the_record_names_the_old_config_again_whatever_ends_the_upgrade(monkeyp
 
 def no_set_up(platform: RunningPlatform) -> None:
     raise AssertionError("there is no controller to set up")
+
+
+class Standing(RunningPlatform):
+    """Its counts stand still."""
+
+    def __init__(self, num_outdated: int) -> None:
+        self.num_outdated = num_outdated
+        self.num_looks = 0
+
+    def call(self, method: str, *args: object, **kwargs: object) -> FleetStatus:
+        assert method == "fleet_status"
+        self.num_looks += 1
+        return FleetStatus(
+            mode="off",
+            active=PlanRecord(plan=Plan(version=0, groups=()), source="config", state=PlanState.SETTLED, created_s=0.0),
+            settled=True,
+            groups=(),
+            problem="",
+            num_outdated=self.num_outdated,
+        )
+
+    def replica_failures(self) -> dict[str, str]:
+        return {}
+
+
+def test_giving_up_is_heard_while_the_counts_stand_still(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(upgrade, "_POLL_S", 0.0)
+    platform, said = Standing(num_outdated=2), list[str]()
+    config = parse_platform_config(GOOD, source="x")
+    with pytest.raises(Unavailable, match="given up"):
+        renew(platform, config, said.append, given_up=lambda: platform.num_looks >= 3, timeout_s=60.0)
+    assert platform.num_looks == 3
+    assert said == ["replicas of the old release: 2"]
+
+
+def test_a_wait_of_no_time_looks_once() -> None:
+    platform = Standing(num_outdated=2)
+    with pytest.raises(Unavailable, match="2 replicas of the old release after 0 s"):
+        renew(platform, parse_platform_config(GOOD, source="x"), print, timeout_s=0.0)
+    assert platform.num_looks == 1
 
 
 @pytest.mark.parametrize(
