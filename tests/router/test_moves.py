@@ -6,7 +6,7 @@ import dataclasses
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loraplex.core.errors import ReplicaLost
+from loraplex.core.errors import Overloaded, ReplicaLost
 from loraplex.core.ids import RequestId
 from loraplex.core.plan import AdapterShare
 from loraplex.core.request import EngineRequest
@@ -111,6 +111,47 @@ async def test_a_replica_that_refuses_for_lack_of_room_is_not_the_last_word() ->
     assert [(o.request_id, o.error_code) for o in outputs] == [("y", None), ("x", "overloaded")]
     assert await stream.next_outputs() == ()
     world.router.validate()
+    await world.router.close()
+
+
+async def test_a_refused_request_holds_up_nobody_and_is_sent_again_when_no_other_has_room(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(pool, "_ASK_AGAIN_S", 0.05)
+    world = World("a", "b", max_queue_wait_s=0.6)
+    a, b = world.replicas["a"], world.replicas["b"]
+    a.up()
+    b.up(credits=0)
+    refused = world.router.dispatch((make("x"),))
+    a.submitted.clear()
+    a.refuse("x")
+    a.report(credits=0)
+    world.router.dispatch((make("y"),))
+    assert world.router.num_queued() == 2
+    a.report(credits=9)
+    assert list(a.submitted) == ["y"], "it has credits, and no room for the other's adapter"
+    world.router.validate()
+    await asyncio.sleep(0.3)
+    a.report(credits=9)
+    (again,) = a.submitted.keys() - {"y"}
+    a.refuse(again)
+    assert world.router.num_queued() == 1
+    with pytest.raises(Overloaded):  # not a whole wait for each refusal
+        await asyncio.wait_for(refused.next_outputs(), 0.45)
+    world.router.validate()
+    await world.router.close()
+
+
+async def test_a_refused_request_goes_to_another_as_soon_as_that_has_room() -> None:
+    world = World("a", "b")
+    a, b = world.replicas["a"], world.replicas["b"]
+    a.up()
+    b.up(credits=0)
+    stream = world.router.dispatch((make("x"),))
+    a.refuse("x")
+    world.router.validate()
+    b.report(credits=1)
+    assert stream.replica_id == "b"
     await world.router.close()
 
 

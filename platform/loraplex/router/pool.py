@@ -26,6 +26,9 @@ from loraplex.tenancy.fairness import ServiceCounters
 
 _REMIND_S = 1.0
 _MAX_RETRY_AFTER_S = 30.0
+_ASK_AGAIN_S = 0.1
+"""After which who has refused a request may be sent it again, if no other has room. It may have credits all the time:
+a full table of adapters refuses without."""
 
 
 class Pool:
@@ -170,7 +173,7 @@ class Pool:
                 error = ReplicaLost(f"{stream.num_losses} replicas in a row were lost while they ran this request")
                 self._give_up(stream, error)
             else:
-                stream.resumed = True
+                stream.resumed, stream.refused_by = True, frozenset()
                 self._wait(stream, self._config.resume_timeout_s)
         self._close_if_empty(link)
         self._pump()
@@ -184,33 +187,47 @@ class Pool:
 
     def generation_refused(self, link: Link, generation: Generation) -> bool:
         """For ``Link`` only."""
-        stream = generation.stream
+        stream, now_s = generation.stream, asyncio.get_running_loop().time()
+        if not stream.refused_by:
+            stream.refused_until_s = now_s + self._config.max_queue_wait_s
         stream.refused_by |= {link.route.replica_id}
+        stream.ask_again_s = now_s + _ASK_AGAIN_S
         if not any(other.route.replica_id not in stream.refused_by for other in self._takers(stream)):
             return False
         self._settle(generation)
-        self._wait(stream, self._config.max_queue_wait_s)
+        self._wait(stream, max(0.0, stream.refused_until_s - now_s))
         self._pump()
         return True
 
     def _pump(self) -> None:
         """Who waits and can go, goes: those of draining replicas, then those in the queue, in its order."""
         self._move_off_draining()
+        refused: list[RoutedStream] = []
         while self._num_queued and (stream := self._queue.next(self._has_room)) is not None:
             choice = self._choose(stream, self._demand(stream))
-            if choice is None:
-                return
-            self._unwait(stream)
-            self._send(stream, choice)
+            if choice is not None:
+                self._unwait(stream)
+                self._send(stream, choice)
+            elif stream.refused_by:
+                # Who has room has refused it, not those behind it.
+                self._queue.remove(stream)
+                refused.append(stream)
+            else:
+                break
+        for stream in refused:
+            self._queue.push(stream, self._ticket(stream))
 
     def _has_room(self, name: Hashable) -> bool:
         return any(link.view.credits > 0 for link in self._takers_of(name))
 
     def _choose(self, stream: RoutedStream, demand: Demand, *, but: Link | None = None) -> Choice | None:
-        takers = [link for link in self._takers(stream) if link is not but]
+        views = [link.view for link in self._takers(stream) if link is not but]
         if stream.refused_by:
-            takers = [link for link in takers if link.route.replica_id not in stream.refused_by] or takers
-        return self._policy([link.view for link in takers], demand, self._config)
+            others = [view for view in views if view.replica_id not in stream.refused_by]
+            choice = self._policy(others, demand, self._config)
+            if choice is not None or asyncio.get_running_loop().time() < stream.ask_again_s:
+                return choice
+        return self._policy(views, demand, self._config)
 
     def _demand(self, stream: RoutedStream) -> Demand:
         request = stream.first
@@ -316,6 +333,7 @@ class Pool:
         for generation in source.take_back(stream):
             self._settle(generation)
         self._unwait(stream)
+        stream.refused_by = frozenset()
         self._send(stream, choice)
 
     def _rebalance(self) -> None:

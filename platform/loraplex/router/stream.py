@@ -111,7 +111,10 @@ class RoutedStream:
         self.num_losses = 0
         """Replicas that were lost under it since its last output."""
         self.refused_by: frozenset[ReplicaId] = frozenset()
-        """Replicas that had no room for it though they had given a credit."""
+        """Replicas that had no room for it though they had given a credit, since it was lost or moved last."""
+        self.ask_again_s = self.refused_until_s = 0.0
+        """Event loop's times, once it was refused: from when on those of ``refused_by`` may be asked again, and until
+        when it waits for one that takes it."""
         self.rebalanced = False
         """It went to another replica to end sooner."""
         self.due_s = inf
