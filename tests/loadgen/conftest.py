@@ -12,7 +12,8 @@ import pytest
 @dataclass
 class StreamServer:
     """``model`` says what happens: ``ok``, ``slow``, ``busy`` (429), ``length`` (500), ``cut``, ``nodone``, ``inband``,
-    ``silent``, ``stall`` (the whole server stops for half a second)."""
+    ``silent``, ``stall`` (the whole server stops for half a second), ``die`` (closes after a while, nothing answered),
+    ``stale`` (closes at once)."""
 
     port: int = 0
     token_s: float = 0.001
@@ -53,6 +54,9 @@ class StreamServer:
             head = "HTTP/1.1 429 Too Many Requests" if model == "busy" else "HTTP/1.1 500 Oops"
             writer.write(f"{head}\r\ncontent-length: {len(error)}\r\n\r\n".encode() + error)
             return True
+        if model in ("die", "stale"):
+            await asyncio.sleep(0.3 if model == "die" else 0.0)
+            return False
         if model == "silent":
             await asyncio.sleep(3600)
         writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n")

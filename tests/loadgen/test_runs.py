@@ -95,6 +95,20 @@ async def test_connections_are_used_again_and_replaced_when_closed(server) -> No
     http.close()
 
 
+@pytest.mark.parametrize(("model", "num_sent"), [("die", 1), ("stale", 2)])
+async def test_a_request_is_sent_again_only_if_its_connection_breaks_at_once(server, model: str, num_sent: int) -> None:  # type: ignore[no-untyped-def]
+    """Later the server may have begun it: twice the load, and both times in one sample."""
+    http = HttpClient(server.url, connect_timeout_s=2.0)
+    client = CompletionClient(http, RequestConfig())
+    samples = []
+    for name in ("ok", model):
+        data = client.encode(_target(name), "hello", 4)
+        samples.append(await client.run(data, target=_target(name), origin_s=0.0, scheduled_s=0.0, prompt_tokens=1))
+    assert [sample.error for sample in samples] == [None, "broken"]
+    assert [body["model"] for body in server.bodies] == ["ok"] + [model] * num_sent
+    http.close()
+
+
 async def test_open_loop_keeps_its_times(server) -> None:  # type: ignore[no-untyped-def]
     times_s = [i * 0.02 for i in range(40)]
     http = HttpClient(server.url, connect_timeout_s=2.0)

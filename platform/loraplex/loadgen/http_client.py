@@ -14,6 +14,9 @@ from loraplex.core.errors import BadConfig
 from loraplex.loadgen.http_parser import ProtocolError, ResponseParser
 
 _MAX_ERROR_BYTES = 64 * 1024
+_STALE_S = 0.1
+"""A connection that the server closed while it was idle breaks within a round trip of the request. One that breaks
+later may have had the request served, which is not to be sent twice."""
 
 
 class ConnectFailed(Exception):
@@ -36,6 +39,8 @@ class _Connection(asyncio.Protocol):
         self.closed = False
         self.received = False
         """Whether the server answered anything to the current request."""
+        self.sent_s = 0.0
+        """Event loop's time at which the current request was sent."""
         self._transport: asyncio.Transport | None = None
         self._parser = ResponseParser()
         self._on_body: Callable[[bytes], None] | None = None
@@ -52,7 +57,9 @@ class _Connection(asyncio.Protocol):
         self._on_body = on_body
         self._error_body.clear()
         self.received = False
-        self._done = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        self._done = loop.create_future()
+        self.sent_s = loop.time()
         self._transport.write(data)
         return self._done
 
@@ -134,8 +141,8 @@ class HttpClient:
     async def send(self, data: bytes, on_body: Callable[[bytes], None], *, timeout_s: float) -> Answer:
         """Sends ``encode_post``'s bytes; ``on_body`` gets each piece of a 200 answer's body as it arrives.
 
-        Raises ConnectFailed, ConnectionBroken, TimeoutError. A connection that turns out to be closed while idle is
-        replaced without notice.
+        Raises ConnectFailed, ConnectionBroken, TimeoutError. A connection that turns out to have been closed while idle
+        is replaced without notice.
         """
         async with asyncio.timeout(timeout_s):
             while self._idle:
@@ -145,7 +152,7 @@ class HttpClient:
                 try:
                     return await self._use(connection, data, on_body)
                 except ConnectionBroken:
-                    if connection.received:
+                    if connection.received or asyncio.get_running_loop().time() - connection.sent_s > _STALE_S:
                         raise
             return await self._use(await self._connect(), data, on_body)
 
