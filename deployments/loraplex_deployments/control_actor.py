@@ -5,6 +5,7 @@ the actuator. Ray restarts it when it dies; replicas and gateways go on meanwhil
 """
 
 import asyncio
+import contextlib
 from typing import Any
 
 import ray
@@ -38,10 +39,12 @@ class ControllerActor:
             if self._controller is not None:
                 return
             specs, views = await asyncio.to_thread(base_model_views, self._config)
-            traces = await asyncio.to_thread(TraceWriter, self._config.traces, self._config.trace_url)
-            controller = Controller(self._config.controller_options(), trace_sink=traces)
-            await controller.start()
-            try:
+            async with contextlib.AsyncExitStack() as undo:
+                traces = await asyncio.to_thread(TraceWriter, self._config.traces, self._config.trace_url)
+                undo.push_async_callback(asyncio.to_thread, traces.close)
+                controller = Controller(self._config.controller_options(), trace_sink=traces)
+                await controller.start()
+                undo.push_async_callback(controller.stop)
                 await controller.set_base_models(views, specs)
                 actuator = RayActuator(
                     self._config, cluster_secret=controller.cluster_secret, adapters=lambda: _adapters(controller)
@@ -52,9 +55,7 @@ class ControllerActor:
                     bases=fleet_bases(self._config, specs),
                     default_plan=default_plan(self._config),
                 )
-            except BaseException:
-                await controller.stop()
-                raise
+                undo.pop_all()
             self._controller, self._traces = controller, traces
 
     async def ask(self, request: bytes) -> bytes:
